@@ -1,0 +1,45 @@
+"""Arithmetic of shapes, without tensors. Sizes are in pixels unless a name says otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Padding:
+    """Rows below and columns to the right that bring a frame to whole latent cells."""
+
+    height: int
+    width: int
+    rows: int
+    columns: int
+
+    @classmethod
+    def to_cells(cls, height: int, width: int, factor: int) -> Padding:
+        """The least padding of a `height` x `width` frame to multiples of `factor`."""
+        return cls(height, width, -height % factor, -width % factor)
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """Height and width with the padding."""
+        return self.height + self.rows, self.width + self.columns
+
+
+def indivisible(height: int, width: int, factor: int) -> str | None:
+    """What is wrong with a frame size for a downsample factor, and the way out; None if nothing."""
+    if height % factor == 0 and width % factor == 0:
+        return None
+    padding = Padding.to_cells(height, width, factor)
+    down = max(factor, height // factor * factor), max(factor, width // factor * factor)
+    return (
+        f"height and width must be multiples of {factor}, got {height}x{width}: "
+        f"pad to {padding.padded[0]}x{padding.padded[1]} and crop the result, or crop to "
+        f"{down[0]}x{down[1]}"
+    )
+
+
+def clip_bounds(frames: int, clip_frames: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of the clips that `frames` frames are walked in, in order."""
+    for start in range(0, frames, clip_frames):
+        yield start, min(start + clip_frames, frames)

@@ -1,0 +1,19 @@
+"""Loss terms: pure functions of tensors, each a scalar."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def mean_squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean of squared differences over every element."""
+    return (prediction - target).square().mean()
+
+
+def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """KL(N(mean, exp(log_variance)) || N(0, 1)) in nats: summed over a sample, mean over samples.
+
+    Source: Kingma and Welling 2014, arXiv 1312.6114, appendix B.
+    """
+    terms = mean.square() + log_variance.exp() - 1 - log_variance
+    return 0.5 * terms.flatten(1).sum(1).mean()

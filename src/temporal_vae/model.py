@@ -1,0 +1,429 @@
+"""`TemporalVAE`: pixels of a video to latents and back.
+
+Letters: B batch, C input channels, L latent channels, T frames, H height, W width, f downsample
+factor. Pixels are in [-1, 1]; tensors are (B, C, T, H, W) for video and (B, C, H, W) for images,
+which are videos of one frame.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from temporal_vae import checkpoint, geometry, losses
+from temporal_vae.config import NormScope, TemporalVAEConfig
+from temporal_vae.latents import LatentDistribution
+from temporal_vae.layers import draw_parameters, start_as_identity
+from temporal_vae.network import Decoder, Encoder
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+Layout = Literal["BCTHW", "BTCHW"]
+
+
+class TemporalVAE(nn.Module):
+    """A variational autoencoder for video: 2-D spatial blocks with 1-D temporal blocks between.
+
+    The encoder maps pixels (B, C, T, H, W) to latents (B, L, T, H/f, W/f), the decoder maps them
+    back; time is never compressed. A new model is an image VAE frame by frame, until training
+    wakes its temporal layers. Decoded pixels are not clamped: a trained model stays near [-1, 1].
+
+    Sources: Rombach et al. 2022 (arXiv 2112.10752) for the spatial line, Blattmann et al. 2023
+    (arXiv 2304.08818, 2311.15127) for the temporal layers.
+
+    Args:
+        input_channels: channels of a pixel: 1 grey, 3 RGB, 4 RGBA.
+        latent_channels: channels of a latent cell.
+        base_channels: width of the finest level.
+        channel_multipliers: width of each level in units of `base_channels`, finest first; None
+            means (1, 2, 4, 4). Each level but the last halves height and width.
+        num_temporal_layers: temporal blocks after each spatial block; 0 makes an image VAE.
+        temporal_kernel_size: frames a temporal convolution sees; odd.
+        causal_mode: a frame depends on itself and the past only.
+        latent_scale_factor: multiplier that brings latents to unit variance; None means 0.18215.
+        loss_function: `(prediction, target) -> scalar`; None means mean squared error.
+        seed: makes weights and the model's own sampling noise reproducible. The global random
+            state is never touched; without a seed each model is drawn afresh.
+        latent_shift_factor: subtracted from a latent before it is scaled.
+        blocks_per_level: spatial residual blocks per encoder level; the decoder has one more.
+        norm_groups: groups of every group norm; None takes a number that fits each width.
+        quant_conv: a 1x1 convolution on the moments.
+        post_quant_conv: a 1x1 convolution on the latent before decoding.
+        temporal_encoder: whether the encoder has temporal layers; SVD's has none.
+        temporal_attention_reach: frames temporal attention sees, back and (unless causal) ahead.
+        temporal_norm: temporal blocks normalise one "position", or over the "clip" (SVD).
+        time_conv_out: a last temporal convolution on the pixels (SVD).
+        clip_frames: clip length the model was made for; required with `temporal_norm="clip"`.
+
+    Raises:
+        ValueError: for any argument that could not make a working model.
+    """
+
+    def __init__(
+        self,
+        input_channels: int = 3,
+        latent_channels: int = 4,
+        base_channels: int = 128,
+        channel_multipliers: Sequence[int] | None = None,
+        num_temporal_layers: int = 1,
+        temporal_kernel_size: int = 3,
+        causal_mode: bool = False,
+        latent_scale_factor: float | None = None,
+        loss_function: LossFunction | None = None,
+        seed: int | None = None,
+        *,
+        latent_shift_factor: float = 0.0,
+        blocks_per_level: int = 2,
+        norm_groups: int | None = None,
+        quant_conv: bool = True,
+        post_quant_conv: bool = True,
+        temporal_encoder: bool = True,
+        temporal_attention_reach: int = 8,
+        temporal_norm: NormScope = "position",
+        time_conv_out: bool = False,
+        clip_frames: int | None = None,
+    ):
+        super().__init__()
+        if channel_multipliers is None:
+            channel_multipliers = (1, 2, 4, 4)
+        if latent_scale_factor is None:
+            latent_scale_factor = 0.18215
+        if loss_function is not None and not callable(loss_function):
+            raise ValueError(
+                f"loss_function must be callable as (prediction, target) -> scalar, "
+                f"got {loss_function!r}"
+            )
+        self.config = TemporalVAEConfig(
+            input_channels=input_channels,
+            latent_channels=latent_channels,
+            base_channels=base_channels,
+            channel_multipliers=channel_multipliers,  # type: ignore[arg-type]
+            num_temporal_layers=num_temporal_layers,
+            temporal_kernel_size=temporal_kernel_size,
+            causal_mode=causal_mode,
+            latent_scale_factor=latent_scale_factor,
+            latent_shift_factor=latent_shift_factor,
+            blocks_per_level=blocks_per_level,
+            norm_groups=norm_groups,
+            quant_conv=quant_conv,
+            post_quant_conv=post_quant_conv,
+            temporal_encoder=temporal_encoder,
+            temporal_attention_reach=temporal_attention_reach,
+            temporal_norm=temporal_norm,
+            time_conv_out=time_conv_out,
+            clip_frames=clip_frames,
+        )
+        self.default_loss_function: LossFunction = loss_function or losses.mean_squared_error
+        self._generator = _seeded(seed)
+        with torch.device("meta"):  # torch's layers would draw from the global random state
+            self.encoder = Encoder(self.config)
+            self.decoder = Decoder(self.config)
+        self.to_empty(device="cpu")
+        draw_parameters(self, self._generator)
+        if self.decoder.time_conv_out is not None:
+            start_as_identity(self.decoder.time_conv_out)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: TemporalVAEConfig,
+        loss_function: LossFunction | None = None,
+        seed: int | None = None,
+    ) -> Self:
+        """A new model of this architecture; see the class for `loss_function` and `seed`."""
+        options = {field.name: getattr(config, field.name) for field in fields(config)}
+        return cls(**options, loss_function=loss_function, seed=seed)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """Load a model: a built-in name such as "tiny" first, else a folder `save_pretrained` wrote.
+
+        Raises `FileNotFoundError` when there is no such model, `ValueError` when its files are
+        damaged or do not fit its configuration.
+        """
+        config, state = checkpoint.load(name_or_path)
+        model = cls.from_config(config)
+        model.load_state_dict(state)
+        return model.to(device=device, dtype=dtype)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write configuration and weights, in the weights' own dtype, into `folder`."""
+        checkpoint.save(folder, self.config, self.state_dict())
+
+    # Properties ------------------------------------------------------------------------------
+
+    @property
+    def downsample_factor(self) -> int:
+        """Pixels per latent cell along height and width: 2 ** (levels - 1)."""
+        return self.config.downsample_factor
+
+    @property
+    def input_channels(self) -> int:
+        """Channels of a pixel."""
+        return self.config.input_channels
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of a latent cell."""
+        return self.config.latent_channels
+
+    @property
+    def latent_scale_factor(self) -> float:
+        """Multiplier that brings latents to about unit variance."""
+        return self.config.latent_scale_factor
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a frame depends on itself and the past only."""
+        return self.config.causal_mode
+
+    @property
+    def temporal_kernel_size(self) -> int:
+        """Frames that a temporal convolution sees."""
+        return self.config.temporal_kernel_size
+
+    @property
+    def encode_reach(self) -> int | None:
+        """Frames that a latent depends on in each direction (back only when causal).
+
+        None when it depends on the whole clip, through a norm over time.
+        """
+        return None if self.encoder.reach is None else self.encoder.reach[0]
+
+    @property
+    def decode_reach(self) -> int | None:
+        """Latent frames that a decoded frame depends on in each direction; see `encode_reach`."""
+        return None if self.decoder.reach is None else self.decoder.reach[0]
+
+    @property
+    def parameter_count(self) -> int:
+        """Number of trainable numbers."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
+    def supports_slicing(self) -> bool:
+        """Whether a batch can be walked one sample at a time on request: not in this version."""
+        return False
+
+    @property
+    def supports_tiling(self) -> bool:
+        """Whether a frame can be walked in bands on request: not in this version."""
+        return False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the weights, and so of inputs and results."""
+        return self.encoder.conv_in.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.encoder.conv_in.weight.device
+
+    # Pixels to latents -----------------------------------------------------------------------
+
+    def encode_with_distribution(
+        self, video: Tensor, *, layout: Layout = "BCTHW"
+    ) -> LatentDistribution:
+        """The posterior of a video: `mean, log_variance = ...`, each shaped like the latent.
+
+        Args:
+            video: pixels in [-1, 1], (B, C, T, H, W) or an image (B, C, H, W); H and W multiples
+                of `downsample_factor`.
+            layout: "BTCHW" if the frames stand before the channels, in the result as well.
+
+        Returns:
+            Mean and log-variance, (B, L, T, H/f, W/f) or (B, L, H/f, W/f); the log-variance is
+            clamped to [-30, 20]. Not scaled.
+
+        Raises:
+            ValueError: for a wrong rank, number of channels, size, dtype or device.
+        """
+        clip = self._clip(video, self.input_channels, "video", layout)
+        if problem := geometry.indivisible(clip.shape[3], clip.shape[4], self.downsample_factor):
+            raise ValueError(problem)
+        moments = _restore(self.encoder(clip), video, layout="BCTHW")
+        mean, log_variance = LatentDistribution.from_moments(moments)
+        return LatentDistribution(_relayout(mean, layout), _relayout(log_variance, layout))
+
+    def encode(
+        self,
+        video: Tensor,
+        sample_mode: bool = True,
+        generator: torch.Generator | None = None,
+        *,
+        layout: Layout = "BCTHW",
+    ) -> Tensor:
+        """Latents of a video, (B, L, T, H/f, W/f), not scaled; arguments as in the methods around.
+
+        `sample_mode=True` draws from the posterior, with `generator` or the model's own one;
+        False gives the posterior mean.
+        """
+        mean, log_variance = self.encode_with_distribution(video, layout=layout)
+        if not sample_mode:
+            return mean
+        drawn = self.sample(
+            _relayout(mean, layout), _relayout(log_variance, layout), generator=generator
+        )
+        return _relayout(drawn, layout)
+
+    def sample(
+        self,
+        mean: Tensor,
+        log_variance: Tensor,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """mean + exp(log_variance / 2) * noise, differentiable in both.
+
+        With `seed` the noise is the same each time; with `generator` it is drawn from that; with
+        neither from the model's own generator, which moves on.
+
+        Raises `ValueError` for shapes that differ, or for both `seed` and `generator`.
+        """
+        if mean.shape != log_variance.shape:
+            raise ValueError(
+                f"mean and log_variance must have one shape, got {tuple(mean.shape)} and "
+                f"{tuple(log_variance.shape)}"
+            )
+        if seed is not None and generator is not None:
+            raise ValueError("give seed or generator, not both")
+        source = generator if seed is None else _seeded(seed)
+        return LatentDistribution(mean, log_variance).sample(source or self._generator)
+
+    # Latents to pixels -----------------------------------------------------------------------
+
+    def decode(self, latent: Tensor, *, layout: Layout = "BCTHW") -> Tensor:
+        """Pixels of an unscaled latent: (B, L, T, h, w) -> (B, C, T, f*h, f*w); images likewise.
+
+        Deterministic and not clamped. Raises `ValueError` for a wrong rank, number of channels,
+        dtype or device.
+        """
+        clip = self._clip(latent, self.latent_channels, "latent", layout)
+        return _restore(self.decoder(clip), latent, layout)
+
+    # Diffusion -------------------------------------------------------------------------------
+
+    def scale_latent(self, latent: Tensor) -> Tensor:
+        """(latent - shift) * scale: what a diffusion model works on."""
+        return (latent - self.config.latent_shift_factor) * self.latent_scale_factor
+
+    def unscale_latent(self, latent: Tensor) -> Tensor:
+        """latent / scale + shift: the inverse of `scale_latent`."""
+        return latent / self.latent_scale_factor + self.config.latent_shift_factor
+
+    def encode_video_for_diffusion(
+        self,
+        video: Tensor,
+        sample_mode: bool = True,
+        generator: torch.Generator | None = None,
+        *,
+        layout: Layout = "BCTHW",
+    ) -> Tensor:
+        """`encode`, then `scale_latent`: latents as a diffusion model wants them."""
+        return self.scale_latent(self.encode(video, sample_mode, generator, layout=layout))
+
+    def decode_video_from_diffusion(self, latent: Tensor, *, layout: Layout = "BCTHW") -> Tensor:
+        """`unscale_latent`, then `decode`: a diffusion model's latents to pixels."""
+        return self.decode(self.unscale_latent(latent), layout=layout)
+
+    # Training --------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        video: Tensor,
+        sample_posterior: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, LatentDistribution]:
+        """Reconstruction and posterior of a video (B, C, T, H, W) or image (B, C, H, W)."""
+        posterior = self.encode_with_distribution(video)
+        latent = self.sample(*posterior, generator=generator) if sample_posterior else posterior.mean
+        return self.decode(latent), posterior
+
+    def predict(self, video: Tensor, *, layout: Layout = "BCTHW") -> Tensor:
+        """The reconstruction from the posterior mean, without gradients or side effects."""
+        with torch.no_grad():
+            latent = self.encode(video, sample_mode=False, layout=layout)
+            return self.decode(latent, layout=layout)
+
+    def kl_divergence(self, mean: Tensor, log_variance: Tensor) -> Tensor:
+        """KL of the posterior from N(0, 1): nats summed over a sample, mean over the batch."""
+        return losses.kl_divergence(mean, log_variance)
+
+    # -----------------------------------------------------------------------------------------
+
+    def _clip(self, x: Tensor, channels: int, name: str, layout: Layout) -> Tensor:
+        """Check an input at the door and bring it to (B, C, T, H, W)."""
+        if layout not in ("BCTHW", "BTCHW"):
+            raise ValueError(f"layout must be 'BCTHW' or 'BTCHW', got {layout!r}")
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        shape = tuple(x.shape)
+        if x.ndim not in (4, 5):
+            hint = f": add the batch with {name}.unsqueeze(0)" if x.ndim == 3 else ""
+            raise ValueError(
+                f"{name} must be video (B, C, T, H, W) or image (B, C, H, W), got {shape}{hint}"
+            )
+        if 0 in shape:
+            raise ValueError(f"{name} must not be empty, got {shape}")
+        self._check_channels(shape, channels, name, layout)
+        self._check_dtype(x, name)
+        if x.device != self.device:
+            raise ValueError(
+                f"{name} is on {x.device}, the model on {self.device}: move one with .to(...)"
+            )
+        return x.unsqueeze(2) if x.ndim == 4 else _relayout(x, layout)
+
+    def _check_channels(
+        self, shape: tuple[int, ...], channels: int, name: str, layout: Layout
+    ) -> None:
+        axis = 2 if len(shape) == 5 and layout == "BTCHW" else 1
+        if shape[axis] == channels:
+            return
+        message = f"{name} must have {channels} channels on axis {axis}, got {shape}"
+        if len(shape) == 5 and shape[3 - axis] == channels:
+            other = "BTCHW" if layout == "BCTHW" else "BCTHW"
+            message += f": these axes look like {other}, so pass layout={other!r}"
+        elif shape[-1] == channels:
+            order = "0, 4, 1, 2, 3" if len(shape) == 5 else "0, 3, 1, 2"
+            message += f": channels stand last, so pass {name}.permute({order})"
+        raise ValueError(message)
+
+    def _check_dtype(self, x: Tensor, name: str) -> None:
+        if not x.is_floating_point():
+            raise ValueError(
+                f"{name} must be floating point, got {x.dtype}: 8-bit pixels become "
+                f"{name}.to({self.dtype}) / 127.5 - 1"
+            )
+        if x.dtype != self.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(
+                f"{name} is {x.dtype}, the model {self.dtype}: convert with {name}.to({self.dtype})"
+            )
+
+
+def _seeded(seed: int | None) -> torch.Generator:
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    return generator
+
+
+def _relayout(x: Tensor, layout: Layout) -> Tensor:
+    """Swap frames and channels of a video if `layout` says so; its own inverse."""
+    return x.transpose(1, 2) if layout == "BTCHW" and x.ndim == 5 else x
+
+
+def _restore(clip: Tensor, given: Tensor, layout: Layout) -> Tensor:
+    """Bring a clip (B, C, T, H, W) to the rank and layout of what was given, contiguous."""
+    return (clip.squeeze(2) if given.ndim == 4 else _relayout(clip, layout)).contiguous()

@@ -1,0 +1,186 @@
+"""Encoder and decoder: two straight lines of framewise and timewise layers.
+
+Letters: B batch, C channels, T frames, H height, W width, L latent channels, f downsample factor.
+
+    encoder  pixels  (B, C, T, H, W)     -> moments (B, 2*L, T, H/f, W/f)
+    decoder  latents (B, L, T, H/f, W/f) -> pixels  (B, C, T, H, W)
+
+The spatial line is the image VAE of Latent Diffusion (Rombach et al. 2022, arXiv 2112.10752). After
+each of its residual blocks stand the temporal blocks (Blattmann et al. 2023, arXiv 2304.08818 and
+2311.15127), whose last convolution starts at zero: at birth the video VAE is its image VAE, frame by
+frame. Parameter names follow diffusers' where it has a counterpart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from temporal_vae.config import TemporalVAEConfig
+from temporal_vae.layers import (
+    Downsample,
+    FrameConv,
+    FrameNormSiLU,
+    Framewise,
+    ResidualBlock,
+    SpatialAttention,
+    TemporalAttention,
+    TemporalBlock,
+    TimeConv,
+    Timewise,
+    Upsample,
+)
+
+Layer = Framewise | Timewise
+
+
+class Line(nn.Module):
+    """Layers in a row, applied to the whole clip. How else to walk them is no business of theirs."""
+
+    def layers(self) -> Iterator[Layer]:
+        """Every layer in the order of application."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, T, H, W) -> (B, C', T, H', W')."""
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+        for layer in self.layers():
+            x = layer(x)
+        return x
+
+    @property
+    def reach(self) -> tuple[int, int] | None:
+        """Frames (back, ahead) that an output depends on; None when it is the whole clip."""
+        past, future = 0, 0
+        for layer in self.layers():
+            if layer.past is None or layer.future is None:
+                return None
+            past, future = past + layer.past, future + layer.future
+        return past, future
+
+
+def temporal_blocks(channels: int, count: int, config: TemporalVAEConfig) -> nn.ModuleList:
+    """The temporal blocks that follow one spatial block."""
+    return nn.ModuleList(TemporalBlock(channels, config) for _ in range(count))
+
+
+class Level(nn.Module):
+    """The blocks at one resolution, then a change of resolution unless it is the last level."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, blocks: int, temporal: int, config: TemporalVAEConfig
+    ):
+        super().__init__()
+        widths = [in_channels] + [out_channels] * blocks
+        self.resnets = nn.ModuleList(
+            ResidualBlock(before, after, config)
+            for before, after in zip(widths, widths[1:], strict=False)
+        )
+        self.temporals = nn.ModuleList(
+            temporal_blocks(out_channels, temporal, config) for _ in range(blocks)
+        )
+        self.downsamplers = nn.ModuleList()
+        self.upsamplers = nn.ModuleList()
+
+    def layers(self) -> Iterator[Layer]:
+        """Every layer in the order of application."""
+        for resnet, temporals in zip(self.resnets, self.temporals, strict=True):
+            yield resnet  # type: ignore[misc]
+            yield from temporals  # type: ignore[misc]
+        yield from self.downsamplers  # type: ignore[misc]
+        yield from self.upsamplers  # type: ignore[misc]
+
+
+class MidBlock(nn.Module):
+    """Residual block, attention in space, attention in time, residual block."""
+
+    def __init__(self, channels: int, temporal: int, config: TemporalVAEConfig):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResidualBlock(channels, channels, config) for _ in range(2))
+        self.temporals = nn.ModuleList(
+            temporal_blocks(channels, temporal, config) for _ in range(2)
+        )
+        self.attentions = nn.ModuleList([SpatialAttention(channels, config)])
+        self.temporal_attentions = nn.ModuleList()
+        if temporal and config.temporal_attention_reach:
+            self.temporal_attentions.append(TemporalAttention(channels, config))
+
+    def layers(self) -> Iterator[Layer]:
+        """Every layer in the order of application."""
+        yield self.resnets[0]  # type: ignore[misc]
+        yield from self.temporals[0]  # type: ignore[misc]
+        yield from self.attentions  # type: ignore[misc]
+        yield from self.temporal_attentions  # type: ignore[misc]
+        yield self.resnets[1]  # type: ignore[misc]
+        yield from self.temporals[1]  # type: ignore[misc]
+
+
+class Encoder(Line):
+    """Pixels (B, C, T, H, W) -> moments (B, 2*L, T, H/f, W/f): mean and log-variance."""
+
+    def __init__(self, config: TemporalVAEConfig):
+        super().__init__()
+        widths, moments = config.widths, 2 * config.latent_channels
+        temporal = config.num_temporal_layers if config.temporal_encoder else 0
+        self.conv_in = FrameConv(config.input_channels, widths[0], 3)
+        self.down_blocks = nn.ModuleList()
+        for before, width in zip((widths[0], *widths), widths, strict=False):
+            level = Level(before, width, config.blocks_per_level, temporal, config)
+            self.down_blocks.append(level)
+        for level in list(self.down_blocks)[:-1]:
+            level.downsamplers.append(Downsample(level.resnets[-1].conv2.out_channels))
+        self.mid_block = MidBlock(widths[-1], temporal, config)
+        self.conv_norm_out = FrameNormSiLU(config.groups(widths[-1]), widths[-1])
+        self.conv_out = FrameConv(widths[-1], moments, 3)
+        self.quant_conv = FrameConv(moments, moments, 1) if config.quant_conv else None
+
+    def layers(self) -> Iterator[Layer]:
+        """Every layer in the order of application."""
+        yield self.conv_in
+        for level in self.down_blocks:
+            yield from level.layers()
+        yield from self.mid_block.layers()
+        yield self.conv_norm_out
+        yield self.conv_out
+        if self.quant_conv is not None:
+            yield self.quant_conv
+
+
+class Decoder(Line):
+    """Latents (B, L, T, H/f, W/f) -> pixels (B, C, T, H, W), not clamped."""
+
+    def __init__(self, config: TemporalVAEConfig):
+        super().__init__()
+        latent, pixel = config.latent_channels, config.input_channels
+        widths, temporal = config.widths[::-1], config.num_temporal_layers
+        self.post_quant_conv = FrameConv(latent, latent, 1) if config.post_quant_conv else None
+        self.conv_in = FrameConv(latent, widths[0], 3)
+        self.mid_block = MidBlock(widths[0], temporal, config)
+        self.up_blocks = nn.ModuleList()
+        for before, width in zip((widths[0], *widths), widths, strict=False):
+            level = Level(before, width, config.blocks_per_level + 1, temporal, config)
+            self.up_blocks.append(level)
+        for level, width in zip(list(self.up_blocks)[:-1], widths, strict=False):
+            level.upsamplers.append(Upsample(width))
+        self.conv_norm_out = FrameNormSiLU(config.groups(widths[-1]), widths[-1])
+        self.conv_out = FrameConv(widths[-1], pixel, 3)
+        self.time_conv_out = (
+            TimeConv(pixel, config.temporal_kernel_size, config.causal_mode)
+            if config.time_conv_out
+            else None
+        )
+
+    def layers(self) -> Iterator[Layer]:
+        """Every layer in the order of application."""
+        if self.post_quant_conv is not None:
+            yield self.post_quant_conv
+        yield self.conv_in
+        yield from self.mid_block.layers()
+        for level in self.up_blocks:
+            yield from level.layers()
+        yield self.conv_norm_out
+        yield self.conv_out
+        if self.time_conv_out is not None:
+            yield self.time_conv_out

@@ -1,0 +1,191 @@
+"""A training loop to read from top to bottom.
+
+    python -m temporal_vae.training.loop recipes/tiny.toml --clips FOLDER --out FOLDER [--start MODEL]
+
+A recipe is a TOML file of stages that follow one another; each lasts a stated number of minutes, so
+the learning rate falls to its end on any machine. The weights are written every `save_minutes`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from temporal_vae import TemporalVAE, TemporalVAEConfig, losses
+from temporal_vae.training.data import Shape, draw_batch, load_clips
+from temporal_vae.video import Bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """One part of a recipe: what is trained, on batches of which shapes, for how long."""
+
+    name: str
+    minutes: float
+    shapes: tuple[Shape, ...]
+    chances: tuple[float, ...]
+    temporal: bool
+    learning_rate: float
+    final_rate: float = 0.02
+    kl_weight: float = 3e-3
+    warmup_steps: int = 50
+
+    @classmethod
+    def from_toml(cls, table: dict[str, object]) -> Stage:
+        """A stage from its table; `batches` is a list of [chance, samples, frames, crop]."""
+        values = dict(table)
+        batches = values.pop("batches")
+        assert isinstance(batches, list)
+        return cls(
+            shapes=tuple(Shape(*batch[1:]) for batch in batches),
+            chances=tuple(batch[0] for batch in batches),
+            **values,  # type: ignore[arg-type]
+        )
+
+
+class Optimizers:
+    """Muon for the matrices inside the network, AdamW for its ends, its norms and its biases.
+
+    torch's Muon takes matrices only, so it is given (out, rest) views of the convolutions, which
+    share their storage.
+    """
+
+    def __init__(self, model: nn.Module, rate: float):
+        ends = ("conv_in", "conv_out", "quant_conv", "distance_bias")
+        inner = {
+            name for name, p in model.named_parameters()
+            if p.ndim >= 2 and not any(end in name for end in ends)
+        }
+        self._matrices = [p for name, p in model.named_parameters() if name in inner]
+        self._others = [p for name, p in model.named_parameters() if name not in inner]
+        self._views = [nn.Parameter(p.detach().flatten(1)) for p in self._matrices]
+        self._muon = torch.optim.Muon(
+            self._views, lr=rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
+        )
+        self._adam = torch.optim.AdamW(self._others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
+
+    def step(self, rate: float) -> None:
+        """One update at this learning rate; gradients are consumed."""
+        for optimizer in (self._muon, self._adam):
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        nn.utils.clip_grad_norm_(self._others, 1.0)
+        for parameter, view in zip(self._matrices, self._views, strict=True):
+            view.grad = None if parameter.grad is None else parameter.grad.flatten(1)
+            parameter.grad = None
+        for optimizer in (self._muon, self._adam):
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def reconstruction_terms(reconstruction: Tensor, video: Tensor) -> dict[str, Tensor]:
+    """Mean log of each frame's squared error, so that every frame counts in decibels alike."""
+    error = (reconstruction - video).square().mean(dim=(1, 3, 4))  # (B, T)
+    # the floor is 36 dB: below it a frame is good enough not to be worth another's loss
+    return {"reconstruction/log_error": (error + 1e-3).log().mean(), "error": error.mean().detach()}
+
+
+def train_step(
+    model: TemporalVAE, optimizers: Optimizers, video: Tensor, kl_weight: float, rate: float
+) -> dict[str, float]:
+    """One update on a batch (B, 3, T, H, W) in [-1, 1]."""
+    with torch.autocast(video.device.type, torch.bfloat16):
+        reconstruction, posterior = model(video)
+    terms = reconstruction_terms(reconstruction.float(), video)
+    mean, log_variance = (moment.float() for moment in posterior)
+    terms["kl"] = losses.kl_divergence(mean, log_variance) / mean[0].numel()
+    loss = terms["reconstruction/log_error"] + kl_weight * terms["kl"]
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizers.step(rate)
+    return {name: term.item() for name, term in terms.items()}
+
+
+def learning_rate(stage: Stage, progress: float, step: int) -> float:
+    """Warm-up over the first steps, then half a cosine down to `final_rate` of the whole."""
+    cosine = 0.5 + 0.5 * math.cos(math.pi * min(progress, 1.0))
+    shape = stage.final_rate + (1 - stage.final_rate) * cosine
+    return stage.learning_rate * min(1.0, (step + 1) / stage.warmup_steps) * shape
+
+
+def run_stage(
+    stage: Stage, model: TemporalVAE, clips: Sequence[Bytes], rng: np.random.Generator
+) -> Iterator[str]:
+    """Train `model` in place; yields a line of progress about every half minute."""
+    optimizers = Optimizers(model, stage.learning_rate)
+    start = said = time.monotonic()
+    step, errors = 0, []
+    while (elapsed := time.monotonic() - start) < 60 * stage.minutes:
+        shape = stage.shapes[rng.choice(len(stage.shapes), p=stage.chances)]
+        video = draw_batch(clips, shape, rng).to(model.device)
+        rate = learning_rate(stage, elapsed / (60 * stage.minutes), step)
+        terms = train_step(model, optimizers, video, stage.kl_weight, rate)
+        step += 1
+        errors.append(terms["error"])
+        if time.monotonic() - said > 30:
+            said = time.monotonic()
+            decibels = 10 * math.log10(4 / float(np.mean(errors)))
+            yield (
+                f"{stage.name}: {elapsed / 60:.1f} of {stage.minutes:g} min, step {step}, "
+                f"{decibels:.2f} dB, kl {terms['kl']:.2f}, rate {rate:.1e}"
+            )
+            errors = []
+
+
+def image_twin(model: TemporalVAE) -> TemporalVAE:
+    """An image VAE that shares the spatial parameters of `model`."""
+    config = replace(model.config, num_temporal_layers=0)
+    twin = TemporalVAE.from_config(config)
+    parameters = dict(model.named_parameters())
+    for name, _ in list(twin.named_parameters()):
+        path, _, leaf = name.rpartition(".")
+        setattr(twin.get_submodule(path), leaf, parameters[name])
+    return twin
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read the recipe, train stage after stage, write the weights."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--clips", type=Path, required=True, help="folder of .mp4 files")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the weights")
+    parser.add_argument("--start", help="model to continue from; new weights without it")
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args(arguments)
+    recipe = tomllib.loads(options.recipe.read_text(encoding="utf-8"))
+    data, seed = recipe["data"], recipe["seed"]
+
+    files = [
+        file
+        for file in sorted(options.clips.glob("*.mp4"))
+        if not any(file.match(pattern) for pattern in data["exclude"])
+    ]
+    clips = load_clips(files, data["widths"], lambda name: print(f"reading {name}", flush=True))
+    if options.start:
+        model = TemporalVAE.from_pretrained(options.start)
+    else:
+        model = TemporalVAE.from_config(TemporalVAEConfig.tiny(), seed=seed)
+    model.to(options.device)
+    rng = np.random.default_rng(seed if not options.start else None)
+    saved = time.monotonic()
+    for table in recipe["stage"]:
+        stage = Stage.from_toml(table)
+        part = model if stage.temporal else image_twin(model)
+        for line in run_stage(stage, part, clips, rng):
+            print(line, flush=True)
+            if time.monotonic() - saved > 60 * recipe["save_minutes"]:
+                saved = time.monotonic()
+                model.save_pretrained(options.out)
+        model.save_pretrained(options.out)
+
+
+if __name__ == "__main__":
+    main()
