@@ -49,7 +49,7 @@ class TemporalVAEConfig:
     temporal_encoder: bool = True
     """Whether the encoder has temporal layers too; SVD's has none."""
     temporal_attention_reach: int = 8
-    """Frames that temporal attention sees: the last n when causal, n on each side otherwise; 0 removes it."""
+    """Frames temporal attention sees back and, unless causal, ahead; 0 removes it."""
     temporal_norm: NormScope = "position"
     """What a temporal block normalises over: the channels of one position, or the clip (SVD)."""
     time_conv_out: bool = False
@@ -161,7 +161,7 @@ class TemporalVAEConfig:
     def svd(cls) -> Self:
         """Stable Video Diffusion's VAE: image encoder, temporal decoder; 97,742,847 parameters.
 
-        Source: `AutoencoderKLTemporalDecoder` of diffusers; Blattmann et al. 2023, arXiv 2311.15127.
+        Source: diffusers' `AutoencoderKLTemporalDecoder`; Blattmann et al. 2023, arXiv 2311.15127.
         """
         return cls(
             norm_groups=32,

@@ -31,7 +31,10 @@ _TO_OURS = [
 ]
 _TO_DIFFUSERS = [
     (re.compile(r"^encoder\.quant_conv\."), "quant_conv."),
-    (re.compile(r"^(decoder\..*)temporals\.(\d+)\.0\.mix_factor"), r"\1resnets.\2.time_mixer.mix_factor"),
+    (
+        re.compile(r"^(decoder\..*)temporals\.(\d+)\.0\.mix_factor"),
+        r"\1resnets.\2.time_mixer.mix_factor",
+    ),
     (re.compile(r"^(decoder\..*)resnets\.(\d+)\."), r"\1resnets.\2.spatial_res_block."),
     (re.compile(r"^(decoder\..*)temporals\.(\d+)\.0\."), r"\1resnets.\2.temporal_res_block."),
 ]

@@ -51,7 +51,5 @@ def draw_noise(shape: torch.Size, generator: torch.Generator | None) -> Tensor:
     if len(shape) == 4:
         return torch.randn(shape, generator=generator, dtype=torch.float32)
     frame = (shape[0], shape[1], *shape[3:])
-    frames = [
-        torch.randn(frame, generator=generator, dtype=torch.float32) for _ in range(shape[2])
-    ]
+    frames = [torch.randn(frame, generator=generator, dtype=torch.float32) for _ in range(shape[2])]
     return torch.stack(frames, dim=2)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from temporal_vae.config import NormScope, TemporalVAEConfig
+from temporal_vae.kernels.norm import group_norm
 
 SPATIAL_EPS = 1e-6
 TEMPORAL_EPS = 1e-5
@@ -32,7 +33,15 @@ QUERY_FRAMES = 64
 
 def silu(x: Tensor) -> Tensor:
     """SiLU, overwriting `x` where no gradient needs it: saves a pass and an activation."""
-    return F.silu(x, inplace=not x.requires_grad)
+    y: Tensor = F.silu(x, inplace=not x.requires_grad)
+    return y
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group norm over all that a sample holds: a frame (N, C, H, W), or a clip (B, C, T, P)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -53,7 +62,8 @@ class Framewise(nn.Module):
         """(B, C, T, H, W) -> (B, C', T, H', W')."""
         y = self.frames(x.transpose(1, 2).flatten(0, 1))
         y = y.contiguous(memory_format=torch.channels_last)
-        return y.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+        clip: Tensor = y.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+        return clip
 
 
 class FrameConv(Framewise):
@@ -61,8 +71,8 @@ class FrameConv(Framewise):
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int):
         super().__init__()
-        conv = nn.Conv2d(in_channels, out_channels, kernel)
-        self.weight, self.bias = conv.weight, conv.bias
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel, kernel))
+        self.bias = nn.Parameter(torch.empty(out_channels))
         self.padding = kernel // 2
 
     def frames(self, x: Tensor) -> Tensor:
@@ -74,11 +84,12 @@ class FrameNormSiLU(Framewise):
 
     def __init__(self, groups: int, channels: int):
         super().__init__()
-        norm = nn.GroupNorm(groups, channels)
-        self.weight, self.bias, self.groups = norm.weight, norm.bias, groups
+        self.groups = groups
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
 
     def frames(self, x: Tensor) -> Tensor:
-        return silu(F.group_norm(x, self.groups, self.weight, self.bias, SPATIAL_EPS))
+        return silu(group_norm(x, self.groups, self.weight, self.bias, SPATIAL_EPS))
 
 
 class ResidualBlock(Framewise):
@@ -86,9 +97,9 @@ class ResidualBlock(Framewise):
 
     def __init__(self, in_channels: int, out_channels: int, config: TemporalVAEConfig):
         super().__init__()
-        self.norm1 = nn.GroupNorm(config.groups(in_channels), in_channels, eps=SPATIAL_EPS)
+        self.norm1 = GroupNorm(config.groups(in_channels), in_channels, eps=SPATIAL_EPS)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(config.groups(out_channels), out_channels, eps=SPATIAL_EPS)
+        self.norm2 = GroupNorm(config.groups(out_channels), out_channels, eps=SPATIAL_EPS)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = (
             nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
@@ -97,7 +108,8 @@ class ResidualBlock(Framewise):
     def frames(self, x: Tensor) -> Tensor:
         h = self.conv1(silu(self.norm1(x)))
         h = self.conv2(silu(self.norm2(h)))
-        return h.add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
+        y: Tensor = h.add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
+        return y
 
 
 class SpatialAttention(Framewise):
@@ -105,7 +117,7 @@ class SpatialAttention(Framewise):
 
     def __init__(self, channels: int, config: TemporalVAEConfig):
         super().__init__()
-        self.group_norm = nn.GroupNorm(config.groups(channels), channels, eps=SPATIAL_EPS)
+        self.group_norm = GroupNorm(config.groups(channels), channels, eps=SPATIAL_EPS)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
@@ -115,7 +127,8 @@ class SpatialAttention(Framewise):
         tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (N, P, C)
         q, k, v = (to(tokens).unsqueeze(1) for to in (self.to_q, self.to_k, self.to_v))
         mixed = self.to_out(F.scaled_dot_product_attention(q, k, v).squeeze(1))
-        return mixed.transpose(1, 2).unflatten(2, x.shape[2:]).add_(x)
+        y: Tensor = mixed.transpose(1, 2).unflatten(2, x.shape[2:]).add_(x)
+        return y
 
 
 class Downsample(Framewise):
@@ -159,19 +172,23 @@ class Timewise(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) -> (B, C', T, H, W)."""
         y = self.pixels(x.flatten(3)).contiguous(memory_format=torch.channels_last)
-        return y.unflatten(3, x.shape[3:])
+        clip: Tensor = y.unflatten(3, x.shape[3:])
+        return clip
 
 
 class TimeConv(Timewise):
-    """A (k, 1, 1) convolution; zeros stand before the first frame, and after the last unless causal.
+    """A (k, 1, 1) convolution; zeros stand before the clip and, unless causal, after it.
 
     The weight keeps the five dimensions it has in checkpoints.
     """
 
+    past: int
+    future: int
+
     def __init__(self, channels: int, kernel: int, causal: bool):
         super().__init__()
-        conv = nn.Conv3d(channels, channels, (kernel, 1, 1))
-        self.weight, self.bias = conv.weight, conv.bias
+        self.weight = nn.Parameter(torch.empty(channels, channels, kernel, 1, 1))
+        self.bias = nn.Parameter(torch.empty(channels))
         self.past = kernel - 1 if causal else kernel // 2
         self.future = kernel - 1 - self.past
 
@@ -180,7 +197,8 @@ class TimeConv(Timewise):
 
     def scaled(self, x: Tensor, gain: Tensor | None) -> Tensor:
         """The convolution times `gain`, which costs nothing: it goes into the weights."""
-        weight, bias = self.weight.squeeze(-1), self.bias
+        weight: Tensor = self.weight.squeeze(-1)
+        bias: Tensor = self.bias
         if gain is not None:
             weight, bias = weight * gain, bias * gain
         if self.past == self.future:
@@ -197,7 +215,8 @@ class PositionNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.layer_norm(x.movedim(1, -1), self.weight.shape, self.weight, self.bias, TEMPORAL_EPS)
+        positions = x.movedim(1, -1)
+        y = F.layer_norm(positions, self.weight.shape, self.weight, self.bias, TEMPORAL_EPS)
         return y.movedim(-1, 1)
 
 
@@ -205,7 +224,7 @@ def time_norm(scope: NormScope, channels: int, config: TemporalVAEConfig) -> nn.
     """The norm of a timewise block: over one position, or in groups over the clip (SVD)."""
     if scope == "position":
         return PositionNorm(channels)
-    return nn.GroupNorm(config.groups(channels), channels, eps=TEMPORAL_EPS)
+    return GroupNorm(config.groups(channels), channels, eps=TEMPORAL_EPS)
 
 
 class TemporalBlock(Timewise):
@@ -225,7 +244,7 @@ class TemporalBlock(Timewise):
         if config.temporal_norm == "clip":
             self.past = self.future = None
         else:
-            self.past, self.future = 2 * (self.conv1.past or 0), 2 * (self.conv1.future or 0)
+            self.past, self.future = 2 * self.conv1.past, 2 * self.conv1.future
 
     def pixels(self, x: Tensor) -> Tensor:
         h = self.conv1.pixels(silu(self.norm1(x)))
@@ -239,6 +258,9 @@ class TemporalAttention(Timewise):
     A frame sees `reach` frames back, and as many ahead unless causal, by content and by a learned
     bias for each distance: positions are relative, so a clip may have any length.
     """
+
+    past: int
+    future: int
 
     def __init__(self, channels: int, config: TemporalVAEConfig):
         super().__init__()
@@ -256,11 +278,11 @@ class TemporalAttention(Timewise):
         tokens = self.norm(x).permute(0, 3, 2, 1)  # (B, P, T, C)
         parts = tokens.flatten(0, 1).split(max(1, ATTENTION_BATCH // self.heads))
         mixed = torch.cat([self._attend(part) for part in parts])
-        return mixed.unflatten(0, tokens.shape[:2]).permute(0, 3, 2, 1).add(x)
+        y: Tensor = mixed.unflatten(0, tokens.shape[:2]).permute(0, 3, 2, 1).add(x)
+        return y
 
     def _attend(self, tokens: Tensor) -> Tensor:
         """(N, T, C) -> (N, T, C), in blocks of queries against the band of keys they can see."""
-        assert self.past is not None and self.future is not None
         q, k, v = (
             to(tokens).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (N, heads, T, C / heads)
             for to in (self.to_q, self.to_k, self.to_v)
@@ -281,7 +303,6 @@ class TemporalAttention(Timewise):
 
     def _bias(self, start: int, stop: int, band: slice) -> Tensor:
         """(1, heads, queries, keys): the learned bias of each distance, -inf out of reach."""
-        assert self.past is not None and self.future is not None
         device = self.distance_bias.device
         queries = torch.arange(start, stop, device=device)[:, None]
         keys = torch.arange(band.start, band.stop, device=device)[None, :]
@@ -308,7 +329,7 @@ def draw_parameters(module: nn.Module, generator: torch.Generator) -> None:
                 layer.weight.uniform_(-bound, bound, generator=generator)
                 if layer.bias is not None:
                     layer.bias.uniform_(-bound, bound, generator=generator)
-            elif isinstance(layer, (nn.GroupNorm, FrameNormSiLU, PositionNorm)):
+            elif isinstance(layer, (GroupNorm, FrameNormSiLU, PositionNorm)):
                 nn.init.ones_(layer.weight)
                 nn.init.zeros_(layer.bias)
         for layer in module.modules():

@@ -346,7 +346,9 @@ class TemporalVAE(nn.Module):
     ) -> tuple[Tensor, LatentDistribution]:
         """Reconstruction and posterior of a video (B, C, T, H, W) or image (B, C, H, W)."""
         posterior = self.encode_with_distribution(video)
-        latent = self.sample(*posterior, generator=generator) if sample_posterior else posterior.mean
+        latent = (
+            self.sample(*posterior, generator=generator) if sample_posterior else posterior.mean
+        )
         return self.decode(latent), posterior
 
     def predict(self, video: Tensor, *, layout: Layout = "BCTHW") -> Tensor:

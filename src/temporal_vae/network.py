@@ -7,13 +7,15 @@ Letters: B batch, C channels, T frames, H height, W width, L latent channels, f 
 
 The spatial line is the image VAE of Latent Diffusion (Rombach et al. 2022, arXiv 2112.10752). After
 each of its residual blocks stand the temporal blocks (Blattmann et al. 2023, arXiv 2304.08818 and
-2311.15127), whose last convolution starts at zero: at birth the video VAE is its image VAE, frame by
-frame. Parameter names follow diffusers' where it has a counterpart.
+2311.15127), whose last convolution starts at zero: at birth the video VAE is its image VAE, frame
+by frame. Parameter names follow diffusers' where it has a counterpart.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +39,7 @@ Layer = Framewise | Timewise
 
 
 class Line(nn.Module):
-    """Layers in a row, applied to the whole clip. How else to walk them is no business of theirs."""
+    """Layers in a row, applied to the whole clip; how else to walk them is not their business."""
 
     def layers(self) -> Iterator[Layer]:
         """Every layer in the order of application."""
@@ -61,6 +63,11 @@ class Line(nn.Module):
         return past, future
 
 
+def _each(modules: nn.Module) -> Iterator[Layer]:
+    """The layers in a ModuleList, which the type checker takes for any modules."""
+    return cast(Iterator[Layer], iter(cast(nn.ModuleList, modules)))
+
+
 def temporal_blocks(channels: int, count: int, config: TemporalVAEConfig) -> nn.ModuleList:
     """The temporal blocks that follow one spatial block."""
     return nn.ModuleList(TemporalBlock(channels, config) for _ in range(count))
@@ -70,13 +77,17 @@ class Level(nn.Module):
     """The blocks at one resolution, then a change of resolution unless it is the last level."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, blocks: int, temporal: int, config: TemporalVAEConfig
+        self,
+        in_channels: int,
+        out_channels: int,
+        blocks: int,
+        temporal: int,
+        config: TemporalVAEConfig,
     ):
         super().__init__()
         widths = [in_channels] + [out_channels] * blocks
         self.resnets = nn.ModuleList(
-            ResidualBlock(before, after, config)
-            for before, after in zip(widths, widths[1:], strict=False)
+            ResidualBlock(before, after, config) for before, after in pairwise(widths)
         )
         self.temporals = nn.ModuleList(
             temporal_blocks(out_channels, temporal, config) for _ in range(blocks)
@@ -87,10 +98,10 @@ class Level(nn.Module):
     def layers(self) -> Iterator[Layer]:
         """Every layer in the order of application."""
         for resnet, temporals in zip(self.resnets, self.temporals, strict=True):
-            yield resnet  # type: ignore[misc]
-            yield from temporals  # type: ignore[misc]
-        yield from self.downsamplers  # type: ignore[misc]
-        yield from self.upsamplers  # type: ignore[misc]
+            yield cast(Layer, resnet)
+            yield from _each(temporals)
+        yield from _each(self.downsamplers)
+        yield from _each(self.upsamplers)
 
 
 class MidBlock(nn.Module):
@@ -109,12 +120,16 @@ class MidBlock(nn.Module):
 
     def layers(self) -> Iterator[Layer]:
         """Every layer in the order of application."""
-        yield self.resnets[0]  # type: ignore[misc]
-        yield from self.temporals[0]  # type: ignore[misc]
-        yield from self.attentions  # type: ignore[misc]
-        yield from self.temporal_attentions  # type: ignore[misc]
-        yield self.resnets[1]  # type: ignore[misc]
-        yield from self.temporals[1]  # type: ignore[misc]
+        yield cast(Layer, self.resnets[0])
+        yield from _each(self.temporals[0])
+        yield from _each(self.attentions)
+        yield from _each(self.temporal_attentions)
+        yield cast(Layer, self.resnets[1])
+        yield from _each(self.temporals[1])
+
+
+def _level(module: nn.Module) -> Level:
+    return cast(Level, module)
 
 
 class Encoder(Line):
@@ -126,11 +141,11 @@ class Encoder(Line):
         temporal = config.num_temporal_layers if config.temporal_encoder else 0
         self.conv_in = FrameConv(config.input_channels, widths[0], 3)
         self.down_blocks = nn.ModuleList()
-        for before, width in zip((widths[0], *widths), widths, strict=False):
+        for before, width in pairwise((widths[0], *widths)):
+            if self.down_blocks:
+                _level(self.down_blocks[-1]).downsamplers.append(Downsample(before))
             level = Level(before, width, config.blocks_per_level, temporal, config)
             self.down_blocks.append(level)
-        for level in list(self.down_blocks)[:-1]:
-            level.downsamplers.append(Downsample(level.resnets[-1].conv2.out_channels))
         self.mid_block = MidBlock(widths[-1], temporal, config)
         self.conv_norm_out = FrameNormSiLU(config.groups(widths[-1]), widths[-1])
         self.conv_out = FrameConv(widths[-1], moments, 3)
@@ -140,7 +155,7 @@ class Encoder(Line):
         """Every layer in the order of application."""
         yield self.conv_in
         for level in self.down_blocks:
-            yield from level.layers()
+            yield from _level(level).layers()
         yield from self.mid_block.layers()
         yield self.conv_norm_out
         yield self.conv_out
@@ -159,11 +174,11 @@ class Decoder(Line):
         self.conv_in = FrameConv(latent, widths[0], 3)
         self.mid_block = MidBlock(widths[0], temporal, config)
         self.up_blocks = nn.ModuleList()
-        for before, width in zip((widths[0], *widths), widths, strict=False):
+        for before, width in pairwise((widths[0], *widths)):
+            if self.up_blocks:
+                _level(self.up_blocks[-1]).upsamplers.append(Upsample(before))
             level = Level(before, width, config.blocks_per_level + 1, temporal, config)
             self.up_blocks.append(level)
-        for level, width in zip(list(self.up_blocks)[:-1], widths, strict=False):
-            level.upsamplers.append(Upsample(width))
         self.conv_norm_out = FrameNormSiLU(config.groups(widths[-1]), widths[-1])
         self.conv_out = FrameConv(widths[-1], pixel, 3)
         self.time_conv_out = (
@@ -179,7 +194,7 @@ class Decoder(Line):
         yield self.conv_in
         yield from self.mid_block.layers()
         for level in self.up_blocks:
-            yield from level.layers()
+            yield from _level(level).layers()
         yield self.conv_norm_out
         yield self.conv_out
         if self.time_conv_out is not None:

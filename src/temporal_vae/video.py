@@ -63,6 +63,7 @@ class VideoInfo:
     fps: Fraction
     frames: int | None
     time_base: Fraction
+    sample_aspect_ratio: Fraction | None
     codec: str
     pixel_format: str
     notes: tuple[str, ...] = field(default=())
@@ -74,12 +75,16 @@ class VideoReader:
 
     Reads 8-bit video without alpha or rotation; anything else is refused by a `VideoError` that
     gives a way out. After the iteration `loss` says what could not be read, None if all was.
+
+    With `width` frames are scaled (Lanczos), the height to the nearest multiple of `multiple` that
+    keeps the shape of the picture.
     """
 
-    def __init__(self, path: str | os.PathLike[str], width: int | None = None):
+    def __init__(self, path: str | os.PathLike[str], width: int | None = None, multiple: int = 1):
         self.path = os.fspath(path)
-        self._width = width
+        self._width, self._multiple = width, multiple
         self.loss: str | None = None
+        self._packets_lost = self._timestamps_made = 0
         self._container = _open(self.path)
         try:
             self._stream = _video_stream(self._container, self.path)
@@ -93,7 +98,10 @@ class VideoReader:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
     ) -> None:
         self._container.close()
 
@@ -118,11 +126,10 @@ class VideoReader:
             yield Frame(self._image(decoded), pts)
             count, last = count + 1, pts
         if not count:
-            raise VideoError(f"{self.path}: no frame could be decoded: the file is empty or damaged")
+            raise VideoError(
+                f"{self.path}: no frame could be decoded: the file is empty or damaged"
+            )
         self.loss = self._what_was_lost(count, damaged)
-
-    _timestamps_made = 0
-    _packets_lost = 0
 
     def _decode(self) -> Iterator[VideoFrame]:
         """Every frame that can be had: a packet that does not decode is counted and passed over."""
@@ -140,21 +147,29 @@ class VideoReader:
             except av.error.FFmpegError:
                 self._packets_lost += 1
                 continue
-            yield from frames  # type: ignore[misc]
+            yield from frames
 
     def _image(self, frame: VideoFrame) -> Bytes:
-        matrix = _matrix(frame)
-        height = None
-        if self._width is not None:
-            height = max(1, round(frame.height * self._width / frame.width))
+        height, width = self._scaled(frame.height, frame.width)
         rgb = frame.reformat(
-            width=self._width,
+            width=width,
             height=height,
             format="rgb24",
-            src_colorspace=matrix,
-            interpolation=Interpolation.LANCZOS,
+            src_colorspace=_matrix(frame),
+            interpolation=Interpolation.BILINEAR,
         )
-        return rgb.to_ndarray()
+        return rgb.to_ndarray().astype(np.uint8, copy=False)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the frames that come out."""
+        return self._scaled(self.info.height, self.info.width)
+
+    def _scaled(self, height: int, width: int) -> tuple[int, int]:
+        if self._width is None:
+            return height, width
+        rows = height * self._width / width / self._multiple
+        return max(1, round(rows)) * self._multiple, self._width
 
     def _what_was_lost(self, count: int, damaged: int) -> str | None:
         lost = []
@@ -166,7 +181,9 @@ class VideoReader:
         if damaged:
             lost.append(f"{damaged} frames were decoded from damaged data")
         if self._timestamps_made:
-            lost.append(f"{self._timestamps_made} timestamps were missing or out of order, and made up")
+            lost.append(
+                f"{self._timestamps_made} timestamps were missing or out of order, and made up"
+            )
         return f"{self.path}: " + "; ".join(lost) if lost else None
 
 
@@ -184,6 +201,7 @@ class VideoWriter:
         width: int,
         fps: Fraction,
         time_base: Fraction | None = None,
+        sample_aspect_ratio: Fraction | None = None,
     ):
         self.path = os.fspath(path)
         check_suffix(self.path)
@@ -195,6 +213,8 @@ class VideoWriter:
         stream = self._container.add_stream("ffv1" if self._lossless else "libx264", rate=fps)
         stream.height, stream.width = height, width
         stream.time_base = stream.codec_context.time_base = time_base or 1 / fps
+        if sample_aspect_ratio:
+            stream.codec_context.sample_aspect_ratio = sample_aspect_ratio
         if self._lossless:
             stream.pix_fmt = "bgr0"
         else:
@@ -209,7 +229,10 @@ class VideoWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
     ) -> None:
         try:
             if kind is None:
@@ -235,10 +258,15 @@ class VideoWriter:
             raise VideoError(f"cannot write {self.path}: {error}") from error
 
 
-def read_clip(path: str | os.PathLike[str], frames: int | None = None, width: int | None = None) -> Bytes:
-    """The first `frames` frames of a video (all if None), uint8 (T, H, W, 3), at `width` if given."""
+def read_clip(
+    path: str | os.PathLike[str],
+    frames: int | None = None,
+    width: int | None = None,
+    multiple: int = 1,
+) -> Bytes:
+    """The first `frames` frames of a video (all if None), uint8 (T, H, W, 3); see `VideoReader`."""
     images = []
-    with VideoReader(path, width=width) as video:
+    with VideoReader(path, width, multiple) as video:
         for frame in video:
             images.append(frame.image)
             if len(images) == frames:
@@ -272,8 +300,8 @@ def _video_stream(container: av.container.InputContainer, path: str) -> VideoStr
         s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic
     ]
     if not streams:
-        kinds = sorted({stream.type for stream in container.streams}) or ["nothing"]
-        raise VideoError(f"{path}: no video stream, only {', '.join(kinds)}")
+        kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
+        raise VideoError(f"{path}: no video stream, only {kinds}")
     stream = streams[0]
     if stream.codec_context is None or not stream.width or not stream.pix_fmt:
         raise VideoError(f"{path}: the video stream cannot be decoded (unknown codec or damaged)")
@@ -288,7 +316,9 @@ def _refuse_unsupported(stream: VideoStream, path: str) -> None:
             f"{path}: {pixel.name} has more than 8 bits, which would be lost: convert it first "
             f"with ffmpeg -i {path} -pix_fmt yuv420p OUT.mp4"
         )
-    has_alpha = any(c.is_alpha for c in pixel.components) or stream.metadata.get("alpha_mode") == "1"
+    has_alpha = (
+        any(c.is_alpha for c in pixel.components) or stream.metadata.get("alpha_mode") == "1"
+    )
     if has_alpha:
         raise VideoError(
             f"{path}: its alpha channel would be lost: remove it first "
@@ -319,6 +349,7 @@ def _describe(container: av.container.InputContainer, stream: VideoStream, path:
         fps=Fraction(fps),
         frames=stream.frames or None,
         time_base=Fraction(stream.time_base or 1 / Fraction(fps)),
+        sample_aspect_ratio=stream.sample_aspect_ratio or None,
         codec=context.name,
         pixel_format=stream.format.name,
         notes=tuple(_notes(container, stream)),
@@ -329,9 +360,6 @@ def _notes(container: av.container.InputContainer, stream: VideoStream) -> Itera
     for other in container.streams:
         if other is not stream:
             yield f"{other.type} stream {other.index} is not copied"
-    aspect = stream.sample_aspect_ratio
-    if aspect and aspect != 1:
-        yield f"non-square pixels ({aspect}) are treated as square"
     context = stream.codec_context
     if context.colorspace not in (1, 2):
         yield f"colour matrix {context.colorspace} is converted; the output is tagged BT.709 or RGB"

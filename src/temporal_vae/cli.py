@@ -1,0 +1,173 @@
+"""The command `tvae`."""
+
+from __future__ import annotations
+
+import platform
+import signal
+import sys
+import time
+from dataclasses import fields
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from temporal_vae import TemporalVAE, app, checkpoint
+from temporal_vae.video import VideoError, VideoInfo, VideoReader
+
+command = typer.Typer(
+    help="Temporal VAEs for video: pixels to latents and back.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+err = Console(stderr=True, highlight=False)
+out = Console(highlight=False)
+
+Source = Annotated[Path, typer.Argument(metavar="IN", help="Video to read.")]
+Target = Annotated[
+    Path, typer.Argument(metavar="OUT", help="Video to write: .mp4 or .mkv (lossless).")
+]
+Model = Annotated[str, typer.Option(help="Built-in name, or folder of a saved model.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")]
+ClipFrames = Annotated[int | None, typer.Option(min=1, help="Frames walked at a time.")]
+Thing = Annotated[str | None, typer.Argument(metavar="[MODEL|FILE]", help="A model, or a video.")]
+
+
+@command.command()
+def reconstruct(
+    source: Source,
+    target: Target,
+    model: Model = "tiny",
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    clip_frames: ClipFrames = None,
+) -> None:
+    """Encode a video to the posterior mean, decode it, and write the result."""
+    vae = TemporalVAE.from_pretrained(model, app.choose_dtype(dtype), app.choose_device(device))
+    with Meter("reconstructing") as meter:
+        summary = app.reconstruct(source, target, vae, clip_frames, meter)
+    for note in summary.notes:
+        err.print(f"tvae: note: {note}", markup=False, soft_wrap=True)
+    rate = summary.frames / max(summary.seconds, 1e-9)
+    out.print(
+        f"{target}: {summary.frames} frames in {summary.seconds:.1f} s, {rate:.2f} frames/s, "
+        f"in clips of {summary.clip_frames} frames",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+@command.command()
+def info(thing: Thing = None) -> None:
+    """Describe a model or a video; without either, this installation."""
+    if thing is None:
+        rows = _describe_installation()
+    elif thing in checkpoint.builtin_names() or Path(thing).is_dir():
+        rows = _describe_model(TemporalVAE.from_pretrained(thing))
+    else:
+        with VideoReader(thing) as reader:
+            rows = _describe_video(reader.info)
+    table = Table(show_header=False, box=None)
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    out.print(table, markup=False, soft_wrap=True)
+
+
+def _describe_installation() -> dict[str, object]:
+    return {
+        "temporal-video-vae": version("temporal-video-vae"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": app.choose_device("auto"),
+        "built-in models": ", ".join(checkpoint.builtin_names()),
+    }
+
+
+def _describe_model(vae: TemporalVAE) -> dict[str, object]:
+    return {
+        **{f.name: getattr(vae.config, f.name) for f in fields(vae.config)},
+        "parameters": f"{vae.parameter_count:,}",
+        "of the encoder": f"{sum(p.numel() for p in vae.encoder.parameters()):,}",
+        "of the decoder": f"{sum(p.numel() for p in vae.decoder.parameters()):,}",
+        "pixels per latent cell": vae.downsample_factor,
+        "frames a latent depends on": _reach(vae.encode_reach, vae.is_causal),
+        "latent frames a frame depends on": _reach(vae.decode_reach, vae.is_causal),
+    }
+
+
+def _reach(frames: int | None, causal: bool) -> str:
+    if frames is None:
+        return "the whole clip"
+    return f"{frames} back" if causal else f"{frames} on each side"
+
+
+def _describe_video(video: VideoInfo) -> dict[str, object]:
+    rows: dict[str, object] = {
+        "size": f"{video.width}x{video.height}",
+        "frames": "not stated" if video.frames is None else video.frames,
+        "frames per second": f"{float(video.fps):.6g} ({video.fps})",
+        "time base": video.time_base,
+        "codec": video.codec,
+        "pixel format": video.pixel_format,
+    }
+    return rows | {f"note {i}": note for i, note in enumerate(video.notes, 1)}
+
+
+class Meter:
+    """Progress on stderr: a bar with frames/s and time left; in a log, a line every ten seconds."""
+
+    def __init__(self, title: str):
+        self._title, self._start, self._said = title, time.monotonic(), time.monotonic()
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
+            TextColumn("{task.completed:.0f} frames, {task.fields[rate]}"), TimeRemainingColumn(),
+            console=err, transient=True,
+        )  # fmt: skip
+        self._task = self._bar.add_task(title, total=None, rate="")
+
+    def __enter__(self) -> Meter:
+        if err.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, done: int, total: int | None) -> None:
+        """Show that `done` frames of `total` are done."""
+        now = time.monotonic()
+        rate = done / max(now - self._start, 1e-9)
+        self._bar.update(self._task, completed=done, total=total, rate=f"{rate:.2f} frames/s")
+        if not err.is_terminal and now - self._said > 10:
+            self._said = now
+            left = "" if total is None else f" of {total}, {max(0, total - done) / rate:.0f} s left"
+            err.print(f"{self._title}: {done} frames{left}, {rate:.2f} frames/s")
+
+
+def main() -> None:
+    """Run the command; a mistake of the user is one line and exit status 1."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        command()
+    except (VideoError, ValueError, OSError) as error:
+        _fail(str(error))
+    except torch.OutOfMemoryError:
+        _fail("out of memory: take a smaller --clip-frames or --dtype bfloat16")
+
+
+def _fail(message: str) -> None:
+    err.print(f"tvae: {' '.join(message.split())}", markup=False, soft_wrap=True)
+    sys.exit(1)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """SIGTERM unwinds like Ctrl-C, so that no half-written file stays."""
+    sys.exit(128 + number)

@@ -1,0 +1,89 @@
+"""Pictures that show what a reconstruction does to a clip. Frames are uint8 (T, H, W, 3) RGB."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Bytes = npt.NDArray[np.uint8]
+
+MARGIN = 12
+CAPTION = 30
+
+
+def amplified_difference(original: Bytes, reconstruction: Bytes, gain: float) -> Bytes:
+    """|reconstruction - original| * gain, clipped to 255; the shape of its inputs."""
+    error = np.abs(reconstruction.astype(np.float32) - original.astype(np.float32))
+    return (error * gain).clip(0, 255).astype(np.uint8)
+
+
+def time_slice(frames: Bytes, column: int | None = None, width: int | None = None) -> Bytes:
+    """One pixel column over time, (H, width, 3): time runs to the right, flicker shows as stripes.
+
+    The middle column unless `column` says otherwise; each instant is as many pixels wide as fits.
+    """
+    x = frames.shape[2] // 2 if column is None else column
+    picture = frames[:, :, x].transpose(1, 0, 2)  # (H, T, 3)
+    if width is not None:
+        picture = picture[:, np.arange(width) * len(frames) // width]
+    return np.ascontiguousarray(picture)
+
+
+def comparison(
+    original: Bytes, reconstruction: Bytes, title: str, gain: float = 8.0
+) -> Image.Image:
+    """Middle frame and time slice of a clip: original, reconstruction, amplified difference."""
+    middle, width = len(original) // 2, original.shape[2]
+    frames = [clip[middle] for clip in (original, reconstruction)]
+    slices = [time_slice(clip, width=width) for clip in (original, reconstruction)]
+    for row in (frames, slices):
+        row.append(amplified_difference(row[0], row[1], gain))
+    captions = [
+        [f"original, frame {middle}", "reconstruction", f"difference x {gain:g}"],
+        [
+            f"time slice: column {width // 2} over {len(original)} frames",
+            "reconstruction",
+            f"difference x {gain:g}",
+        ],
+    ]
+    return _sheet([frames, slices], captions, title)
+
+
+def save(picture: Image.Image, path: str | os.PathLike[str]) -> None:
+    """Write a PNG."""
+    picture.save(path, format="PNG")
+
+
+def _sheet(rows: list[list[Bytes]], captions: list[list[str]], title: str) -> Image.Image:
+    """Panels of one size in rows, a caption above each, a title above all."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    height, width = rows[0][0].shape[:2]
+    columns = len(rows[0])
+    sheet = Image.new(
+        "RGB",
+        (
+            MARGIN + columns * (width + MARGIN),
+            2 * CAPTION + len(rows) * (height + CAPTION + MARGIN),
+        ),
+        "white",
+    )
+    draw, small, large = (
+        ImageDraw.Draw(sheet),
+        ImageFont.load_default(15),
+        ImageFont.load_default(19),
+    )
+    draw.text((MARGIN, MARGIN), title, fill="black", font=large)
+    for r, (panels, words) in enumerate(zip(rows, captions, strict=True)):
+        y = CAPTION + MARGIN + r * (height + CAPTION + MARGIN)
+        for c, (panel, caption) in enumerate(zip(panels, words, strict=True)):
+            x = MARGIN + c * (width + MARGIN)
+            draw.text((x, y + 8), caption, fill="#333333", font=small)
+            sheet.paste(Image.fromarray(panel), (x, y + CAPTION))
+    return sheet

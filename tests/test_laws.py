@@ -1,0 +1,395 @@
+"""The laws of the library, on awake models, each with a mutation that must turn it red."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_awake, awake, difference, pixels, redraw
+from torch import Tensor, nn
+
+import temporal_vae
+from temporal_vae import TemporalVAE, TemporalVAEConfig
+from temporal_vae.layers import TemporalAttention, TemporalBlock, TimeConv
+
+ROOT = Path(__file__).parent.parent
+
+
+# Law 3: the future never changes the past ----------------------------------------------------
+
+
+def assert_future_is_unseen(model: TemporalVAE, frames: int = 9, batch: int = 2) -> None:
+    video = pixels(frames, batch=batch).to(model.dtype)
+    latent = torch.randn(batch, 4, frames, 4, 6, generator=torch.Generator().manual_seed(3))
+    latent = latent.to(model.dtype)
+    steps: list[tuple[Callable[[Tensor], Tensor], Tensor]] = [
+        (lambda x: torch.cat(model.encode_with_distribution(x), 1), video),
+        (model.decode, latent),
+    ]
+    with torch.no_grad():
+        for step, x in steps:
+            before = step(x)
+            for t in range(1, frames):
+                changed = x.clone()
+                changed[:, :, t] = changed[:, :, t].flip(-1) * 3
+                after = step(changed)
+                assert torch.equal(after[:, :, :t], before[:, :, :t]), f"frame {t} changed the past"
+                assert not torch.equal(after[:, :, t], before[:, :, t])
+
+
+CAUSAL = [
+    {},
+    {"temporal_kernel_size": 5, "num_temporal_layers": 2},
+    {"temporal_kernel_size": 1},
+    {"temporal_attention_reach": 0},
+    {"temporal_attention_reach": 2},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", CAUSAL, ids=str)
+def test_the_future_never_changes_the_past(dtype: torch.dtype, options: dict[str, int]) -> None:
+    assert_future_is_unseen(awake(dtype, causal_mode=True, **options))
+
+
+def test_law_3_sees_a_convolution_that_looks_ahead() -> None:
+    model = awake(causal_mode=True)
+    conv = next(m for m in model.decoder.modules() if isinstance(m, TimeConv))
+    conv.past, conv.future = 1, 1
+    with pytest.raises(AssertionError, match="changed the past"):
+        assert_future_is_unseen(model)
+
+
+def test_law_3_sees_a_norm_over_the_clip() -> None:
+    model = awake(causal_mode=True)
+    block = next(m for m in model.encoder.modules() if isinstance(m, TemporalBlock))
+    channels = block.conv1.bias.numel()
+    block.norm1 = nn.GroupNorm(1, channels, dtype=torch.float64)
+    with pytest.raises(AssertionError, match="changed the past"):
+        assert_future_is_unseen(model)
+
+
+def test_law_3_sees_attention_that_looks_ahead() -> None:
+    model = awake(causal_mode=True)
+    attention = next(m for m in model.encoder.modules() if isinstance(m, TemporalAttention))
+    attention.past, attention.future = attention.past - 1, 1
+    with pytest.raises(AssertionError, match="changed the past"):
+        assert_future_is_unseen(model)
+
+
+# Law 5: at birth video = image ---------------------------------------------------------------
+
+
+def assert_born_as_image_vae(model: TemporalVAE) -> None:
+    video = pixels(4, batch=2).to(model.dtype)
+    with torch.no_grad():
+        latent = model.encode(video, sample_mode=False)
+        frames = model.decode(latent)
+        for t in range(4):
+            image = model.encode(video[:, :, t], sample_mode=False)
+            assert difference(image, latent[:, :, t]) < 1e-12, "the encoder sees other frames"
+            assert difference(model.decode(image), frames[:, :, t]) < 1e-12, "the decoder does"
+
+
+BIRTHS = [
+    {},
+    {"causal_mode": True, "num_temporal_layers": 2},
+    {"temporal_kernel_size": 5},
+    {"time_conv_out": True},
+    {"temporal_norm": "clip", "clip_frames": 4, "temporal_encoder": False, "time_conv_out": True},
+]
+
+
+@pytest.mark.parametrize("options", BIRTHS, ids=str)
+def test_at_birth_a_video_is_its_images(options: dict[str, object]) -> None:
+    model = TemporalVAE(base_channels=8, channel_multipliers=(1, 2), seed=1, **options)  # type: ignore[arg-type]
+    assert_born_as_image_vae(model.double())
+
+
+def test_a_new_model_equals_the_image_vae_with_its_spatial_weights() -> None:
+    model = TemporalVAE(base_channels=8, channel_multipliers=(1, 2), seed=1).double()
+    image = TemporalVAE(base_channels=8, channel_multipliers=(1, 2), num_temporal_layers=0).double()
+    image.load_state_dict({k: v for k, v in model.state_dict().items() if "temporal" not in k})
+    video = pixels(3)
+    with torch.no_grad():
+        torch.testing.assert_close(model.predict(video), image.predict(video), rtol=0, atol=1e-12)
+
+
+def test_law_5_sees_a_temporal_branch_that_does_not_start_at_zero() -> None:
+    model = TemporalVAE(base_channels=8, channel_multipliers=(1, 2), seed=1).double()
+    block = next(m for m in model.decoder.modules() if isinstance(m, TemporalBlock))
+    with torch.no_grad():
+        block.conv2.weight.normal_(generator=torch.Generator().manual_seed(0))
+    with pytest.raises(AssertionError, match="the decoder does"):
+        assert_born_as_image_vae(model)
+
+
+# Law 7: nothing is decoration ----------------------------------------------------------------
+
+
+def fingerprint(options: dict[str, object], redrawn: bool = True) -> list[float]:
+    """What a caller could measure of a model built with these options."""
+    base = {"base_channels": 8, "channel_multipliers": (1, 2), "seed": 0} | options
+    if redrawn:
+        model = awake(**base)
+    else:
+        model = TemporalVAE(**base).double()  # type: ignore[arg-type]
+    video = pixels(9, channels=model.input_channels)
+    with torch.no_grad():
+        mean, log_variance = model.encode_with_distribution(video)
+        scaled = model.scale_latent(mean)
+        output = model.decode(mean)
+        loss = model.default_loss_function(output, video)
+        noise = model.sample(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2))
+    tensors = (mean, log_variance, scaled, output, loss, noise)
+    sums = [float(x.double().abs().sum()) for x in tensors]
+    return [*sums, model.parameter_count, model.config.clip_frames or 0]
+
+
+ALTERNATIVES: dict[str, object] = {
+    "input_channels": 1,
+    "latent_channels": 5,
+    "base_channels": 16,
+    "channel_multipliers": (1, 3),
+    "num_temporal_layers": 2,
+    "temporal_kernel_size": 5,
+    "causal_mode": True,
+    "latent_scale_factor": 0.5,
+    "loss_function": lambda a, b: (a - b).abs().mean(),
+    "seed": 1,
+    "latent_shift_factor": 0.5,
+    "blocks_per_level": 1,
+    "norm_groups": 4,
+    "quant_conv": False,
+    "post_quant_conv": False,
+    "temporal_encoder": False,
+    "temporal_attention_reach": 1,
+    "temporal_norm": "clip",
+    "time_conv_out": True,
+    "clip_frames": 5,
+}
+
+
+@pytest.mark.parametrize("name", ALTERNATIVES)
+def test_every_constructor_argument_changes_something(name: str) -> None:
+    common: dict[str, object] = {"clip_frames": 9} if name == "temporal_norm" else {}
+    redrawn = name != "seed"
+    changed = fingerprint(common | {name: ALTERNATIVES[name]}, redrawn)
+    assert changed != fingerprint(common, redrawn)
+    assert fingerprint(common, redrawn) == fingerprint(common, redrawn)  # it can be equal
+
+
+def test_the_alternatives_name_every_argument() -> None:
+    assert set(ALTERNATIVES) == set(inspect.signature(TemporalVAE).parameters)
+
+
+def weakest_gradients(model: TemporalVAE, frames: int = 9) -> dict[str, float]:
+    model.zero_grad()
+    video = pixels(frames, channels=model.input_channels)
+    reconstruction, posterior = model(video, generator=torch.Generator().manual_seed(0))
+    target = pixels(frames, channels=model.input_channels).flip(2)
+    loss = (reconstruction - target).square().mean() + model.kl_divergence(*posterior)
+    loss.backward()
+    return {
+        name: 0.0 if p.grad is None else float(p.grad.abs().max())
+        for name, p in model.named_parameters()
+        if not name.endswith("to_k.bias")  # softmax cancels it
+    }
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"causal_mode": True, "num_temporal_layers": 2}, {"temporal_norm": "clip", "clip_frames": 9,
+     "temporal_encoder": False, "temporal_attention_reach": 0, "time_conv_out": True}],
+    ids=str,
+)  # fmt: skip
+def test_every_parameter_gets_a_gradient(options: dict[str, object]) -> None:
+    weak = {n: g for n, g in weakest_gradients(awake(**options)).items() if g < 1e-10}
+    assert not weak
+
+
+def test_law_7_sees_a_parameter_that_nothing_uses() -> None:
+    model = awake()
+    block = next(m for m in model.decoder.modules() if isinstance(m, TemporalBlock))
+    with mock.patch.object(block, "pixels", lambda x: x):
+        assert min(weakest_gradients(model).values()) < 1e-10
+
+
+def assert_reach_is_as_stated(model: TemporalVAE) -> None:
+    for step, reach, channels, size in (
+        (lambda x: model.encode(x, False), model.encoder.reach, 3, 4),
+        (model.decode, model.decoder.reach, 4, 2),
+    ):
+        assert reach is not None
+        past, future = reach
+        t, frames = future + 2, past + future + 5
+        x = torch.randn(1, channels, frames, size, size, generator=torch.Generator().manual_seed(0))
+        x, changed = x.double(), x.double()
+        changed[:, :, t] = changed[:, :, t].flip(-1) * 2
+        with torch.no_grad():
+            moved = (step(x) - step(changed)).abs().amax(dim=(0, 1, 3, 4)) > 0
+        seen = [i for i in range(frames) if moved[i]]
+        assert seen[0] == t - future, "the reach ahead is not as stated"
+        assert seen[-1] == t + past, "the reach back is not as stated"
+
+
+REACHES = [
+    {},
+    {"causal_mode": True},
+    {"temporal_kernel_size": 5, "blocks_per_level": 1},
+    {"temporal_kernel_size": 1, "temporal_attention_reach": 3},
+    {"temporal_kernel_size": 1, "temporal_attention_reach": 3, "causal_mode": True},
+    {"temporal_attention_reach": 0, "time_conv_out": True},
+    {"temporal_encoder": False},
+]
+
+
+@pytest.mark.parametrize("options", REACHES, ids=str)
+def test_a_frame_reaches_as_far_as_stated(options: dict[str, object]) -> None:
+    assert_reach_is_as_stated(awake(**options))
+
+
+def test_the_stated_reach_of_known_layouts() -> None:
+    with torch.device("meta"):
+        svd = TemporalVAE.from_config(TemporalVAEConfig.svd())
+        tiny = TemporalVAE.from_config(TemporalVAEConfig.tiny())
+    assert svd.encode_reach == 0
+    assert svd.decode_reach is None  # norms over the clip
+    assert (tiny.encode_reach, tiny.decode_reach) == (28, 36)
+
+
+def test_law_7_sees_a_reach_one_frame_short() -> None:
+    model = awake()
+    conv = next(m for m in model.decoder.modules() if isinstance(m, TemporalBlock))
+    assert conv.past is not None
+    conv.past -= 1
+    with pytest.raises(AssertionError, match="reach back"):
+        assert_reach_is_as_stated(model)
+
+
+def test_temporal_attention_alone_mixes_time() -> None:
+    """With a kernel of one frame only attention can: `awake` asserts that something does."""
+    model = awake(temporal_kernel_size=1)
+    attentions = [m for m in model.modules() if isinstance(m, TemporalAttention)]
+    assert len(attentions) == 2
+    for attention in attentions:
+        nn.init.zeros_(attention.to_out[0].weight)
+    with pytest.raises(AssertionError, match="asleep"):
+        assert_awake(model)
+
+
+def test_temporal_attention_equals_its_definition() -> None:
+    """Against a plain softmax over a masked score matrix, longer than a block of queries."""
+    config = TemporalVAEConfig(base_channels=128, temporal_attention_reach=5)
+    attention = TemporalAttention(128, config).double()
+    redraw(attention)
+    x = torch.randn(2, 128, 150, 3, dtype=torch.float64)
+    tokens = attention.norm(x).permute(0, 3, 2, 1)
+    q, k, v = (
+        to(tokens).unflatten(3, (2, 64)).transpose(2, 3)
+        for to in (attention.to_q, attention.to_k, attention.to_v)
+    )
+    scores = q @ k.transpose(-1, -2) / 8
+    for i in range(150):
+        for j in range(150):
+            if abs(i - j) > 5:
+                scores[..., i, j] = -torch.inf
+            else:
+                scores[..., i, j] += attention.distance_bias[:, j - i + 5]
+    mixed = (scores.softmax(-1) @ v).transpose(2, 3).flatten(3)
+    expected = attention.to_out(mixed).permute(0, 3, 2, 1) + x
+    assert difference(attention.pixels(x), expected) < 1e-12
+
+
+def test_layers_see_views_in_one_memory_order() -> None:
+    """Every layer hands on B T H W C memory, whatever the shape."""
+    model = awake()
+    for frames, batch in ((1, 1), (3, 2)):
+        x = pixels(frames, batch=batch).contiguous(memory_format=torch.channels_last_3d)
+        for layer in model.encoder.layers():
+            x = layer(x)
+            assert x.is_contiguous(memory_format=torch.channels_last_3d), type(layer).__name__
+
+
+def test_a_temporal_convolution_equals_conv3d() -> None:
+    x = torch.randn(2, 6, 7, 4, 5, dtype=torch.float64)
+    for kernel, causal in ((1, False), (3, False), (5, True)):
+        conv = TimeConv(6, kernel, causal).double()
+        nn.init.normal_(conv.weight)
+        nn.init.normal_(conv.bias)
+        padded = F.pad(x, (0, 0, 0, 0, conv.past, conv.future))
+        expected = F.conv3d(padded, conv.weight, conv.bias)
+        torch.testing.assert_close(conv(x), expected)
+
+
+# Law 8: the plan holds -----------------------------------------------------------------------
+
+FLOORS = {
+    "config": 1, "geometry": 1, "video": 1, "files": 1, "kernels.norm": 1,
+    "layers": 2, "latents": 2, "losses": 2, "metrics": 2, "pictures": 2,
+    "network": 3, "checkpoint": 3, "foreign": 3,
+    "model": 5,
+    "training.data": 6, "training.loop": 6,
+    "app": 8, "cli": 8, "evaluate": 8,
+}  # fmt: skip
+SAME_FLOOR = {("cli", "app"), ("evaluate", "app"), ("training.loop", "training.data")}
+
+
+def imports(source: str) -> set[str]:
+    """Modules of the package that a source imports, anywhere in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = {a.name for a in node.names if a.name.startswith("temporal_vae.")}
+            found |= {name.removeprefix("temporal_vae.") for name in names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            if node.module == "temporal_vae":
+                names = {a.name for a in node.names}
+                found |= {n for n in names if n in FLOORS}
+                found |= {"model"} if names - set(FLOORS) else set()
+            elif node.module.startswith("temporal_vae."):
+                found.add(node.module.removeprefix("temporal_vae."))
+    return found
+
+
+def upward(module: str, source: str) -> set[str]:
+    """Imports that do not go down."""
+    return {
+        other
+        for other in imports(source)
+        if FLOORS[other] >= FLOORS[module] and (module, other) not in SAME_FLOOR
+    }
+
+
+def modules() -> dict[str, str]:
+    root = Path(temporal_vae.__file__).parent
+    return {
+        ".".join(file.relative_to(root).with_suffix("").parts): file.read_text()
+        for file in root.rglob("*.py")
+        if file.stem != "__init__"
+    }
+
+
+def test_imports_go_down() -> None:
+    found = modules()
+    assert set(found) == set(FLOORS), "a module without a floor"
+    assert {name: up for name, text in found.items() if (up := upward(name, text))} == {}
+
+
+def test_law_8_sees_an_import_that_goes_up() -> None:
+    assert upward("layers", "from temporal_vae.model import TemporalVAE") == {"model"}
+    assert upward("network", "def f():\n    import temporal_vae.model") == {"model"}
+
+
+def test_public_names_are_the_documented_ones() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for name in temporal_vae.__all__:
+        assert f"`{name}`" in readme, f"README does not name {name}"
+    public = {n for n in vars(temporal_vae) if not n.startswith("_") and n not in FLOORS}
+    assert public - {"training"} == set(temporal_vae.__all__)
