@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,10 +54,10 @@ def _assert_moves(step: Callable[[Tensor], Tensor], x: Tensor, order: list[int])
     assert difference(step(x[:, :, order])[:, :, order], step(x)) > 0.01, "the model is asleep"
 
 
-def awake(dtype: torch.dtype = torch.float64, seed: int = 0, **options: object) -> TemporalVAE:
+def awake(dtype: torch.dtype = torch.float64, seed: int = 0, **options: Any) -> TemporalVAE:
     """A small awake model; options are those of `TemporalVAE`."""
-    small = {"base_channels": 8, "channel_multipliers": (1, 2), "seed": 0}
-    model = TemporalVAE(**(small | options)).to(dtype)  # type: ignore[arg-type]
+    small: dict[str, Any] = {"base_channels": 8, "channel_multipliers": (1, 2), "seed": 0}
+    model = TemporalVAE(**(small | options)).to(dtype)
     redraw(model, seed)
     if model.config.num_temporal_layers:
         assert_awake(model)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,20 +17,20 @@ from torch.distributions import kl_divergence as torch_kl
 
 from temporal_vae import LatentDistribution, TemporalVAE, TemporalVAEConfig, checkpoint
 
-SHAPES = [
+SHAPES: list[dict[str, Any]] = [
     {"channel_multipliers": multipliers, "num_temporal_layers": layers}
     for multipliers in ((1,), (2, 1), (1, 2, 4), (3, 1, 2))
     for layers in (0, 1, 2, 3)
 ] + [
     {"temporal_kernel_size": kernel, "causal_mode": c}
     for kernel in (1, 3, 5)
-    for c in (0 > 1, 1 > 0)
+    for c in (False, True)
 ]
 
 
 @pytest.mark.parametrize("options", SHAPES, ids=str)
 @pytest.mark.parametrize(("batch", "frames"), [(1, 1), (2, 3)])
-def test_shapes(options: dict[str, object], batch: int, frames: int) -> None:
+def test_shapes(options: dict[str, Any], batch: int, frames: int) -> None:
     model = awake(torch.float32, **options)
     f = model.downsample_factor
     video = pixels(frames, 2 * f, 3 * f, batch=batch).float()
@@ -60,7 +62,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"causal_mode": True}], ids=str)
-def test_an_image_is_a_video_of_one_frame(options: dict[str, object]) -> None:
+def test_an_image_is_a_video_of_one_frame(options: dict[str, Any]) -> None:
     model = awake(**options)
     video = pixels(1, batch=2)
     posterior, image = model.encode_with_distribution(video), video[:, :, 0]
@@ -99,7 +101,7 @@ def test_frames_before_channels() -> None:
     assert difference(pixels_back.transpose(1, 2), model.predict(video)) < 1e-12
 
 
-WRONG: list[tuple[str, Callable[[Tensor], Tensor], str]] = [
+WRONG: list[tuple[str, Callable[[Tensor], Any], str]] = [
     ("rank 3", lambda x: x[0, 0], "got .5, 16, 24."),
     ("no batch", lambda x: x[0, :, 0], r"unsqueeze\(0\)"),
     ("rank 6", lambda x: x[None], "video .B, C, T, H, W. or image"),
@@ -118,7 +120,7 @@ WRONG: list[tuple[str, Callable[[Tensor], Tensor], str]] = [
 
 
 @pytest.mark.parametrize(("change", "message"), [w[1:] for w in WRONG], ids=[w[0] for w in WRONG])
-def test_wrong_pixels_are_refused(change: Callable[[Tensor], Tensor], message: str) -> None:
+def test_wrong_pixels_are_refused(change: Callable[[Tensor], Any], message: str) -> None:
     model = awake()
     for member in (model.encode, model.predict, model.encode_with_distribution, model):
         with pytest.raises(ValueError, match=message):
@@ -136,7 +138,7 @@ def test_wrong_latents_are_refused() -> None:
         model.decode(latent, layout="BTCHW")
     with pytest.raises(ValueError, match="got 'THWC'"):
         model.decode(latent, layout="THWC")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="latent is torch.float32"):
+    with pytest.raises(ValueError, match=r"latent is torch\.float32"):
         model.decode(latent.float())
 
 
@@ -179,8 +181,9 @@ def test_bad_sampling_is_refused() -> None:
         model.sample(zeros, zeros[:, :2])
     with pytest.raises(ValueError, match="not both"):
         model.sample(zeros, zeros, seed=1, generator=torch.Generator())
-    generator = torch.Generator("meta") if False else None
-    assert generator is None
+    elsewhere = SimpleNamespace(device=torch.device("cuda"))
+    with pytest.raises(ValueError, match=r"on cuda, but latent noise .* CPU"):
+        model.sample(zeros, zeros, generator=elsewhere)  # type: ignore[arg-type]
 
 
 def test_seeds() -> None:
@@ -222,7 +225,7 @@ def test_forward_and_predict() -> None:
     global_state, own_state = torch.get_rng_state(), model._generator.get_state()
     model.train()
     predicted = model.predict(video)
-    assert torch.equal(predicted, plain)
+    assert difference(predicted, plain) < 1e-12
     assert not predicted.requires_grad
     assert model.training
     assert torch.equal(torch.get_rng_state(), global_state)
@@ -286,7 +289,7 @@ def test_save_and_load(tmp_path: Path) -> None:
 
 
 def test_loading_what_is_no_model(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="neither a built-in one .*tiny"):
+    with pytest.raises(FileNotFoundError, match=r"neither a built-in one \(tiny\)"):
         TemporalVAE.from_pretrained(tmp_path)
     awake(torch.float32).save_pretrained(tmp_path)
     weights, config = tmp_path / checkpoint.WEIGHTS_FILE, tmp_path / checkpoint.CONFIG_FILE
@@ -300,7 +303,7 @@ def test_loading_what_is_no_model(tmp_path: Path) -> None:
         ("[]", "not a temporal_vae configuration"),
         (text.replace('"format_version": 1', '"format_version": 9'), "newer"),
         (text.replace('"causal_mode"', '"casual_mode"'), "casual_mode"),
-        (text.replace('"base_channels": 8', '"base_channels": 16'), "does not fit"),
+        (text.replace('"base_channels": 8', '"base_channels": 16'), "base_channels|do not fit"),
     ):
         config.write_text(bad)
         with pytest.raises(ValueError, match=message):

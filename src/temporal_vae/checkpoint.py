@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,22 @@ def load(name_or_path: str | os.PathLike[str]) -> tuple[TemporalVAEConfig, dict[
         return config, load_file(folder / WEIGHTS_FILE)
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS_FILE} is damaged: {error}") from error
+
+
+def check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raise `ValueError` listing tensors that are missing, unexpected or misshapen."""
+    problems = [f"missing {name}" for name in expected.keys() - state.keys()]
+    problems += [f"unexpected {name}" for name in state.keys() - expected.keys()]
+    problems += [
+        f"{name} is {tuple(state[name].shape)}, not {tuple(expected[name].shape)}"
+        for name in expected.keys() & state.keys()
+        if state[name].shape != expected[name].shape
+    ]
+    if problems:
+        shown = "; ".join(sorted(problems)[:8]) + ("; ..." if len(problems) > 8 else "")
+        raise ValueError(
+            f"the weights do not fit the configuration: {len(problems)} problems: {shown}"
+        )
 
 
 def read_config(file: Path) -> TemporalVAEConfig:

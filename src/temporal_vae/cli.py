@@ -129,13 +129,12 @@ class Meter:
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
             TextColumn("{task.completed:.0f} frames, {task.fields[rate]}"), TimeRemainingColumn(),
-            console=err, transient=True,
+            console=err, transient=True, disable=not err.is_terminal,
         )  # fmt: skip
         self._task = self._bar.add_task(title, total=None, rate="")
 
     def __enter__(self) -> Meter:
-        if err.is_terminal:
-            self._bar.start()
+        self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:

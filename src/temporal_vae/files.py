@@ -30,7 +30,9 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
     except OSError as error:
         raise PermissionError(f"cannot write in {final.parent}: {error.strerror}") from error
     try:
+        mode = partial.stat().st_mode
         yield partial
+        partial.chmod(mode)  # some writers make a file of their own, for their user alone
         with partial.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(partial, final)

@@ -152,6 +152,7 @@ class TemporalVAE(nn.Module):
         """
         config, state = checkpoint.load(name_or_path)
         model = cls.from_config(config)
+        checkpoint.check_fit(state, model.state_dict())
         model.load_state_dict(state)
         return model.to(device=device, dtype=dtype)
 

@@ -7,6 +7,7 @@ The only place that converts between 8-bit frames, uint8 (T, H, W, 3) RGB in [0,
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -62,6 +63,8 @@ class VideoInfo:
     height: int
     fps: Fraction
     frames: int | None
+    end: float | None
+    """Seconds at which the last frame ends, as the container claims; None when it does not say."""
     time_base: Fraction
     sample_aspect_ratio: Fraction | None
     codec: str
@@ -129,7 +132,8 @@ class VideoReader:
             raise VideoError(
                 f"{self.path}: no frame could be decoded: the file is empty or damaged"
             )
-        self.loss = self._what_was_lost(count, damaged)
+        end = (last + step) * self.info.time_base if last is not None else 0
+        self.loss = self._what_was_lost(count, damaged, float(end))
 
     def _decode(self) -> Iterator[VideoFrame]:
         """Every frame that can be had: a packet that does not decode is counted and passed over."""
@@ -171,11 +175,14 @@ class VideoReader:
         rows = height * self._width / width / self._multiple
         return max(1, round(rows)) * self._multiple, self._width
 
-    def _what_was_lost(self, count: int, damaged: int) -> str | None:
+    def _what_was_lost(self, count: int, damaged: int, end: float) -> str | None:
         lost = []
-        claimed = self.info.frames
-        if claimed is not None and count < claimed:
-            lost.append(f"{count} of {claimed} frames could be read")
+        claimed, claimed_end = self.info.frames, self.info.end
+        if claimed is not None:
+            if count < claimed:
+                lost.append(f"{count} of {claimed} frames could be read")
+        elif claimed_end is not None and claimed_end - end > 2 / self.info.fps:
+            lost.append(f"frames end at {end:.3f} s of {claimed_end:.3f} s")
         if self._packets_lost:
             lost.append(f"{self._packets_lost} packets were damaged")
         if damaged:
@@ -206,13 +213,16 @@ class VideoWriter:
         self.path = os.fspath(path)
         check_suffix(self.path)
         self._lossless = self.path.endswith(".mkv")
+        time_base = time_base or 1 / fps
+        # mp4 keeps the start of a clip in the clock of the movie: milliseconds unless told
+        options = {} if self._lossless else {"movie_timescale": str(time_base.denominator)}
         try:
-            self._container = av.open(self.path, "w")
+            self._container = av.open(self.path, "w", options=options)
         except (av.error.FFmpegError, OSError) as error:
             raise VideoError(f"cannot write {self.path}: {error}") from error
         stream = self._container.add_stream("ffv1" if self._lossless else "libx264", rate=fps)
         stream.height, stream.width = height, width
-        stream.time_base = stream.codec_context.time_base = time_base or 1 / fps
+        stream.time_base = stream.codec_context.time_base = time_base
         if sample_aspect_ratio:
             stream.codec_context.sample_aspect_ratio = sample_aspect_ratio
         if self._lossless:
@@ -348,12 +358,26 @@ def _describe(container: av.container.InputContainer, stream: VideoStream, path:
         height=stream.height,
         fps=Fraction(fps),
         frames=stream.frames or None,
+        end=_claimed_end(container, stream),
         time_base=Fraction(stream.time_base or 1 / Fraction(fps)),
         sample_aspect_ratio=stream.sample_aspect_ratio or None,
         codec=context.name,
         pixel_format=stream.format.name,
         notes=tuple(_notes(container, stream)),
     )
+
+
+def _claimed_end(container: av.container.InputContainer, stream: VideoStream) -> float | None:
+    """When the video ends by the container's own word: the stream's, else a lone stream's file."""
+    start = stream.start_time or 0
+    if stream.duration is not None and stream.time_base is not None:
+        return float((start + stream.duration) * stream.time_base)
+    tag = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
+    if tag:  # Matroska: 00:00:05.280000000
+        return 3600 * int(tag[1]) + 60 * int(tag[2]) + float(tag[3])
+    if container.duration is not None and len(container.streams) == 1:
+        return float((container.start_time or 0) + container.duration) / av.time_base
+    return None
 
 
 def _notes(container: av.container.InputContainer, stream: VideoStream) -> Iterator[str]:

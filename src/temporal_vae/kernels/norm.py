@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-RUN_BYTES = 1 << 21
-"""Input of one run of pixels: short enough to sum in float32, and to lie in cache."""
+RUN_PIXELS = 1024
+"""Pixels of one run: few enough to sum in float32, and to lie in cache."""
 
 
 def group_norm_reference(
@@ -56,7 +56,7 @@ def _moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Mean and variance of each channel's group, both (N, C), joined from runs of pixels."""
     samples, channels = x.shape[:2]
     pixels = x.permute(0, 2, 3, 1).reshape(samples, 1, -1, channels).permute(0, 3, 1, 2)
-    runs = pixels.split(max(64, RUN_BYTES // (4 * channels)), dim=3)
+    runs = pixels.split(RUN_PIXELS, dim=3)
     found = [
         torch.batch_norm_update_stats(run[n : n + 1], None, None, 0.0)
         for n in range(samples)

@@ -1,0 +1,141 @@
+"""Metrics, pictures, the linear baseline, and what the bundled weights reach."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SHARED, difference, pixels
+from PIL import Image
+
+from temporal_vae import TemporalVAE, metrics, pictures
+from temporal_vae.app import reconstruct_frames
+from temporal_vae.evaluate import LinearBaseline, evaluate, mean_scores
+from temporal_vae.video import Bytes, read_clip, to_bytes, to_pixels
+
+FLAT = [0, 128, 255]
+
+
+def clip(frames: int = 6, height: int = 32, width: int = 48) -> Bytes:
+    return to_bytes(pixels(frames, height, width).float())
+
+
+def test_psnr_is_its_definition() -> None:
+    a = clip()
+    b = a.copy()
+    b[0] = 255 - b[0]
+    b[1:] ^= 1
+    error = (a.astype(float) - b) ** 2
+    expected = np.mean([10 * math.log10(255**2 / error[t].mean()) for t in range(len(a))])
+    assert metrics.psnr(a, b) == pytest.approx(expected, abs=1e-4)
+    assert metrics.psnr(a, a) == metrics.PSNR_CEILING
+
+
+def test_flicker_counts_what_moves_and_nothing_else() -> None:
+    a = clip() // 2 + 60
+    static = a + 9
+    shaken = a.copy()
+    shaken[::2] += 9
+    assert metrics.flicker(a, a) == metrics.flicker(a, static) == 0
+    assert metrics.flicker(a, shaken) == pytest.approx(9)
+    assert metrics.flicker(a[:1], shaken[:1]) == 0
+    assert metrics.psnr(a, static) < metrics.psnr(a, shaken)  # which PSNR cannot see
+
+
+def test_scores() -> None:
+    a = clip()
+    same, other = metrics.score(a, a), metrics.score(a, a[::-1].copy())
+    assert same.ssim == pytest.approx(1)
+    assert other.ssim < 0.5 and other.flicker > 10 and other.psnr < 15
+    with pytest.raises(ValueError, match="one shape"):
+        metrics.score(a, a[:, :-1])
+
+
+def test_a_time_slice_is_a_column_over_time() -> None:
+    a = clip(6, 32, 48)
+    assert np.array_equal(pictures.time_slice(a, 5), a[:, :, 5].transpose(1, 0, 2))
+    wide = pictures.time_slice(a, width=12)
+    assert wide.shape == (32, 12, 3)
+    assert np.array_equal(wide[:, ::2], pictures.time_slice(a))
+
+
+def test_the_comparison_holds_its_panels(tmp_path: Path) -> None:
+    a, b = clip(), clip()[::-1].copy()
+    sheet = np.asarray(pictures.comparison(a, b, "title", gain=2))
+    path = tmp_path / "a.png"
+    pictures.save(pictures.comparison(a, b, "title", gain=2), path)
+    assert np.array_equal(np.asarray(Image.open(path)), sheet)
+    middle = len(a) // 2
+    for panel in (a[middle], b[middle], pictures.time_slice(a, width=48)):
+        found = np.lib.stride_tricks.sliding_window_view(sheet, (32, 1, 3))
+        assert (found[:, :, 0, :, 0] == panel[:, 0]).all((2, 3)).any(), "a panel is missing"
+    difference = np.abs(a[middle].astype(int) - b[middle]) * 2
+    assert np.array_equal(pictures.amplified_difference(a, b, 2)[middle], difference.clip(0, 255))
+
+
+def test_the_linear_baseline_is_a_projection() -> None:
+    baseline = LinearBaseline.fit([clip(4, 64, 64)], 4)
+    assert np.allclose(baseline.basis @ baseline.basis.T, np.eye(4), atol=1e-5)
+    once = baseline(clip(4, 64, 64))
+    assert np.abs(baseline(once).astype(int) - once).max() <= 1
+    everything = LinearBaseline.fit([clip(4, 64, 64)], 192)
+    assert np.array_equal(everything(clip(4, 64, 64)), clip(4, 64, 64))
+
+
+def test_the_linear_baseline_is_the_best_of_its_kind() -> None:
+    """No other four directions explain more of the data it was fitted to."""
+    frames = [clip(4, 64, 64)]
+    frames[0][..., 1:] = frames[0][..., :1]  # some structure to find
+    baseline = LinearBaseline.fit(frames, 4)
+    basis = np.linalg.qr(np.random.default_rng(0).normal(size=(192, 4)))[0].T.astype(np.float32)
+    other = LinearBaseline(baseline.mean, basis)
+    assert metrics.psnr(frames[0], baseline(frames[0])) > metrics.psnr(frames[0], other(frames[0]))
+
+
+@pytest.fixture(scope="module")
+def tiny() -> TemporalVAE:
+    return TemporalVAE.from_pretrained("tiny")
+
+
+@pytest.mark.parametrize("level", FLAT)
+def test_flat_clips_come_back(tiny: TemporalVAE, level: int) -> None:
+    flat = np.full((8, 96, 128, 3), level, np.uint8)
+    assert np.abs(reconstruct_frames(flat, tiny).astype(float) - flat).mean() <= 2
+
+
+def test_a_fade_comes_back(tiny: TemporalVAE) -> None:
+    levels = np.linspace(0, 255, 50).round().astype(np.uint8)
+    fade = np.broadcast_to(levels[:, None, None, None], (50, 64, 96, 3)).copy()
+    assert np.abs(reconstruct_frames(fade, tiny).astype(float) - fade).mean() <= 2
+
+
+def test_the_bundled_weights_are_awake(tiny: TemporalVAE) -> None:
+    """Trained temporal layers: a frame's latent depends on the other frames."""
+    video = pixels(4, 32, 32).float()
+    whole = tiny.encode(video, sample_mode=False)
+    alone = tiny.encode(video[:, :, 0], sample_mode=False)
+    assert difference(whole[:, :, 0], alone) > 0.01
+
+
+def test_latents_have_unit_variance_after_scaling(tiny: TemporalVAE, real_clip: Path) -> None:
+    frames = read_clip(real_clip, frames=4, width=256, multiple=8)
+    latent = tiny.encode_video_for_diffusion(to_pixels(frames), sample_mode=False)
+    assert 0.5 < float(latent.detach().std()) < 2
+
+
+def test_better_than_linear_on_a_real_clip(tiny: TemporalVAE, real_clip: Path) -> None:
+    rows = list(evaluate([real_clip], tiny, frames=8))
+    assert rows[0].model.psnr > rows[0].linear.psnr
+
+
+@pytest.mark.slow
+def test_better_than_linear_over_the_evaluation_clips(tiny: TemporalVAE) -> None:
+    folder = SHARED / "clips/eval"
+    if not folder.is_dir():
+        pytest.skip("the evaluation clips are not beside this checkout")
+    rows = list(evaluate(sorted(folder.glob("*.mp4")), tiny))
+    model, linear = (mean_scores([getattr(r, s) for r in rows]) for s in ("model", "linear"))
+    assert model.psnr > linear.psnr
+    assert model.psnr >= 25.2
