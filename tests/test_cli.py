@@ -19,7 +19,6 @@ from temporal_vae import TemporalVAE, app, geometry
 from temporal_vae.metrics import psnr
 from temporal_vae.video import VideoReader, VideoWriter, read_clip
 
-
 COMMAND = [sys.executable, "-c", "from temporal_vae.cli import main; main()"]
 
 

@@ -106,10 +106,15 @@ def reconstruct(
 def reconstruct_frames(frames: Bytes, model: TemporalVAE) -> Bytes:
     """One clip, uint8 (T, H, W, 3) of any size, through the model and back to the same size."""
     _, height, width, _ = frames.shape
-    padding = Padding.to_cells(height, width, model.downsample_factor)
-    edges = ((0, 0), (0, padding.rows), (0, padding.columns), (0, 0))
-    video = to_pixels(np.pad(frames, edges, mode="edge"))
+    video = to_pixels(pad_frames(frames, model.downsample_factor))
     return to_bytes(model.predict(video.to(model.device, model.dtype))[..., :height, :width])
+
+
+def pad_frames(frames: Bytes, factor: int) -> Bytes:
+    """Repeat the last row and column of uint8 (T, H, W, 3) up to multiples of `factor`."""
+    padding = Padding.to_cells(frames.shape[1], frames.shape[2], factor)
+    edges = ((0, 0), (0, padding.rows), (0, padding.columns), (0, 0))
+    return np.pad(frames, edges, mode="edge")
 
 
 def _clips(frames: Iterator[Frame], length: int) -> Iterator[list[Frame]]:

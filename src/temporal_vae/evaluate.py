@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file
 
-from temporal_vae.app import reconstruct_frames
+from temporal_vae.app import pad_frames, reconstruct_frames
 from temporal_vae.metrics import Scores, score
 from temporal_vae.model import TemporalVAE
 from temporal_vae.video import Bytes, read_clip
@@ -52,10 +52,11 @@ class LinearBaseline:
         return cls(mean.astype(np.float32), np.ascontiguousarray(basis.astype(np.float32)))
 
     def __call__(self, frames: Bytes) -> Bytes:
-        """Project every block of uint8 (T, H, W, 3), H and W multiples of 8, and go back."""
-        blocks = _to_blocks(frames).astype(np.float32) - self.mean
+        """Project every block of uint8 (T, H, W, 3) and go back; edges repeat to whole blocks."""
+        _, height, width, _ = frames.shape
+        blocks = _to_blocks(pad_frames(frames, BLOCK)).astype(np.float32) - self.mean
         back = blocks @ self.basis.T @ self.basis + self.mean
-        return _from_blocks(back.round().clip(0, 255).astype(np.uint8))
+        return _from_blocks(back.round().clip(0, 255).astype(np.uint8))[:, :height, :width]
 
 
 def _to_blocks(frames: Bytes) -> npt.NDArray[np.uint8]:
