@@ -26,9 +26,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def assert_future_is_unseen(model: TemporalVAE, frames: int = 9, batch: int = 2) -> None:
-    video = pixels(frames, batch=batch).to(model.dtype)
+    video = pixels(frames, batch=batch).to(model.device, model.dtype)
     latent = torch.randn(batch, 4, frames, 4, 6, generator=torch.Generator().manual_seed(3))
-    latent = latent.to(model.dtype)
+    latent = latent.to(model.device, model.dtype)
     steps: list[tuple[Callable[[Tensor], Tensor], Tensor]] = [
         (lambda x: torch.cat(model.encode_with_distribution(x), 1), video),
         (model.decode, latent),
@@ -88,7 +88,7 @@ def test_law_3_sees_attention_that_looks_ahead() -> None:
 
 
 def assert_born_as_image_vae(model: TemporalVAE) -> None:
-    video = pixels(4, batch=2).to(model.dtype)
+    video = pixels(4, batch=2).to(model.device, model.dtype)
     with torch.no_grad():
         latent = model.encode(video, sample_mode=False)
         frames = model.decode(latent)
@@ -234,7 +234,8 @@ def assert_reach_is_as_stated(model: TemporalVAE) -> None:
         past, future = reach
         t, frames = future + 2, past + future + 5
         x = torch.randn(1, channels, frames, size, size, generator=torch.Generator().manual_seed(0))
-        x, changed = x.double(), x.double()
+        x = x.to(model.device, torch.float64)
+        changed = x.clone()
         changed[:, :, t] = changed[:, :, t].flip(-1) * 2
         with torch.no_grad():
             moved = (step(x) - step(changed)).abs().amax(dim=(0, 1, 3, 4)) > 0
@@ -330,6 +331,27 @@ def test_a_temporal_convolution_equals_conv3d() -> None:
         padded = F.pad(x, (0, 0, 0, 0, conv.past, conv.future))
         expected = F.conv3d(padded, conv.weight, conv.bias)
         torch.testing.assert_close(conv(x), expected)
+
+
+# The same laws on a GPU ----------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("options", [{}, {"causal_mode": True}], ids=str)
+def test_laws_on_a_gpu(options: dict[str, Any]) -> None:
+    model = awake(**options).to("cuda")
+    if model.is_causal:
+        assert_future_is_unseen(model)
+    assert_reach_is_as_stated(model)
+    on_cpu = awake(**options).predict(pixels())
+    assert difference(model.predict(pixels().to("cuda")).cpu(), on_cpu) < 1e-10
+    newborn = TemporalVAE(base_channels=8, channel_multipliers=(1, 2), seed=1, **options)
+    assert_born_as_image_vae(newborn.double().to("cuda"))
+    for seed in (torch.Generator().manual_seed(1) for _ in range(2)):
+        latent = model.encode(pixels().to("cuda"), generator=seed)
+        expected = awake(**options).encode(pixels(), generator=torch.Generator().manual_seed(1))
+        assert difference(latent.cpu(), expected) < 1e-10
 
 
 # Law 8: the plan holds -----------------------------------------------------------------------

@@ -93,7 +93,18 @@ def test_a_recipe_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFi
     for name in ("encoder.conv_in.weight", "decoder.mid_block.temporals.0.0.conv2.weight"):
         assert not torch.equal(trained.state_dict()[name], fresh.state_dict()[name])
     loop.main([*arguments, str(tmp_path / "more"), "--start", str(tmp_path / "out")])
-    assert TemporalVAE.from_pretrained(tmp_path / "more").config == trained.config
+    again = TemporalVAE.from_pretrained(tmp_path / "more")
+    assert replace(again.config, latent_scale_factor=1.0) == replace(
+        trained.config, latent_scale_factor=1.0
+    )
+
+
+def test_the_latent_scale_is_measured() -> None:
+    model = TemporalVAE.from_config(TemporalVAEConfig.tiny(), seed=0)
+    rng, clips = np.random.default_rng(0), [noise(9, 80, 80)]
+    scale = loop.latent_scale(model, clips, rng)
+    latent = model.encode(draw_batch(clips, Shape(4, 8, 64), rng)).detach()
+    assert float(latent.square().mean().sqrt()) * scale == pytest.approx(1, abs=0.1)
 
 
 def test_the_learning_rate_warms_up_and_falls() -> None:
