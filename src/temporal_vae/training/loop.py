@@ -162,8 +162,9 @@ def run_stage(
 @torch.no_grad()
 def latent_scale(model: TemporalVAE, clips: Sequence[Bytes], rng: np.random.Generator) -> float:
     """1 / the deviation of the posterior's samples over random clips, to four digits."""
+    crop = min(64, *(min(clip.shape[1:3]) // 8 * 8 for clip in clips))
     squares = [
-        model.encode(draw_batch(clips, Shape(2, 8, 64), rng).to(model.device)).square().mean()
+        model.encode(draw_batch(clips, Shape(2, 8, crop), rng).to(model.device)).square().mean()
         for _ in range(32)
     ]
     return round(float(torch.stack(squares).mean().rsqrt()), 4)
