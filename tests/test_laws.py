@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import temporal_vae
 from temporal_vae import TemporalVAE, TemporalVAEConfig
-from temporal_vae.layers import TemporalAttention, TemporalBlock, TimeConv
+from temporal_vae.layers import Framewise, TemporalAttention, TemporalBlock, TimeConv, Timewise
 
 ROOT = Path(__file__).parent.parent
 
@@ -313,14 +313,46 @@ def test_temporal_attention_equals_its_definition() -> None:
     assert difference(attention.pixels(x), expected) < 1e-12
 
 
-def test_layers_see_views_in_one_memory_order() -> None:
-    """Every layer hands on B T H W C memory, whatever the shape."""
-    model = awake()
-    for frames, batch in ((1, 1), (3, 2)):
-        x = pixels(frames, batch=batch).contiguous(memory_format=torch.channels_last_3d)
-        for layer in model.encoder.layers():
-            x = layer(x)
+def assert_one_memory_order(options: dict[str, Any], frames: int, batch: int) -> None:
+    """Every layer gets and gives B T H W C memory, as views, and torch's kernels know it."""
+    model = awake(**options)
+    for line, channels in ((model.encoder, 3), (model.decoder, 4)):
+        x = pixels(frames, channels=channels, batch=batch)
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+        for layer in line.layers():
+            name = "frames" if isinstance(layer, Framewise) else "pixels"
+            own, storage = getattr(layer, name), x.untyped_storage().data_ptr()
+
+            def watched(
+                view: Tensor, own: Callable[[Tensor], Tensor] = own, storage: int = storage
+            ) -> Tensor:
+                assert view.untyped_storage().data_ptr() == storage, "the view is a copy"
+                _, c, h, w = view.shape
+                assert view.stride() == (h * w * c, 1, w * c, c), "the order is lost"
+                result = own(view)
+                assert result.is_contiguous(memory_format=torch.channels_last), "a copy is due"
+                return result
+
+            with torch.no_grad(), mock.patch.object(layer, name, watched):
+                x = layer(x)
             assert x.is_contiguous(memory_format=torch.channels_last_3d), type(layer).__name__
+
+
+@pytest.mark.parametrize("options", [{}, {"causal_mode": True}, SVD_LIKE], ids=str)
+@pytest.mark.parametrize(("frames", "batch"), [(1, 1), (9, 1), (1, 2), (9, 2)])
+def test_layers_see_views_in_one_memory_order(
+    options: dict[str, Any], frames: int, batch: int
+) -> None:
+    assert_one_memory_order(options, frames, batch)
+
+
+def test_the_memory_order_test_sees_a_hidden_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(self: Timewise, x: Tensor) -> Tensor:
+        return self.pixels(x.flatten(3)).unflatten(3, x.shape[3:])
+
+    monkeypatch.setattr(Timewise, "forward", forward)
+    with pytest.raises(AssertionError, match="the order is lost"):
+        assert_one_memory_order({}, 9, 1)
 
 
 def test_a_temporal_convolution_equals_conv3d() -> None:

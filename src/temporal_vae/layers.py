@@ -5,7 +5,8 @@ Letters: B batch, C channels, T frames, H height, W width, P pixels of a frame (
 Every layer takes and returns x (B, C, T, H, W) whose memory order is B T H W C
 (`torch.channels_last_3d`). In that order the frames fold into the batch, (B*T, C, H, W), and the
 pixels into one axis, (B, C, T, P), both as views and both channels-last: no kind of layer ever
-copies the clip to see it its own way.
+copies the clip to see it its own way. (Views are taken with the channels last: otherwise torch
+gives an axis of size one a stride that hides the memory order from its kernels.)
 
 A layer declares how far it sees in time: `past` and `future` are counts of frames, None for the
 whole clip.
@@ -60,9 +61,9 @@ class Framewise(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) -> (B, C', T, H', W')."""
-        y = self.frames(x.transpose(1, 2).flatten(0, 1))
-        y = y.contiguous(memory_format=torch.channels_last)
-        clip: Tensor = y.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+        y = self.frames(x.movedim(1, -1).flatten(0, 1).movedim(-1, 1))
+        y = y.contiguous(memory_format=torch.channels_last).movedim(1, -1)
+        clip: Tensor = y.unflatten(0, (x.shape[0], x.shape[2])).movedim(-1, 1)
         return clip
 
 
@@ -171,8 +172,9 @@ class Timewise(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) -> (B, C', T, H, W)."""
-        y = self.pixels(x.flatten(3)).contiguous(memory_format=torch.channels_last)
-        clip: Tensor = y.unflatten(3, x.shape[3:])
+        y = self.pixels(x.movedim(1, -1).flatten(2, 3).movedim(-1, 1))
+        y = y.contiguous(memory_format=torch.channels_last).movedim(1, -1)
+        clip: Tensor = y.unflatten(2, x.shape[3:]).movedim(-1, 1)
         return clip
 
 
@@ -278,8 +280,9 @@ class TemporalAttention(Timewise):
         tokens = self.norm(x).permute(0, 3, 2, 1)  # (B, P, T, C)
         parts = tokens.flatten(0, 1).split(max(1, ATTENTION_BATCH // self.heads))
         mixed = torch.cat([self._attend(part) for part in parts])
-        y: Tensor = mixed.unflatten(0, tokens.shape[:2]).permute(0, 3, 2, 1).add(x)
-        return y
+        # heads want frames together, the clip wants pixels together: the one copy, at 1/8 the size
+        y: Tensor = mixed.unflatten(0, tokens.shape[:2]).transpose(1, 2).contiguous()
+        return y.movedim(-1, 1).add_(x)
 
     def _attend(self, tokens: Tensor) -> Tensor:
         """(N, T, C) -> (N, T, C), in blocks of queries against the band of keys they can see."""
