@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from temporal_vae import TemporalVAE
-from temporal_vae.app import reconstruct_frames
-from temporal_vae.evaluate import evaluate, mean_scores
+from temporal_vae.evaluate import evaluate, mean_scores, reconstruct_frames
 from temporal_vae.metrics import Scores
 from temporal_vae.video import Bytes
 

@@ -40,7 +40,7 @@ def build() -> tuple[Any, Any, TemporalVAE]:
     models[1].load_state_dict(models[0].state_dict())
     for module in models[1].modules():
         if isinstance(module, torch.nn.Conv2d):
-            module.to(memory_format=torch.channels_last)
+            module.weight.data = module.weight.contiguous(memory_format=torch.channels_last)
     config, state = foreign.from_diffusers(models[0].state_dict(), models[0].config)
     ours = TemporalVAE.from_config(config)
     ours.load_state_dict(state)

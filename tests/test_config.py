@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -75,6 +76,20 @@ def test_bad_arguments_are_refused(options: dict[str, object], message: str) -> 
         TemporalVAEConfig(**options)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=message):
         TemporalVAE(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", [1.5, "a", -1, 2**70])
+def test_a_bad_seed_is_refused(seed: object) -> None:
+    with pytest.raises(ValueError, match="seed must be a whole number"):
+        TemporalVAE(base_channels=8, seed=seed)  # type: ignore[arg-type]
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    config = TemporalVAEConfig(
+        base_channels=np.int64(8),  # type: ignore[arg-type]
+        latent_scale_factor=np.float32(0.5),  # type: ignore[arg-type]
+    )
+    assert type(config.base_channels) is int and type(config.latent_scale_factor) is float
 
 
 def test_a_loss_that_cannot_be_called_is_refused() -> None:

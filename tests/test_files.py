@@ -43,8 +43,9 @@ def test_targets_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_a_link_stays_a_link(tmp_path: Path) -> None:
     (tmp_path / "real.txt").write_text("old")
-    link = tmp_path / "link.txt"
+    link = tmp_path / "link.mp4"
     link.symlink_to(tmp_path / "real.txt")
     with atomic_path(link) as partial:
+        assert partial.suffix == ".mp4"
         partial.write_text("new")
     assert link.is_symlink() and (tmp_path / "real.txt").read_text() == "new"

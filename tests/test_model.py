@@ -93,6 +93,10 @@ def test_frames_before_channels() -> None:
         model.decode(swapped.mean, layout="BTCHW").transpose(1, 2), model.decode(mean)
     )
     assert torch.equal(model.predict(other, layout="BTCHW").transpose(1, 2), model.predict(video))
+    direct, _ = model(video, sample_posterior=False)
+    reconstruction, posterior = model(other, sample_posterior=False, layout="BTCHW")
+    assert torch.equal(reconstruction.transpose(1, 2), direct)
+    assert posterior.mean.shape == (*other.shape[:2], 4, 8, 12)
     drawn = model.encode(video, generator=torch.Generator().manual_seed(1))
     again = model.encode(other, generator=torch.Generator().manual_seed(1), layout="BTCHW")
     assert torch.equal(again.transpose(1, 2), drawn)
@@ -109,6 +113,7 @@ WRONG: list[tuple[str, Callable[[Tensor], Any], str]] = [
     ("BTHWC", lambda x: x.permute(0, 2, 3, 4, 1), r"permute\(0, 4, 1, 2, 3\)"),
     ("BHWC", lambda x: x[:, :, 0].permute(0, 2, 3, 1), r"permute\(0, 3, 1, 2\)"),
     ("channels", lambda x: x[:, :2], "3 channels on axis 1"),
+    ("a video without batch", lambda x: x[0], r"needs its batch, video.unsqueeze\(0\)"),
     ("uint8", lambda x: (x * 100).to(torch.uint8), "127.5 - 1"),
     ("dtype", lambda x: x.float(), r"video.to\(torch.float64\)"),
     ("height", lambda x: x[..., :15, :], "multiples of 2, got 15x24: pad to 16x24.*crop to 14x24"),
@@ -181,6 +186,10 @@ def test_bad_sampling_is_refused() -> None:
         model.sample(zeros, zeros[:, :2])
     with pytest.raises(ValueError, match="not both"):
         model.sample(zeros, zeros, seed=1, generator=torch.Generator())
+    with pytest.raises(ValueError, match="2 axes"):
+        model.sample(zeros[0, 0, 0], zeros[0, 0, 0])
+    with pytest.raises(ValueError, match="one shape"):
+        model.kl_divergence(zeros, zeros[:, :2])
     elsewhere = SimpleNamespace(device=torch.device("cuda"))
     with pytest.raises(ValueError, match=r"on cuda, but latent noise .* CPU"):
         model.sample(zeros, zeros, generator=elsewhere)  # type: ignore[arg-type]
@@ -302,6 +311,7 @@ def test_loading_what_is_no_model(tmp_path: Path) -> None:
         ("{", "not JSON"),
         ("[]", "not a temporal_vae configuration"),
         (text.replace('"format_version": 1', '"format_version": 9'), "newer"),
+        (text.replace('"model"', '"modle"'), "under 'model'"),
         (text.replace('"causal_mode"', '"casual_mode"'), "casual_mode"),
         (text.replace('"base_channels": 8', '"base_channels": 16'), "base_channels|do not fit"),
     ):

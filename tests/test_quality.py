@@ -11,8 +11,7 @@ from conftest import SHARED, difference, pixels
 from PIL import Image
 
 from temporal_vae import TemporalVAE, metrics, pictures
-from temporal_vae.app import reconstruct_frames
-from temporal_vae.evaluate import LinearBaseline, evaluate, mean_scores
+from temporal_vae.evaluate import LinearBaseline, evaluate, mean_scores, reconstruct_frames
 from temporal_vae.video import Bytes, read_clip, to_bytes, to_pixels
 
 FLAT = [0, 128, 255]

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
+from typing import Literal
 
 import numpy as np
 import torch
 
+from temporal_vae.evaluate import reconstruct_frames
 from temporal_vae.files import atomic_path
-from temporal_vae.geometry import Padding
-from temporal_vae.model import TemporalVAE
+from temporal_vae.model import StreamState, TemporalVAE
 from temporal_vae.video import (
     Bytes,
     Frame,
+    VideoError,
     VideoReader,
     VideoWriter,
     check_suffix,
+    pad_frames,
     to_bytes,
     to_pixels,
 )
 
-CLIP_FRAMES = 16
-"""Frames walked at a time when the model does not say."""
+PIECE_FRAMES = 8
+"""Frames that a stream takes in at a time."""
 
 Progress = Callable[[int, int | None], None]
 """Called with the frames done and the frames the file claims to have, if it does."""
@@ -36,7 +42,8 @@ class Summary:
 
     frames: int
     seconds: float
-    clip_frames: int
+    clip_frames: int | None
+    """Frames of each clip; None when the video was taken as one."""
     notes: tuple[str, ...]
     """What was not carried over, or could not be read; a line each."""
 
@@ -46,6 +53,8 @@ def choose_device(name: str) -> torch.device:
 
     Raises `ValueError` for a device that is not there.
     """
+    if name.split(":")[0] not in ("auto", "cpu", "cuda", "mps"):
+        raise ValueError(f"device must be auto, cpu, cuda, cuda:N or mps, got {name!r}")
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -54,7 +63,7 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"no device {name!r} here: take auto, cpu or cuda") from error
+        raise ValueError(f"no device {name!r} here: take auto") from error
     return device
 
 
@@ -73,56 +82,91 @@ def reconstruct(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
     model: TemporalVAE,
-    clip_frames: int | None = None,
+    clip_frames: int | Literal["all"] | None = None,
     progress: Progress | None = None,
 ) -> Summary:
     """Encode a video to the posterior mean, decode it, and write the result.
 
     Frame count, size and timestamps are kept: frames are padded to whole latent cells by repeating
-    their edge, and cropped back. The video is walked in clips of `clip_frames` frames (the model's
-    own clip length, else 16), so memory does not grow with its length. `target` appears whole or
-    not at all.
+    their edge, and cropped back. The video is one clip, streamed, so that its length changes
+    neither the result nor the memory. A model with a norm over the clip cannot stream: it walks
+    clips of its own length. `clip_frames` cuts any model's video into clips of that length, or with
+    "all" takes it as one.
+    `target` appears whole or not at all.
 
     Raises `VideoError` for a source that cannot be read or a target that cannot be written.
     """
     check_suffix(target)
-    length = clip_frames or model.config.clip_frames or CLIP_FRAMES
+    if os.path.exists(target) and os.path.samefile(source, target):
+        raise VideoError(f"{os.fspath(source)} would be overwritten by its reconstruction")
+    if model.input_channels != 3:
+        raise VideoError(
+            f"the model takes {model.input_channels} channels, video is read as 3 (RGB)"
+        )
+    length = clip_length(model, clip_frames)
     start, done = time.monotonic(), 0
     with VideoReader(source) as reader, atomic_path(target) as partial:
         info = reader.info
         size, rate = (info.height, info.width), (info.fps, info.time_base)
         with VideoWriter(partial, *size, *rate, info.sample_aspect_ratio) as writer:
-            for clip in _clips(iter(reader), length):
-                images = reconstruct_frames(np.stack([frame.image for frame in clip]), model)
-                for frame, image in zip(clip, images, strict=True):
-                    writer.write(image, frame.pts)
-                done += len(clip)
+            stamps: deque[int] = deque()
+            pieces = _pieces(iter(reader), length or PIECE_FRAMES, stamps)
+            walk = _walk_stream(pieces, model) if length is None else _walk_clips(pieces, model)
+            for images in walk:
+                for image in images:
+                    writer.write(image[: info.height, : info.width], stamps.popleft())
+                done += len(images)
                 if progress is not None:
-                    progress(done, info.frames)
-    notes = (*info.notes, *([reader.loss] if reader.loss else []))
-    return Summary(done, time.monotonic() - start, length, notes)
+                    progress(done, info.expected_frames)
+            if info.sample_aspect_ratio not in (None, 1) and not writer.keeps_aspect:
+                reader.notes.append(
+                    f"the shape of its pixels, {info.sample_aspect_ratio}, is kept in .mp4 only"
+                )
+        notes = tuple(f"{os.fspath(source)}: {note}" for note in reader.notes)
+    cut = None if length == sys.maxsize else length
+    return Summary(done, time.monotonic() - start, cut, notes)
 
 
-def reconstruct_frames(frames: Bytes, model: TemporalVAE) -> Bytes:
-    """One clip, uint8 (T, H, W, 3) of any size, through the model and back to the same size."""
-    _, height, width, _ = frames.shape
-    video = to_pixels(pad_frames(frames, model.downsample_factor))
-    return to_bytes(model.predict(video.to(model.device, model.dtype))[..., :height, :width])
+def clip_length(model: TemporalVAE, asked: int | Literal["all"] | None) -> int | None:
+    """Frames of each clip; None for one clip that streams."""
+    if isinstance(asked, int) and asked < 1:
+        raise ValueError(f"clip_frames must be at least 1 or 'all', got {asked}")
+    streams = model.encode_reach is not None and model.decode_reach is not None
+    if asked == "all":
+        return None if streams else sys.maxsize
+    return asked or (None if streams else model.config.clip_frames)
 
 
-def pad_frames(frames: Bytes, factor: int) -> Bytes:
-    """Repeat the last row and column of uint8 (T, H, W, 3) up to multiples of `factor`."""
-    padding = Padding.to_cells(frames.shape[1], frames.shape[2], factor)
-    edges = ((0, 0), (0, padding.rows), (0, padding.columns), (0, 0))
-    return np.pad(frames, edges, mode="edge")
+def _pieces(frames: Iterator[Frame], length: int, stamps: deque[int]) -> Iterator[Bytes]:
+    """uint8 (n, H, W, 3) of up to `length` frames; their timestamps are put into `stamps`."""
+    while piece := list(islice(frames, length)):
+        stamps.extend(frame.pts for frame in piece)
+        yield np.stack([frame.image for frame in piece])
 
 
-def _clips(frames: Iterator[Frame], length: int) -> Iterator[list[Frame]]:
-    clip: list[Frame] = []
-    for frame in frames:
-        clip.append(frame)
-        if len(clip) == length:
-            yield clip
-            clip = []
-    if clip:
-        yield clip
+def _walk_clips(clips: Iterator[Bytes], model: TemporalVAE) -> Iterator[Bytes]:
+    """Each clip on its own."""
+    return (reconstruct_frames(clip, model) for clip in clips)
+
+
+@torch.no_grad()
+def _walk_stream(pieces: Iterator[Bytes], model: TemporalVAE) -> Iterator[Bytes]:
+    """One clip in pieces, encoded and decoded; frames come padded, and late by the reach."""
+    encoding: StreamState = ()
+    decoding: StreamState = ()
+    for piece in pieces:
+        video = to_pixels(pad_frames(piece, model.downsample_factor))
+        latents, encoding = model.encode_step(
+            video.to(model.device, model.dtype), encoding, sample_mode=False
+        )
+        if latents is not None:
+            frames, decoding = model.decode_step(latents, decoding)
+            if frames is not None:
+                yield to_bytes(frames)
+    owed = model.encode_finish(encoding, sample_mode=False)
+    for latents in () if owed is None else owed.split(PIECE_FRAMES, 2):
+        frames, decoding = model.decode_step(latents, decoding)
+        if frames is not None:
+            yield to_bytes(frames)
+    if (frames := model.decode_finish(decoding)) is not None:
+        yield to_bytes(frames)

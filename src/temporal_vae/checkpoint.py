@@ -86,6 +86,8 @@ def read_config(file: Path) -> TemporalVAEConfig:
             f"{file} has format version {record.get('format_version')!r}, this library reads "
             f"{FORMAT_VERSION}: install a newer temporal-video-vae"
         )
+    if not isinstance(record.get("model"), dict):
+        raise ValueError(f"{file} has no configuration under 'model'")
     return TemporalVAEConfig.from_dict(record["model"])
 
 

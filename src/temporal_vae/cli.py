@@ -10,7 +10,7 @@ from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import typer
@@ -37,7 +37,10 @@ Target = Annotated[
 Model = Annotated[str, typer.Option(help="Built-in name, or folder of a saved model.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")]
-ClipFrames = Annotated[int | None, typer.Option(min=1, help="Frames walked at a time.")]
+ClipFrames = Annotated[
+    str | None,
+    typer.Option(metavar="N|all", help="Cut the video into clips of N frames, or take it as one."),
+]
 Thing = Annotated[str | None, typer.Argument(metavar="[MODEL|FILE]", help="A model, or a video.")]
 
 
@@ -53,13 +56,15 @@ def reconstruct(
     """Encode a video to the posterior mean, decode it, and write the result."""
     vae = TemporalVAE.from_pretrained(model, app.choose_dtype(dtype), app.choose_device(device))
     with Meter("reconstructing") as meter:
-        summary = app.reconstruct(source, target, vae, clip_frames, meter)
+        summary = app.reconstruct(source, target, vae, _clip_length(clip_frames), meter)
     for note in summary.notes:
         err.print(f"tvae: note: {note}", markup=False, soft_wrap=True)
     rate = summary.frames / max(summary.seconds, 1e-9)
+    cut = summary.clip_frames
+    clips = "as one clip" if cut is None else f"in clips of {cut} frames"
     out.print(
         f"{target}: {summary.frames} frames in {summary.seconds:.1f} s, {rate:.2f} frames/s, "
-        f"in clips of {summary.clip_frames} frames",
+        f"{clips}",
         markup=False,
         soft_wrap=True,
     )
@@ -79,6 +84,16 @@ def info(thing: Thing = None) -> None:
     for name, value in rows.items():
         table.add_row(name, str(value))
     out.print(table, markup=False, soft_wrap=True)
+
+
+def _clip_length(text: str | None) -> int | Literal["all"] | None:
+    if text is None:
+        return None
+    if text == "all":
+        return "all"
+    if not text.isdecimal() or int(text) == 0:
+        raise ValueError(f"--clip-frames must be a number of frames or 'all', got {text!r}")
+    return int(text)
 
 
 def _describe_installation() -> dict[str, object]:
@@ -153,13 +168,14 @@ class Meter:
 
 def main() -> None:
     """Run the command; a mistake of the user is one line and exit status 1."""
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _terminate)
     try:
         command()
     except (VideoError, ValueError, OSError) as error:
         _fail(str(error))
     except torch.OutOfMemoryError:
-        _fail("out of memory: take a smaller --clip-frames or --dtype bfloat16")
+        _fail("out of memory: take --dtype bfloat16, or --clip-frames where a model cannot stream")
 
 
 def _fail(message: str) -> None:
@@ -168,5 +184,5 @@ def _fail(message: str) -> None:
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    """SIGTERM unwinds like Ctrl-C, so that no half-written file stays."""
+    """A request to end unwinds like Ctrl-C, so that no half-written file stays."""
     sys.exit(128 + number)

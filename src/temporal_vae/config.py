@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self
@@ -60,10 +61,10 @@ class TemporalVAEConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "channel_multipliers", _multipliers(self.channel_multipliers))
         for name in ("input_channels", "latent_channels", "base_channels", "blocks_per_level"):
-            _check_integer(name, getattr(self, name), at_least=1)
+            self._set_integer(name, at_least=1)
         for name in ("num_temporal_layers", "temporal_attention_reach"):
-            _check_integer(name, getattr(self, name), at_least=0)
-        _check_integer("temporal_kernel_size", self.temporal_kernel_size, at_least=1)
+            self._set_integer(name, at_least=0)
+        self._set_integer("temporal_kernel_size", at_least=1)
         if self.temporal_kernel_size % 2 == 0:
             raise ValueError(
                 f"temporal_kernel_size must be odd, so that it has a middle frame; "
@@ -79,10 +80,13 @@ class TemporalVAEConfig:
         self._check_scales()
         self._check_norms()
 
+    def _set_integer(self, name: str, at_least: int) -> None:
+        object.__setattr__(self, name, _integer(name, getattr(self, name), at_least))
+
     def _check_scales(self) -> None:
         for name in ("latent_scale_factor", "latent_shift_factor"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
                 raise ValueError(f"{name} must be a number, got {value!r}")
             if not math.isfinite(value):
                 raise ValueError(f"{name} must be finite, got {value}")
@@ -95,7 +99,7 @@ class TemporalVAEConfig:
 
     def _check_norms(self) -> None:
         if self.norm_groups is not None:
-            _check_integer("norm_groups", self.norm_groups, at_least=1)
+            self._set_integer("norm_groups", at_least=1)
             for width in self.widths:
                 if width % self.norm_groups:
                     raise ValueError(
@@ -107,7 +111,7 @@ class TemporalVAEConfig:
                 f"temporal_norm must be 'position' or 'clip', got {self.temporal_norm!r}"
             )
         if self.clip_frames is not None:
-            _check_integer("clip_frames", self.clip_frames, at_least=1)
+            self._set_integer("clip_frames", at_least=1)
         if self.temporal_norm == "clip":
             if self.causal_mode:
                 raise ValueError(
@@ -182,11 +186,12 @@ class TemporalVAEConfig:
 _FLAGS = ("causal_mode", "quant_conv", "post_quant_conv", "temporal_encoder", "time_conv_out")
 
 
-def _check_integer(name: str, value: object, at_least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+def _integer(name: str, value: object, at_least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise ValueError(f"{name} must be a whole number, got {value!r}")
     if value < at_least:
         raise ValueError(f"{name} must be at least {at_least}, got {value}")
+    return int(value)
 
 
 def _multipliers(value: object) -> tuple[int, ...]:
@@ -194,6 +199,6 @@ def _multipliers(value: object) -> tuple[int, ...]:
         raise ValueError(
             f"channel_multipliers must be a non-empty sequence such as (1, 2, 4, 4), got {value!r}"
         )
-    for multiplier in value:
-        _check_integer("each of channel_multipliers", multiplier, at_least=1)
-    return tuple(value)
+    return tuple(
+        _integer("each of channel_multipliers", multiplier, at_least=1) for multiplier in value
+    )

@@ -11,13 +11,19 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file
 
-from temporal_vae.app import pad_frames, reconstruct_frames
 from temporal_vae.metrics import Scores, score
 from temporal_vae.model import TemporalVAE
-from temporal_vae.video import Bytes, read_clip
+from temporal_vae.video import Bytes, pad_frames, read_clip, to_bytes, to_pixels
 
 BLOCK = 8
 Floats = npt.NDArray[np.float32]
+
+
+def reconstruct_frames(frames: Bytes, model: TemporalVAE) -> Bytes:
+    """One clip, uint8 (T, H, W, 3) of any size, through the model and back to the same size."""
+    _, height, width, _ = frames.shape
+    video = to_pixels(pad_frames(frames, model.downsample_factor))
+    return to_bytes(model.predict(video.to(model.device, model.dtype))[..., :height, :width])
 
 
 @dataclass(frozen=True, slots=True)

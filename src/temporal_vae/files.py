@@ -16,15 +16,18 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
     When the block raises, Ctrl-C included, the new file is removed and `target` is as before. The
     temporary name keeps the suffix, since writers choose a format by it.
 
-    Raises `IsADirectoryError`, `FileNotFoundError` or `PermissionError` before the block starts
-    when `target` could not be written.
+    Raises `IsADirectoryError`, `FileExistsError`, `FileNotFoundError` or `PermissionError` before
+    the block starts when `target` could not be written.
     """
-    final = Path(os.path.realpath(target))
+    final = Path(os.path.realpath(target))  # a link stays a link, to the new file
     if final.is_dir():
         raise IsADirectoryError(f"{target} is a folder, not a file to write")
+    if final.exists() and not final.is_file():
+        raise FileExistsError(f"{target} is a device or a pipe, which a new file would replace")
     if not final.parent.is_dir():
         raise FileNotFoundError(f"the folder {final.parent} does not exist")
-    partial = final.with_name(f".{final.stem}.{uuid.uuid4().hex[:8]}.part{final.suffix}")
+    suffix = Path(target).suffix  # of the name that was given: it may choose the format
+    partial = final.with_name(f".{final.stem[:100]}.{uuid.uuid4().hex[:8]}.part{suffix}")
     try:
         partial.touch(exist_ok=False)
     except OSError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 
@@ -37,9 +36,3 @@ def indivisible(height: int, width: int, factor: int) -> str | None:
         f"pad to {padding.padded[0]}x{padding.padded[1]} and crop the result, or crop to "
         f"{down[0]}x{down[1]}"
     )
-
-
-def clip_bounds(frames: int, clip_frames: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of the clips that `frames` frames are walked in, in order."""
-    for start in range(0, frames, clip_frames):
-        yield start, min(start + clip_frames, frames)

@@ -23,7 +23,9 @@ class LatentDistribution(NamedTuple):
     def from_moments(cls, moments: Tensor) -> LatentDistribution:
         """Split an encoder's output (B, 2*L, ...); the log-variance is clamped to [-30, 20]."""
         mean, log_variance = moments.chunk(2, dim=1)
-        return cls(mean.contiguous(), log_variance.clamp(*LOG_VARIANCE_RANGE).contiguous())
+        # a view would keep all moments alive
+        mean = mean.clone(memory_format=torch.contiguous_format)
+        return cls(mean, log_variance.clamp(*LOG_VARIANCE_RANGE).contiguous())
 
     def mode(self) -> Tensor:
         """The most likely latent: the mean, as a tensor of its own."""

@@ -15,6 +15,7 @@ whole clip.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -160,8 +161,16 @@ class Upsample(Framewise):
 # Timewise
 
 
+State = tuple[Tensor, ...]
+"""Memory of a timewise layer between pieces of a clip: the count of frames it has taken, (B,), and
+the tails that the next piece needs, each (B, C, frames, H, W). `()` before the first frame."""
+
+
 class Timewise(nn.Module):
-    """A layer that sees one pixel over time; subclasses define `pixels` and how far they see."""
+    """A layer that sees one pixel over time; subclasses define `pixels` and how far they see.
+
+    What can be walked in pieces also defines `tails`, the frames of each tail, and `advance`.
+    """
 
     past: int | None
     future: int | None
@@ -172,10 +181,80 @@ class Timewise(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) -> (B, C', T, H, W)."""
-        y = self.pixels(x.movedim(1, -1).flatten(2, 3).movedim(-1, 1))
-        y = y.contiguous(memory_format=torch.channels_last).movedim(1, -1)
-        clip: Tensor = y.unflatten(2, x.shape[3:]).movedim(-1, 1)
-        return clip
+        return _unfold_pixels(self.pixels(_fold_pixels(x)), x.shape[3:])
+
+    def tails(self) -> tuple[int, ...]:
+        """Frames of each tail that is kept between pieces."""
+        raise NotImplementedError
+
+    def advance(self, x: Tensor, counts: Tensor, tails: State, last: bool) -> tuple[Tensor, State]:
+        """The next piece (B, C, n, P) -> every output whose future is known, and the new tails.
+
+        `counts` (B,) are the frames taken before. After the `last` piece, which may have no frames,
+        all outputs have been given: their number is that of the inputs.
+        """
+        raise NotImplementedError
+
+    def stream(self, x: Tensor | None, state: State, last: bool) -> tuple[Tensor | None, State]:
+        """The next piece (B, C, n, H, W) -> what can be given so far, and the new state.
+
+        None stands for no frames. Neither `x` nor `state` is changed.
+
+        Raises `ValueError` when the state belongs to frames of another size, dtype or number.
+        """
+        if x is None:
+            if not (state and last):
+                return None, state
+            x = state[1][:, :, :0]
+        if not state:
+            shape, frames = list(x.shape), self.tails()
+            empty = [x.new_zeros(*shape[:2], n, *shape[3:]) for n in frames]
+            state = (torch.zeros(shape[0], dtype=torch.int64), *empty)
+        self._check(x, state)
+        counts, *tails = state
+        y, kept = self.advance(_fold_pixels(x), counts, tuple(map(_fold_pixels, tails)), last)
+        size = x.shape[3:]
+        state = (counts + x.shape[2], *(_unfold_pixels(tail, size) for tail in kept))
+        return (_unfold_pixels(y, size) if y.shape[2] else None), state
+
+    def _check(self, x: Tensor, state: State) -> None:
+        counts, *tails = state
+        frames = self.tails()
+        fits = len(tails) == len(frames) and all(
+            (*tail.shape[:2], *tail.shape[3:]) == (*x.shape[:2], *x.shape[3:])
+            and tail.shape[2] == n
+            and (tail.dtype, tail.device) == (x.dtype, x.device)
+            for tail, n in zip(tails, frames, strict=True)
+        )
+        if not fits:
+            raise ValueError(
+                "the state is not one of this model for a stream of these frames: inside the "
+                f"network it has {[(*t.shape, t.dtype) for t in tails]}, and the frames are "
+                f"{(*x.shape, x.dtype)}: keep one state per stream"
+            )
+        settled = sum(frames) if self.future else 0
+        if len(set(counts.tolist() if self.future else [])) > 1 and int(counts.min()) < settled:
+            raise ValueError(
+                f"streams of a batch must have equal frame counts until all are past {settled} "
+                f"frames, got {counts.tolist()}: a model that looks ahead starts them unevenly"
+            )
+
+
+def _fold_pixels(x: Tensor) -> Tensor:
+    """(B, C, T, H, W) -> (B, C, T, P), a view."""
+    return x.movedim(1, -1).flatten(2, 3).movedim(-1, 1)
+
+
+def _unfold_pixels(y: Tensor, size: torch.Size) -> Tensor:
+    """(B, C, T, P) -> (B, C, T, H, W), channels-last; a view if it was."""
+    y = y.contiguous(memory_format=torch.channels_last).movedim(1, -1)
+    clip: Tensor = y.unflatten(2, size).movedim(-1, 1)
+    return clip
+
+
+def _tail(x: Tensor, frames: int) -> Tensor:
+    """The last frames of (B, C, T, P), in memory of their own: a view would keep all of x."""
+    return x[:, :, x.shape[2] - frames :].clone(memory_format=torch.preserve_format)
 
 
 class TimeConv(Timewise):
@@ -199,13 +278,53 @@ class TimeConv(Timewise):
 
     def scaled(self, x: Tensor, gain: Tensor | None) -> Tensor:
         """The convolution times `gain`, which costs nothing: it goes into the weights."""
-        weight: Tensor = self.weight.squeeze(-1)
-        bias: Tensor = self.bias
-        if gain is not None:
-            weight, bias = weight * gain, bias * gain
+        weight, bias = self._weights(gain)
         if self.past == self.future:
             return F.conv2d(x, weight, bias, padding=(self.past, 0))
         return F.conv2d(F.pad(x, (0, 0, self.past, self.future)), weight, bias)
+
+    def tails(self) -> tuple[int, ...]:
+        return (self.past + self.future,)
+
+    def advance(self, x: Tensor, counts: Tensor, tails: State, last: bool) -> tuple[Tensor, State]:
+        y, tail = self.advance_scaled(x, counts, tails[0], last, lambda u: u, None)
+        return y, (tail,)
+
+    def advance_scaled(
+        self,
+        x: Tensor,
+        counts: Tensor,
+        tail: Tensor,
+        last: bool,
+        before: Callable[[Tensor], Tensor],
+        gain: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """`advance` for the convolution of `before(x)`, times `gain`; (outputs, new tail).
+
+        A causal tail holds `before(x)`, ready to read, and starts as the zeros of the padding. One
+        that looks ahead holds x itself, since a block needs it for its delayed shortcut; there the
+        padding stands where `before` would have made something of frames that never were.
+        """
+        weight, bias = self._weights(gain)
+        if self.future:
+            kept = torch.cat([tail, x], 2)
+            unborn = max(0, tail.shape[2] - int(counts.min()))
+            u = F.pad(before(kept[:, :, unborn:]), (0, 0, unborn, self.future if last else 0))
+            early = max(0, self.future - int(counts.min()))
+        else:
+            u = kept = torch.cat([tail, before(x)], 2)
+            early = 0
+        y = (
+            F.conv2d(u, weight, bias)[:, :, early:]
+            if u.shape[2] >= weight.shape[2]
+            else x[:, :, :0]
+        )
+        return y, _tail(kept, tail.shape[2])
+
+    def _weights(self, gain: Tensor | None) -> tuple[Tensor, Tensor]:
+        weight: Tensor = self.weight.squeeze(-1)
+        bias: Tensor = self.bias
+        return (weight, bias) if gain is None else (weight * gain, bias * gain)
 
 
 class PositionNorm(nn.Module):
@@ -253,6 +372,24 @@ class TemporalBlock(Timewise):
         h = self.conv2.scaled(silu(self.norm2(h)), torch.sigmoid(self.mix_factor))
         return h.add_(x)
 
+    def tails(self) -> tuple[int, ...]:
+        return self.conv1.tails() + self.conv2.tails()
+
+    def advance(self, x: Tensor, counts: Tensor, tails: State, last: bool) -> tuple[Tensor, State]:
+        first, second = tails
+        ahead = self.conv1.future
+        h, kept1 = self.conv1.advance_scaled(
+            x, counts, first, last, lambda u: silu(self.norm1(u)), None
+        )
+        y, kept2 = self.conv2.advance_scaled(
+            h, (counts - ahead).clamp(min=0), second, last, lambda u: silu(self.norm2(u)),
+            torch.sigmoid(self.mix_factor),
+        )  # fmt: skip
+        if ahead:  # the shortcut is late by twice the reach ahead: as long as the first tail
+            unborn = max(0, first.shape[2] - int(counts.min()))
+            x = torch.cat([first, x], 2)[:, :, unborn : unborn + y.shape[2]]
+        return y.add_(x), (kept1, kept2)
+
 
 class TemporalAttention(Timewise):
     """Multi-head attention among the frames of each pixel, joined to its input.
@@ -277,42 +414,81 @@ class TemporalAttention(Timewise):
         self.distance_bias = nn.Parameter(torch.zeros(self.heads, self.past + self.future + 1))
 
     def pixels(self, x: Tensor) -> Tensor:
-        tokens = self.norm(x).permute(0, 3, 2, 1)  # (B, P, T, C)
-        parts = tokens.flatten(0, 1).split(max(1, ATTENTION_BATCH // self.heads))
-        mixed = torch.cat([self._attend(part) for part in parts])
-        # heads want frames together, the clip wants pixels together: the one copy, at 1/8 the size
-        y: Tensor = mixed.unflatten(0, tokens.shape[:2]).transpose(1, 2).contiguous()
-        return y.movedim(-1, 1).add_(x)
+        u = self.norm(x)
+        q, k, v = (self._project(u, to) for to in (self.to_q, self.to_k, self.to_v))
+        return self._mix(q, k, v, self.past, None).add_(x)
 
-    def _attend(self, tokens: Tensor) -> Tensor:
-        """(N, T, C) -> (N, T, C), in blocks of queries against the band of keys they can see."""
+    def tails(self) -> tuple[int, ...]:
+        seen = self.past + self.future
+        return (seen, seen, self.future)  # keys, values, inputs that wait for their future
+
+    def advance(self, x: Tensor, counts: Tensor, tails: State, last: bool) -> tuple[Tensor, State]:
+        keys, values, waiting = tails
+        seen, u = self.past + self.future, self.norm(x)
+        k = torch.cat([keys, self._project(u, self.to_k)], 2)
+        v = torch.cat([values, self._project(u, self.to_v)], 2)
+        queue = torch.cat([waiting, x], 2)
+        early = max(0, self.future - int(counts.min())) if self.future else 0
+        ready = queue[:, :, early : queue.shape[2] - (0 if last else self.future)]
+        kept = (_tail(k, seen), _tail(v, seen), _tail(queue, self.future))
+        if not ready.shape[2]:
+            return ready, kept
+        q = self._project(self.norm(ready), self.to_q)
+        # frame 0 of the keys stands `seen - counts` frames before the first of the clip
+        return self._mix(q, k, v, -early, seen - counts).add_(ready), kept
+
+    def _project(self, u: Tensor, to: nn.Module) -> Tensor:
+        """A linear layer on the channels of (B, C, T, P)."""
+        y: Tensor = to(u.movedim(1, -1))
+        return y.movedim(-1, 1)
+
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, shift: int, unborn: Tensor | None) -> Tensor:
+        """Attention of queries (B, C, Q, P) to keys and values (B, C, K, P), sample by sample.
+
+        Query i sees key j where `j - i + shift` is in [0, past + future], but none of a sample's
+        first `unborn` keys (B,), which stand for frames before the clip.
+        """
+        pixels = max(1, ATTENTION_BATCH // self.heads)
+        samples = []
+        for b in range(len(q)):
+            hidden = None if unborn is None else unborn[b]
+            parts = zip(*(x[b].split(pixels, 2) for x in (q, k, v)), strict=True)
+            mixed = [self._attend(qs, ks, vs, shift, hidden) for qs, ks, vs in parts]
+            samples.append(self.to_out(torch.cat(mixed, 1)))  # (Q, P, C)
+        y: Tensor = torch.stack(samples)
+        return y.movedim(-1, 1)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, shift: int, hidden: Tensor | None) -> Tensor:
+        """(C, Q, P) and (C, K, P) twice -> (Q, P, C); blocks of queries see their band of keys."""
         q, k, v = (
-            to(tokens).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (N, heads, T, C / heads)
-            for to in (self.to_q, self.to_k, self.to_v)
-        )
-        length = tokens.shape[1]
+            x.unflatten(0, (self.heads, -1)).permute(3, 0, 2, 1) for x in (q, k, v)
+        )  # (P, heads, frames, C / heads)
+        queries, keys, width = q.shape[2], k.shape[2], self.past + self.future
         out = []
-        for start in range(0, length, QUERY_FRAMES):
-            stop = min(start + QUERY_FRAMES, length)
-            band = slice(max(0, start - self.past), min(length, stop + self.future))
-            bias = self._bias(start, stop, band)
+        for start in range(0, queries, QUERY_FRAMES):
+            stop = min(start + QUERY_FRAMES, queries)
+            band = slice(max(0, start - shift), min(keys, stop - shift + width))
+            bias = self._bias(start, stop, band, shift, hidden)
             out.append(
                 F.scaled_dot_product_attention(
                     q[:, :, start:stop], k[:, :, band], v[:, :, band], attn_mask=bias
                 )
             )
-        y: Tensor = self.to_out(torch.cat(out, 2).transpose(1, 2).flatten(2))
-        return y
+        return torch.cat(out, 2).permute(2, 0, 1, 3).flatten(2)
 
-    def _bias(self, start: int, stop: int, band: slice) -> Tensor:
+    def _bias(
+        self, start: int, stop: int, band: slice, shift: int, hidden: Tensor | None
+    ) -> Tensor:
         """(1, heads, queries, keys): the learned bias of each distance, -inf out of reach."""
-        device = self.distance_bias.device
+        device, width = self.distance_bias.device, self.past + self.future
         queries = torch.arange(start, stop, device=device)[:, None]
         keys = torch.arange(band.start, band.stop, device=device)[None, :]
-        index = keys - queries + self.past
-        hidden = (index < 0) | (index > self.past + self.future)
-        bias = self.distance_bias[:, index.clamp(0, self.past + self.future)]
-        return bias.masked_fill(hidden, -math.inf).unsqueeze(0)
+        index = keys - queries + shift
+        out_of_reach = (index < 0) | (index > width)
+        if hidden is not None:
+            out_of_reach = out_of_reach | (keys < hidden.to(device))
+        bias = self.distance_bias[:, index.clamp(0, width)]
+        return bias.masked_fill(out_of_reach, -math.inf).unsqueeze(0)
 
 
 # ---------------------------------------------------------------------------------------------

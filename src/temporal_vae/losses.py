@@ -13,7 +13,13 @@ def mean_squared_error(prediction: Tensor, target: Tensor) -> Tensor:
 def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
     """KL(N(mean, exp(log_variance)) || N(0, 1)) in nats: summed over a sample, mean over samples.
 
+    Raises `ValueError` for shapes that differ.
     Source: Kingma and Welling 2014, arXiv 1312.6114, appendix B.
     """
+    if mean.shape != log_variance.shape:
+        raise ValueError(
+            f"mean and log_variance must have one shape, got {tuple(mean.shape)} and "
+            f"{tuple(log_variance.shape)}"
+        )
     terms = mean.square() + log_variance.exp() - 1 - log_variance
     return 0.5 * terms.flatten(1).sum(1).mean()

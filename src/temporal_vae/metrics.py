@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-Bytes = npt.NDArray[np.uint8]
+from temporal_vae.video import Bytes
 
 PSNR_CEILING = 100.0
 """Decibels given to a frame that comes back exactly, so that means stay finite."""

@@ -20,9 +20,11 @@ from temporal_vae.config import NormScope, TemporalVAEConfig
 from temporal_vae.latents import LatentDistribution
 from temporal_vae.layers import draw_parameters, start_as_identity
 from temporal_vae.network import Decoder, Encoder
+from temporal_vae.walks import streamed
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 Layout = Literal["BCTHW", "BTCHW"]
+StreamState = streamed.State
 
 
 class TemporalVAE(nn.Module):
@@ -249,9 +251,7 @@ class TemporalVAE(nn.Module):
         Raises:
             ValueError: for a wrong rank, number of channels, size, dtype or device.
         """
-        clip = self._clip(video, self.input_channels, "video", layout)
-        if problem := geometry.indivisible(clip.shape[3], clip.shape[4], self.downsample_factor):
-            raise ValueError(problem)
+        clip = self._pixels(video, "video", layout)
         moments = _restore(self.encoder(clip), video, layout="BCTHW")
         mean, log_variance = LatentDistribution.from_moments(moments)
         return LatentDistribution(_relayout(mean, layout), _relayout(log_variance, layout))
@@ -289,12 +289,17 @@ class TemporalVAE(nn.Module):
         With `seed` the noise is the same each time; with `generator` it is drawn from that; with
         neither from the model's own generator, which moves on.
 
-        Raises `ValueError` for shapes that differ, or for both `seed` and `generator`.
+        Raises `ValueError` for shapes that differ or are no latent's, or for both `seed` and
+        `generator`.
         """
         if mean.shape != log_variance.shape:
             raise ValueError(
                 f"mean and log_variance must have one shape, got {tuple(mean.shape)} and "
                 f"{tuple(log_variance.shape)}"
+            )
+        if mean.ndim not in (4, 5):
+            raise ValueError(
+                f"moments must be (B, L, T, h, w) or (B, L, h, w), got {mean.ndim} axes"
             )
         if seed is not None and generator is not None:
             raise ValueError("give seed or generator, not both")
@@ -311,6 +316,73 @@ class TemporalVAE(nn.Module):
         """
         clip = self._clip(latent, self.latent_channels, "latent", layout)
         return _restore(self.decoder(clip), latent, layout)
+
+    # Streams ---------------------------------------------------------------------------------
+
+    def encode_step(
+        self,
+        frames: Tensor,
+        state: StreamState = (),
+        sample_mode: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor | None, StreamState]:
+        """The next frames of a stream (B, C, n, H, W) -> latents that are certain, and the state.
+
+        A causal model gives n latents, another one all that its `encode_reach` allows, None if that
+        is none; `encode_finish` gives the rest. Any cutting gives the latents of the whole, sampled
+        ones too, if one generator serves the stream. A state is a plain value, a nested tuple of
+        tensors: keep it, copy it, go back to it, move it; joined along the batch it carries many
+        streams. It is never changed.
+
+        Raises:
+            ValueError: as `encode`, and for a model with a norm over the clip, or a state of another
+                model, size or dtype.
+        """
+        clip = self._pixels(self._piece(frames, "frames"), "frames")
+        moments, state = streamed.step(self.encoder, clip, state)
+        return self._latents(moments, sample_mode, generator), state
+
+    def encode_finish(
+        self,
+        state: StreamState,
+        sample_mode: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> Tensor | None:
+        """The latents that an ended stream still owes; None if it owes none."""
+        owed = list(streamed.finish(self.encoder, state))
+        return self._latents(torch.cat(owed, 2) if owed else None, sample_mode, generator)
+
+    def decode_step(
+        self, latents: Tensor, state: StreamState = ()
+    ) -> tuple[Tensor | None, StreamState]:
+        """The next latents of a stream (B, L, n, h, w) -> frames that are certain, and the state.
+
+        See `encode_step`; `decode_finish` gives the rest.
+        """
+        clip = self._clip(self._piece(latents, "latents"), self.latent_channels, "latents", "BCTHW")
+        frames, state = streamed.step(self.decoder, clip, state)
+        return None if frames is None else frames.contiguous(), state
+
+    def decode_finish(self, state: StreamState) -> Tensor | None:
+        """The frames that an ended stream still owes; None if it owes none."""
+        owed = list(streamed.finish(self.decoder, state))
+        return torch.cat(owed, 2).contiguous() if owed else None
+
+    def _latents(
+        self, moments: Tensor | None, sample_mode: bool, generator: torch.Generator | None
+    ) -> Tensor | None:
+        if moments is None:
+            return None
+        mean, log_variance = LatentDistribution.from_moments(moments)
+        return self.sample(mean, log_variance, generator=generator) if sample_mode else mean
+
+    def _piece(self, x: Tensor, name: str) -> Tensor:
+        if isinstance(x, Tensor) and x.ndim != 5:
+            raise ValueError(
+                f"{name} of a stream must be (B, C, T, H, W), got {tuple(x.shape)}: one frame is "
+                f"{name}.unsqueeze(2)"
+            )
+        return x
 
     # Diffusion -------------------------------------------------------------------------------
 
@@ -344,13 +416,14 @@ class TemporalVAE(nn.Module):
         video: Tensor,
         sample_posterior: bool = True,
         generator: torch.Generator | None = None,
+        *,
+        layout: Layout = "BCTHW",
     ) -> tuple[Tensor, LatentDistribution]:
         """Reconstruction and posterior of a video (B, C, T, H, W) or image (B, C, H, W)."""
-        posterior = self.encode_with_distribution(video)
-        latent = (
-            self.sample(*posterior, generator=generator) if sample_posterior else posterior.mean
-        )
-        return self.decode(latent), posterior
+        posterior = self.encode_with_distribution(video, layout=layout)
+        mean, log_variance = (_relayout(moment, layout) for moment in posterior)
+        latent = self.sample(mean, log_variance, generator=generator) if sample_posterior else mean
+        return self.decode(_relayout(latent, layout), layout=layout), posterior
 
     def predict(self, video: Tensor, *, layout: Layout = "BCTHW") -> Tensor:
         """The reconstruction from the posterior mean, without gradients or side effects."""
@@ -363,6 +436,12 @@ class TemporalVAE(nn.Module):
         return losses.kl_divergence(mean, log_variance)
 
     # -----------------------------------------------------------------------------------------
+
+    def _pixels(self, video: Tensor, name: str, layout: Layout = "BCTHW") -> Tensor:
+        clip = self._clip(video, self.input_channels, name, layout)
+        if problem := geometry.indivisible(clip.shape[3], clip.shape[4], self.downsample_factor):
+            raise ValueError(problem)
+        return clip
 
     def _clip(self, x: Tensor, channels: int, name: str, layout: Layout) -> Tensor:
         """Check an input at the door and bring it to (B, C, T, H, W)."""
@@ -396,6 +475,8 @@ class TemporalVAE(nn.Module):
         if len(shape) == 5 and shape[3 - axis] == channels:
             other = "BTCHW" if layout == "BCTHW" else "BCTHW"
             message += f": these axes look like {other}, so pass layout={other!r}"
+        elif len(shape) == 4 and shape[0] == channels:
+            message += f": a video needs its batch, {name}.unsqueeze(0)"
         elif shape[-1] == channels:
             order = "0, 4, 1, 2, 3" if len(shape) == 5 else "0, 3, 1, 2"
             message += f": channels stand last, so pass {name}.permute({order})"
@@ -415,6 +496,8 @@ class TemporalVAE(nn.Module):
 
 def _seeded(seed: int | None) -> torch.Generator:
     generator = torch.Generator()
+    if seed is not None and (not isinstance(seed, int) or not 0 <= seed < 2**63):
+        raise ValueError(f"seed must be a whole number in [0, 2**63), got {seed!r}")
     if seed is None:
         generator.seed()
     else:

@@ -6,12 +6,11 @@ import os
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
+
+from temporal_vae.video import Bytes
 
 if TYPE_CHECKING:
     from PIL import Image
-
-Bytes = npt.NDArray[np.uint8]
 
 MARGIN = 12
 CAPTION = 30

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -23,6 +24,8 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation
 from av.video.stream import VideoStream
 from torch import Tensor
+
+from temporal_vae.geometry import Padding
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -40,10 +43,22 @@ def to_pixels(frames: Bytes) -> Tensor:
 
 
 def to_bytes(video: Tensor) -> Bytes:
-    """(1, C, T, H, W) in [-1, 1] -> uint8 (T, H, W, C), rounded to nearest and clipped."""
+    """(1, C, T, H, W) in [-1, 1] -> uint8 (T, H, W, C), rounded to nearest and clipped.
+
+    Raises `ValueError` for NaN, which would turn black in silence.
+    """
+    if video.isnan().any():
+        raise ValueError("the frames hold NaN: in float16 a model may overflow, so take bfloat16")
     frames = ((video.detach()[0].float() + 1) * 127.5).round().clamp(0, 255)
     array: Bytes = frames.to("cpu", torch.uint8).permute(1, 2, 3, 0).contiguous().numpy()
     return array
+
+
+def pad_frames(frames: Bytes, factor: int) -> Bytes:
+    """Repeat the last row and column of uint8 (T, H, W, C) up to multiples of `factor`."""
+    padding = Padding.to_cells(frames.shape[1], frames.shape[2], factor)
+    edges = ((0, 0), (0, padding.rows), (0, padding.columns), (0, 0))
+    return np.pad(frames, edges, mode="edge")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,27 +87,35 @@ class VideoInfo:
     notes: tuple[str, ...] = field(default=())
     """What of the file is not carried over, a line each."""
 
+    @property
+    def expected_frames(self) -> int | None:
+        """Frames the file claims to have, else its length times its rate, else None."""
+        if self.frames is None and self.end is not None:
+            return max(1, round(self.end * float(self.fps)))
+        return self.frames
+
 
 class VideoReader:
     """Decode a video file frame by frame: `with VideoReader(path) as video: for frame in video`.
 
     Reads 8-bit video without alpha or rotation; anything else is refused by a `VideoError` that
-    gives a way out. After the iteration `loss` says what could not be read, None if all was.
+    gives a way out. After the iteration `notes` says what is not as in the file, or was lost.
 
-    With `width` frames are scaled (Lanczos), the height to the nearest multiple of `multiple` that
-    keeps the shape of the picture.
+    With `width` frames are scaled (bilinear, averaging where it shrinks), the height to the nearest
+    multiple of `multiple` that keeps the shape of the picture.
     """
 
     def __init__(self, path: str | os.PathLike[str], width: int | None = None, multiple: int = 1):
         self.path = os.fspath(path)
         self._width, self._multiple = width, multiple
-        self.loss: str | None = None
+        self.notes: list[str] = []
         self._packets_lost = self._timestamps_made = 0
         self._container = _open(self.path)
         try:
             self._stream = _video_stream(self._container, self.path)
             _refuse_unsupported(self._stream, self.path)
             self.info = _describe(self._container, self._stream, self.path)
+            self.notes += self.info.notes
         except BaseException:
             self._container.close()
             raise
@@ -110,7 +133,7 @@ class VideoReader:
 
     def __iter__(self) -> Iterator[Frame]:
         size: tuple[int, int] | None = None
-        count, last, damaged = 0, None, 0
+        count, last, damaged, shift = 0, None, 0, 0
         step = max(1, round(1 / (self.info.fps * self.info.time_base)))
         for decoded in self._decode():
             size = size or (decoded.width, decoded.height)
@@ -122,9 +145,18 @@ class VideoReader:
             if decoded.rotation:
                 raise VideoError(_rotated(self.path, decoded.rotation))
             pts = decoded.pts
-            if pts is None or (last is not None and pts <= last):
+            if pts is not None and count == 0 and pts < 0:
+                shift = -pts
+                self.notes.append(
+                    f"timestamps start at {float(pts * self.info.time_base):.3f} s: moved to 0"
+                )
+            if pts is None or (last is not None and pts + shift <= last):
                 pts = 0 if last is None else last + step
                 self._timestamps_made += 1
+            else:
+                pts += shift
+            if count == 0 and decoded.interlaced_frame:
+                self.notes.append("interlaced fields are treated as one frame")
             damaged += decoded.is_corrupt
             yield Frame(self._image(decoded), pts)
             count, last = count + 1, pts
@@ -133,7 +165,7 @@ class VideoReader:
                 f"{self.path}: no frame could be decoded: the file is empty or damaged"
             )
         end = (last + step) * self.info.time_base if last is not None else 0
-        self.loss = self._what_was_lost(count, damaged, float(end))
+        self.notes += self._losses(count, damaged, float(end))
 
     def _decode(self) -> Iterator[VideoFrame]:
         """Every frame that can be had: a packet that does not decode is counted and passed over."""
@@ -175,23 +207,23 @@ class VideoReader:
         rows = height * self._width / width / self._multiple
         return max(1, round(rows)) * self._multiple, self._width
 
-    def _what_was_lost(self, count: int, damaged: int, end: float) -> str | None:
-        lost = []
+    def _losses(self, count: int, damaged: int, end: float) -> Iterator[str]:
         claimed, claimed_end = self.info.frames, self.info.end
-        if claimed is not None:
-            if count < claimed:
-                lost.append(f"{count} of {claimed} frames could be read")
-        elif claimed_end is not None and claimed_end - end > 2 / self.info.fps:
-            lost.append(f"frames end at {end:.3f} s of {claimed_end:.3f} s")
-        if self._packets_lost:
-            lost.append(f"{self._packets_lost} packets were damaged")
-        if damaged:
-            lost.append(f"{damaged} frames were decoded from damaged data")
-        if self._timestamps_made:
-            lost.append(
-                f"{self._timestamps_made} timestamps were missing or out of order, and made up"
+        if claimed is not None and count < claimed:
+            yield (
+                f"{count} of {claimed} frames could be read: the file is damaged, or its edit list "
+                "hides the others"
             )
-        return f"{self.path}: " + "; ".join(lost) if lost else None
+        if claimed is None and claimed_end is None:
+            yield "the file does not state its length: frames missing at its end would not show"
+        if claimed is None and claimed_end and claimed_end - end > 2 / self.info.fps:
+            yield f"frames end at {end:.3f} s of {claimed_end:.3f} s: the file is damaged"
+        if self._packets_lost:
+            yield f"{self._packets_lost} packets were damaged"
+        if damaged:
+            yield f"{damaged} frames were decoded from damaged data"
+        if self._timestamps_made:
+            yield f"{self._timestamps_made} timestamps were missing or out of order, and made up"
 
 
 class VideoWriter:
@@ -211,18 +243,18 @@ class VideoWriter:
         sample_aspect_ratio: Fraction | None = None,
     ):
         self.path = os.fspath(path)
-        check_suffix(self.path)
-        self._lossless = self.path.endswith(".mkv")
+        self._lossless = check_suffix(self.path) == ".mkv"
         time_base = time_base or 1 / fps
         # mp4 keeps the start of a clip in the clock of the movie: milliseconds unless told
         options = {} if self._lossless else {"movie_timescale": str(time_base.denominator)}
         try:
-            self._container = av.open(self.path, "w", options=options)
+            self._container = av.open(os.path.abspath(self.path), "w", options=options)
         except (av.error.FFmpegError, OSError) as error:
             raise VideoError(f"cannot write {self.path}: {error}") from error
         stream = self._container.add_stream("ffv1" if self._lossless else "libx264", rate=fps)
         stream.height, stream.width = height, width
         stream.time_base = stream.codec_context.time_base = time_base
+        self.keeps_aspect = not self._lossless
         if sample_aspect_ratio:
             stream.codec_context.sample_aspect_ratio = sample_aspect_ratio
         if self._lossless:
@@ -284,12 +316,13 @@ def read_clip(
     return np.stack(images)
 
 
-def check_suffix(path: str | os.PathLike[str]) -> None:
-    """Raise `VideoError` unless a video can be written under this name."""
-    suffix = Path(path).suffix
+def check_suffix(path: str | os.PathLike[str]) -> str:
+    """The format's suffix. Raises `VideoError` unless a video can be written under this name."""
+    suffix = Path(path).suffix.lower()
     if suffix not in WRITERS:
         known = " or ".join(f"{name} ({what})" for name, what in WRITERS.items())
         raise VideoError(f"cannot write {os.fspath(path)}: the name must end in {known}")
+    return suffix
 
 
 def _open(path: str) -> av.container.InputContainer:
@@ -298,7 +331,7 @@ def _open(path: str) -> av.container.InputContainer:
     if os.path.isdir(path):
         raise VideoError(f"{path} is a folder, not a video")
     try:
-        return av.open(path)
+        return av.open(os.path.abspath(path))  # a bare name such as 12:30.mp4 looks like a protocol
     except (av.error.FFmpegError, OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise VideoError(f"{path}: not a video that can be read ({reason})") from error
@@ -324,15 +357,15 @@ def _refuse_unsupported(stream: VideoStream, path: str) -> None:
     if max(component.bits for component in pixel.components) > 8:
         raise VideoError(
             f"{path}: {pixel.name} has more than 8 bits, which would be lost: convert it first "
-            f"with ffmpeg -i {path} -pix_fmt yuv420p OUT.mp4"
+            f"with ffmpeg -i {shlex.quote(path)} -pix_fmt yuv420p OUT.mp4"
         )
     has_alpha = (
         any(c.is_alpha for c in pixel.components) or stream.metadata.get("alpha_mode") == "1"
     )
     if has_alpha:
         raise VideoError(
-            f"{path}: its alpha channel would be lost: remove it first "
-            f"with ffmpeg -i {path} -pix_fmt yuv420p OUT.mp4"
+            f"{path}: its alpha channel would be lost (a GIF has one too): remove it first "
+            f"with ffmpeg -i {shlex.quote(path)} -pix_fmt yuv420p OUT.mp4"
         )
     transfer = stream.codec_context.color_trc
     if transfer in (16, 18):  # SMPTE ST 2084 (PQ), ARIB STD-B67 (HLG)
@@ -345,7 +378,7 @@ def _refuse_unsupported(stream: VideoStream, path: str) -> None:
 def _rotated(path: str, degrees: int) -> str:
     return (
         f"{path}: rotated by {degrees} degrees in its metadata: turn the frames first "
-        f"with ffmpeg -i {path} OUT.mp4"
+        f"with ffmpeg -i {shlex.quote(path)} OUT.mp4"
     )
 
 
@@ -368,15 +401,19 @@ def _describe(container: av.container.InputContainer, stream: VideoStream, path:
 
 
 def _claimed_end(container: av.container.InputContainer, stream: VideoStream) -> float | None:
-    """When the video ends by the container's own word: the stream's, else a lone stream's file."""
-    start = stream.start_time or 0
+    """When the video ends by the container's own word: the stream's, else a lone stream's file.
+
+    Taken as counted from 0: where it counts from a later start, a loss as long may go unseen.
+    """
     if stream.duration is not None and stream.time_base is not None:
-        return float((start + stream.duration) * stream.time_base)
+        return float(
+            stream.duration * stream.time_base
+        )  # some containers count from 0, some from start
     tag = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
     if tag:  # Matroska: 00:00:05.280000000
         return 3600 * int(tag[1]) + 60 * int(tag[2]) + float(tag[3])
     if container.duration is not None and len(container.streams) == 1:
-        return float((container.start_time or 0) + container.duration) / av.time_base
+        return float(container.duration) / av.time_base
     return None
 
 
@@ -385,10 +422,11 @@ def _notes(container: av.container.InputContainer, stream: VideoStream) -> Itera
         if other is not stream:
             yield f"{other.type} stream {other.index} is not copied"
     context = stream.codec_context
-    if context.colorspace not in (1, 2):
-        yield f"colour matrix {context.colorspace} is converted; the output is tagged BT.709 or RGB"
+    # BT.709 and unspecified are what is written; BT.601's curve is that of BT.709
     if context.color_primaries not in (1, 2):
-        yield f"colour primaries {context.color_primaries} are not carried over"
+        yield f"the colour primaries' tag ({context.color_primaries}) is not carried over"
+    if context.color_trc not in (1, 2, 6):
+        yield f"the transfer's tag ({context.color_trc}) is not carried over"
 
 
 def _matrix(frame: VideoFrame) -> str | None:

@@ -20,6 +20,12 @@ def group_norm_reference(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float
 ) -> Tensor:
     """What `group_norm` computes, by torch: x (N, C, H, W) -> (N, C, H, W), differentiable."""
+    if torch.is_grad_enabled() and weight.requires_grad and not x.requires_grad:
+        # torch's channels-last backward writes the gradient of x even where none is wanted, and
+        # crashes: behind frozen layers scale and shift stand outside of it
+        shape = (1, -1, 1, 1)
+        y = F.group_norm(x, groups, None, None, eps)
+        return y * weight.view(shape) + bias.view(shape)
     return F.group_norm(x, groups, weight, bias, eps)
 
 

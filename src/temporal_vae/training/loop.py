@@ -163,11 +163,11 @@ def run_stage(
 def latent_scale(model: TemporalVAE, clips: Sequence[Bytes], rng: np.random.Generator) -> float:
     """1 / the deviation of the posterior's samples over random clips, to four digits."""
     crop = min(64, *(min(clip.shape[1:3]) // 8 * 8 for clip in clips))
-    squares = [
-        model.encode(draw_batch(clips, Shape(2, 8, crop), rng).to(model.device)).square().mean()
+    latents = [
+        model.encode(draw_batch(clips, Shape(2, 8, crop), rng).to(model.device)).flatten()
         for _ in range(32)
     ]
-    return round(float(torch.stack(squares).mean().rsqrt()), 4)
+    return round(1 / float(torch.cat(latents).std()), 4)
 
 
 def image_twin(model: TemporalVAE) -> TemporalVAE:

@@ -1,0 +1,1 @@
+"""Ways to walk the layers of a network over a clip; all give the same result."""
