@@ -101,7 +101,7 @@ def test_law_4_sees_a_lost_column(
 ) -> None:
     monkeypatch.setattr(app, "pad_frames", lambda frames, factor: frames[:, :-1, :-1])
     source = write(tmp_path / "in.mkv", smooth(3, 17, 31))
-    with pytest.raises(AssertionError, match="shape|broadcast|16"):
+    with pytest.raises(AssertionError, match=r"shape"):
         assert_shape_is_kept(source, tmp_path / "out.mkv", echo)
 
 

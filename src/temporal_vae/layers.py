@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +47,17 @@ class GroupNorm(nn.GroupNorm):
         return group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
+Norm = Callable[[nn.Module, Tensor], Tensor]
+"""How a layer applies its norms: `norm(module, x)`. A walk that gives a layer less than what a norm
+sums over hands in its own, which knows the sums of the whole."""
+
+
+def own_norm(module: nn.Module, x: Tensor) -> Tensor:
+    """The norm of what is given, nothing else."""
+    y: Tensor = module(x)
+    return y
+
+
 # ---------------------------------------------------------------------------------------------
 # Framewise
 
@@ -55,10 +67,22 @@ class Framewise(nn.Module):
 
     past: int | None = 0
     future: int | None = 0
+    halo: tuple[int, int] | None = (0, 0)
+    """Rows above and below that an output row's inputs reach; None for the whole frame."""
+    scale: Fraction = Fraction(1)
+    """Output rows, and columns, for one of the input."""
 
-    def frames(self, x: Tensor) -> Tensor:
+    def frames(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
         """(N, C, H, W) -> (N, C', H', W'), each of the N frames on its own."""
         raise NotImplementedError
+
+    def norms(self) -> tuple[nn.Module, ...]:
+        """The norms over a frame, in order of application."""
+        return ()
+
+    def channels(self, channels: int) -> int:
+        """Output channels for input channels: the same unless a layer says otherwise."""
+        return channels
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) -> (B, C', T, H', W')."""
@@ -76,9 +100,13 @@ class FrameConv(Framewise):
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel, kernel))
         self.bias = nn.Parameter(torch.empty(out_channels))
         self.padding = kernel // 2
+        self.halo = (self.padding, self.padding)
 
-    def frames(self, x: Tensor) -> Tensor:
+    def frames(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
         return F.conv2d(x, self.weight, self.bias, padding=self.padding)
+
+    def channels(self, channels: int) -> int:
+        return self.weight.shape[0]
 
 
 class FrameNormSiLU(Framewise):
@@ -86,16 +114,23 @@ class FrameNormSiLU(Framewise):
 
     def __init__(self, groups: int, channels: int):
         super().__init__()
-        self.groups = groups
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
+        norm = GroupNorm(groups, channels, eps=SPATIAL_EPS)
+        self.weight, self.bias = norm.weight, norm.bias
+        self.num_groups, self.eps = groups, SPATIAL_EPS
 
-    def frames(self, x: Tensor) -> Tensor:
-        return silu(group_norm(x, self.groups, self.weight, self.bias, SPATIAL_EPS))
+    def frames(self, x: Tensor, norm: Norm | None = None) -> Tensor:
+        if norm is None:
+            return silu(group_norm(x, self.num_groups, self.weight, self.bias, self.eps))
+        return silu(norm(self, x))
+
+    def norms(self) -> tuple[nn.Module, ...]:
+        return (self,)
 
 
 class ResidualBlock(Framewise):
     """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 shortcut where the width changes."""
+
+    halo = (2, 2)
 
     def __init__(self, in_channels: int, out_channels: int, config: TemporalVAEConfig):
         super().__init__()
@@ -107,15 +142,23 @@ class ResidualBlock(Framewise):
             nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
         )
 
-    def frames(self, x: Tensor) -> Tensor:
-        h = self.conv1(silu(self.norm1(x)))
-        h = self.conv2(silu(self.norm2(h)))
+    def frames(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
+        h = self.conv1(silu(norm(self.norm1, x)))
+        h = self.conv2(silu(norm(self.norm2, h)))
         y: Tensor = h.add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
         return y
+
+    def norms(self) -> tuple[nn.Module, ...]:
+        return (self.norm1, self.norm2)
+
+    def channels(self, channels: int) -> int:
+        return self.conv2.out_channels
 
 
 class SpatialAttention(Framewise):
     """Single-head attention among the pixels of each frame, joined to its input."""
+
+    halo = None
 
     def __init__(self, channels: int, config: TemporalVAEConfig):
         super().__init__()
@@ -125,7 +168,7 @@ class SpatialAttention(Framewise):
         self.to_v = nn.Linear(channels, channels)
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
-    def frames(self, x: Tensor) -> Tensor:
+    def frames(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
         tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (N, P, C)
         q, k, v = (to(tokens).unsqueeze(1) for to in (self.to_q, self.to_k, self.to_v))
         mixed = self.to_out(F.scaled_dot_product_attention(q, k, v).squeeze(1))
@@ -136,11 +179,14 @@ class SpatialAttention(Framewise):
 class Downsample(Framewise):
     """Halve height and width: 3x3, stride 2, padded below and on the right only, as in SD."""
 
+    halo = (0, 1)
+    scale = Fraction(1, 2)
+
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
-    def frames(self, x: Tensor) -> Tensor:
+    def frames(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
         y: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
         return y
 
@@ -148,11 +194,14 @@ class Downsample(Framewise):
 class Upsample(Framewise):
     """Double height and width: each pixel four times, then 3x3."""
 
+    halo = (1, 1)
+    scale = Fraction(2)
+
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def frames(self, x: Tensor) -> Tensor:
+    def frames(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
         y: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         return y
 
@@ -175,9 +224,13 @@ class Timewise(nn.Module):
     past: int | None
     future: int | None
 
-    def pixels(self, x: Tensor) -> Tensor:
-        """(B, C, T, P) -> (B, C', T, P), each of the P pixels on its own."""
+    def pixels(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
+        """(B, C, T, P) -> (B, C, T, P), each of the P pixels on its own."""
         raise NotImplementedError
+
+    def norms(self) -> tuple[nn.Module, ...]:
+        """The norms over the clip, in order of application."""
+        return ()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) -> (B, C', T, H, W)."""
@@ -273,7 +326,7 @@ class TimeConv(Timewise):
         self.past = kernel - 1 if causal else kernel // 2
         self.future = kernel - 1 - self.past
 
-    def pixels(self, x: Tensor) -> Tensor:
+    def pixels(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
         return self.scaled(x, None)
 
     def scaled(self, x: Tensor, gain: Tensor | None) -> Tensor:
@@ -367,10 +420,14 @@ class TemporalBlock(Timewise):
         else:
             self.past, self.future = 2 * self.conv1.past, 2 * self.conv1.future
 
-    def pixels(self, x: Tensor) -> Tensor:
-        h = self.conv1.pixels(silu(self.norm1(x)))
-        h = self.conv2.scaled(silu(self.norm2(h)), torch.sigmoid(self.mix_factor))
+    def pixels(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
+        h = self.conv1.pixels(silu(norm(self.norm1, x)))
+        h = self.conv2.scaled(silu(norm(self.norm2, h)), torch.sigmoid(self.mix_factor))
         return h.add_(x)
+
+    def norms(self) -> tuple[nn.Module, ...]:
+        both = (self.norm1, self.norm2)
+        return tuple(norm for norm in both if isinstance(norm, GroupNorm))
 
     def tails(self) -> tuple[int, ...]:
         return self.conv1.tails() + self.conv2.tails()
@@ -413,7 +470,7 @@ class TemporalAttention(Timewise):
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
         self.distance_bias = nn.Parameter(torch.zeros(self.heads, self.past + self.future + 1))
 
-    def pixels(self, x: Tensor) -> Tensor:
+    def pixels(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
         u = self.norm(x)
         q, k, v = (self._project(u, to) for to in (self.to_q, self.to_k, self.to_v))
         return self._mix(q, k, v, self.past, None).add_(x)

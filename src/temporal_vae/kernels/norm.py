@@ -3,10 +3,14 @@
 torch's own CPU kernel for channels-last float32 sums x and x^2 in float32, pixel after pixel, and
 takes the variance as E[x^2] - E[x]^2: ten times the rounding error of its kernel for contiguous
 input, and fifty times where the mean is far from zero. Here the moments of short runs of pixels are
-taken in two passes and joined in float64 (Chan, Golub and LeVeque 1983), in less time.
+taken in two passes and joined in float64 (Chan, Golub and LeVeque 1983). What joins runs joins the
+pieces of a walk too: a norm can span more than is in memory.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -37,10 +41,59 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float)
     """
     if not _has_kernel(x, weight):
         return group_norm_reference(x, groups, weight, bias, eps)
-    mean, variance = _moments(x, groups)
-    y = torch.empty_like(x)
-    unused = torch.empty(0)
-    for n in range(len(x)):
+    return normalise(x, Moments.of(x, groups), weight, bias, eps)
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """What a group norm needs of its input: pixels summed over, and float64 moments (N, groups)."""
+
+    count: int
+    mean: Tensor
+    variance: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, groups: int) -> Moments:
+        """Moments of x (N, C, H, W), joined from those of short runs of pixels."""
+        samples, channels = x.shape[:2]
+        pixels = x.permute(0, 2, 3, 1).reshape(samples, 1, -1, channels).permute(0, 3, 1, 2)
+        runs = pixels.split(RUN_PIXELS, dim=3)
+        found = [
+            torch.batch_norm_update_stats(run[n : n + 1], None, None, 0.0)
+            for n in range(samples)
+            for run in runs
+        ]
+        shape = (samples, len(runs), groups, channels // groups)
+        mean, variance = (torch.stack(m).double().view(shape) for m in zip(*found, strict=True))
+        lengths = torch.tensor([run.shape[3] for run in runs], dtype=torch.float64)
+        share = (lengths / lengths.sum() / shape[3]).view(1, -1, 1, 1).to(mean.device)
+        return cls(pixels.shape[3], *_pool(share, mean, variance, (1, 3)))
+
+    @classmethod
+    def join(cls, parts: Sequence[Moments]) -> Moments:
+        """Moments of the whole from those of its parts, which share no pixel."""
+        count = sum(part.count for part in parts)
+        mean = torch.stack([part.mean for part in parts])
+        variance = torch.stack([part.variance for part in parts])
+        share = torch.tensor([part.count / count for part in parts], dtype=torch.float64)
+        return cls(count, *_pool(share.view(-1, 1, 1).to(mean.device), mean, variance, (0,)))
+
+
+def normalise(x: Tensor, moments: Moments, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """x (N, C, H, W) by the moments of the whole it is a part of, scaled and shifted per channel.
+
+    No gradient goes through. 16-bit input is computed in float32.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    weight, bias = weight.to(wide), bias.to(wide)
+    samples, groups = moments.mean.shape
+    each = (samples, groups, x.shape[1] // groups)
+    mean, variance = (
+        moment.unsqueeze(2).expand(each).reshape(samples, -1).to(wide)
+        for moment in (moments.mean, moments.variance)
+    )
+    y, unused = torch.empty_like(x), x.new_empty(0, dtype=wide)
+    for n in range(samples):
         torch.ops.aten.native_batch_norm.out(
             x[n : n + 1], weight, bias, mean[n], variance[n], False, 0.0, eps,
             out=y[n : n + 1], save_mean=unused, save_invstd=unused,
@@ -58,24 +111,10 @@ def _has_kernel(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each channel's group, both (N, C), joined from runs of pixels."""
-    samples, channels = x.shape[:2]
-    pixels = x.permute(0, 2, 3, 1).reshape(samples, 1, -1, channels).permute(0, 3, 1, 2)
-    runs = pixels.split(RUN_PIXELS, dim=3)
-    found = [
-        torch.batch_norm_update_stats(run[n : n + 1], None, None, 0.0)
-        for n in range(samples)
-        for run in runs
-    ]
-    shape = (samples, len(runs), groups, channels // groups)
-    mean, variance = (torch.stack(m).double().view(shape) for m in zip(*found, strict=True))
-    lengths = torch.tensor([run.shape[3] for run in runs], dtype=torch.float64)
-    share = (lengths / lengths.sum() / shape[3]).view(1, -1, 1, 1)
-    centre = (share * mean).sum((1, 3), keepdim=True)
-    spread = (share * (variance + (mean - centre).square())).sum((1, 3))
-    each = (samples, groups, shape[3])
-    return (
-        centre.view(samples, groups, 1).expand(each).reshape(samples, channels).float(),
-        spread.view(samples, groups, 1).expand(each).reshape(samples, channels).float(),
-    )
+def _pool(
+    share: Tensor, mean: Tensor, variance: Tensor, dims: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance of a union of parts, whose shares add up to 1 over `dims`."""
+    centre = (share * mean).sum(dims, keepdim=True)
+    spread = (share * (variance + (mean - centre).square())).sum(dims)
+    return centre.sum(dims), spread

@@ -1,0 +1,173 @@
+"""Law 1: memory never changes the picture. Bounded walks equal the whole one, on awake models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import awake, difference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from temporal_vae import TemporalVAE
+from temporal_vae.kernels.norm import Moments
+from temporal_vae.layers import Framewise, ResidualBlock, Upsample
+from temporal_vae.walks import bounded
+from temporal_vae.walks.bounded import Bounds
+
+SVD_LIKE: dict[str, Any] = {
+    "temporal_norm": "clip",
+    "clip_frames": 4,
+    "temporal_encoder": False,
+    "temporal_attention_reach": 0,
+    "time_conv_out": True,
+}
+LAYOUTS: list[dict[str, Any]] = [
+    {},
+    {"causal_mode": True, "num_temporal_layers": 2},
+    {"temporal_kernel_size": 5, "temporal_attention_reach": 2},
+    SVD_LIKE,
+    SVD_LIKE | {"temporal_encoder": True, "temporal_attention_reach": 3},
+    {"num_temporal_layers": 0, "channel_multipliers": (2, 1, 3)},
+    {"channel_multipliers": (3, 1)},
+]
+MODELS = {str(options): awake(**options) for options in LAYOUTS}
+
+
+def inputs(model: TemporalVAE, batch: int, frames: int, cells: tuple[int, int]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(batch + frames)
+    size = [n * model.downsample_factor for n in cells]
+    video = torch.randn(batch, 3, frames, *size, generator=generator)
+    latent = torch.randn(batch, 4, frames, *cells, generator=generator)
+    return [video.to(model.dtype), latent.to(model.dtype)]
+
+
+@torch.no_grad()
+def assert_bounded_equals_whole(
+    model: TemporalVAE,
+    bounds: Bounds,
+    shape: tuple[int, int, tuple[int, int]],
+    tolerance: float = 1e-10,
+) -> None:
+    for line, x in zip((model.encoder, model.decoder), inputs(model, *shape), strict=True):
+        given, whole = x.clone(), line(x)
+        y = bounded.walk(line, x, bounds)
+        assert y.shape == whole.shape and y.is_contiguous()
+        assert difference(y, whole) < tolerance
+        assert torch.equal(x, given), "the caller's tensor was overwritten"
+
+
+BOUNDS = [
+    Bounds(frames=1, pixels=1),
+    Bounds(frames=2, pixels=5),
+    Bounds(frames=99, pixels=10**6),
+    Bounds(rows=1, pixels=7),
+    Bounds(rows=3, pixels=7),
+    Bounds(rows=8, pixels=7),
+]
+
+
+@pytest.mark.parametrize("layout", MODELS)
+@pytest.mark.parametrize("bounds", BOUNDS, ids=str)
+def test_bounded_equals_whole(layout: str, bounds: Bounds) -> None:
+    assert_bounded_equals_whole(MODELS[layout], bounds, (1, 5, (3, 4)))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    layout=st.sampled_from(list(MODELS)),
+    frames=st.integers(1, 4),
+    pixels=st.integers(1, 40),
+    rows=st.none() | st.integers(1, 12),
+    shape=st.tuples(
+        st.integers(1, 2), st.integers(1, 6), st.tuples(st.integers(1, 5), st.integers(1, 5))
+    ),
+)
+def test_any_bounds(
+    layout: str,
+    frames: int,
+    pixels: int,
+    rows: int | None,
+    shape: tuple[int, int, tuple[int, int]],
+) -> None:
+    bounds = Bounds(frames=frames, pixels=pixels, rows=rows)
+    assert_bounded_equals_whole(MODELS[layout], bounds, shape)
+
+
+@pytest.mark.parametrize("options", [{}, SVD_LIKE], ids=str)
+@pytest.mark.parametrize("bounds", [Bounds(frames=2, pixels=5), Bounds(rows=3, pixels=7)], ids=str)
+def test_in_float32(options: dict[str, Any], bounds: Bounds) -> None:
+    model = awake(torch.float32, **options)
+    assert_bounded_equals_whole(model, bounds, (1, 5, (3, 4)), 1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, SVD_LIKE], ids=str)
+@pytest.mark.parametrize("bounds", [Bounds(frames=2, pixels=50), Bounds(rows=3, pixels=7)], ids=str)
+@torch.no_grad()
+def test_bfloat16_is_no_further_from_the_truth(options: dict[str, Any], bounds: Bounds) -> None:
+    exact_model, model = awake(**options), awake(torch.bfloat16, **options)
+    latent = inputs(exact_model, 1, 5, (6, 8))[1]
+    exact = exact_model.decode(latent)
+    errors = [
+        float((y.double() - exact).square().mean().sqrt())
+        for y in (
+            bounded.walk(model.decoder, latent.bfloat16(), bounds),
+            model.decode(latent.bfloat16()),
+        )
+    ]
+    assert errors[0] <= 1.2 * errors[1]
+
+
+@torch.no_grad()
+def test_an_arena_in_a_file(tmp_path: Path) -> None:
+    model = MODELS[str({})]
+    x = inputs(model, 2, 5, (3, 4))[1]
+    y = bounded.walk(model.decoder, x, Bounds(arena=tmp_path / "arena"))
+    assert difference(y, model.decode(x)) < 1e-10
+    assert (tmp_path / "arena").stat().st_size == 5 * 6 * 8 * 8 * 8  # T H W C, 8 bytes
+
+
+def test_autograd_is_refused() -> None:
+    model = MODELS[str({})]
+    with pytest.raises(ValueError, match=r"torch.no_grad\(\)"):
+        bounded.walk(model.decoder, inputs(model, 1, 2, (2, 2))[1], Bounds())
+
+
+# Mutations -----------------------------------------------------------------------------------
+
+
+def assert_red(layout: str, bounds: Bounds) -> None:
+    with pytest.raises(AssertionError):
+        assert_bounded_equals_whole(MODELS[layout], bounds, (1, 5, (3, 4)))
+
+
+def test_law_1_sees_sums_per_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Moments, "join", lambda parts: parts[-1])
+    assert_red(str(SVD_LIKE), Bounds(pixels=5))
+    assert_red(str({}), Bounds(rows=3))
+
+
+@pytest.mark.parametrize(
+    ("layer", "halo"), [(ResidualBlock, (2, 1)), (ResidualBlock, (1, 2)), (Upsample, (0, 1))]
+)
+def test_law_1_sees_a_halo_one_short(
+    layer: type[Framewise], halo: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layer, "halo", halo)
+    assert_red(str({}), Bounds(rows=2))
+
+
+def test_law_1_sees_a_frame_read_after_it_was_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded._Arena, "back", lambda self, clip: clip)
+    assert_red(str({}), Bounds())
+
+
+def test_law_1_sees_halo_rows_summed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = bounded._gather
+    monkeypatch.setattr(
+        bounded, "_gather", lambda w, k, c, own, p: honest(w, k, c, lambda _, x: x, p)
+    )
+    assert_red(str({}), Bounds(rows=3))
