@@ -263,7 +263,7 @@ def test_properties() -> None:
     assert model.latent_scale_factor == 0.18215
     assert model.parameter_count == sum(p.numel() for p in model.parameters())
     assert type(model.parameter_count) is int
-    assert model.supports_slicing is False and model.supports_tiling is False
+    assert model.supports_slicing is True and model.supports_tiling is True
 
 
 def test_results_share_no_storage() -> None:

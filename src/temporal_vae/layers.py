@@ -169,7 +169,7 @@ class SpatialAttention(Framewise):
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
     def frames(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
-        tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (N, P, C)
+        tokens = norm(self.group_norm, x).flatten(2).transpose(1, 2)  # (N, P, C)
         q, k, v = (to(tokens).unsqueeze(1) for to in (self.to_q, self.to_k, self.to_v))
         mixed = self.to_out(F.scaled_dot_product_attention(q, k, v).squeeze(1))
         y: Tensor = mixed.transpose(1, 2).unflatten(2, x.shape[2:]).add_(x)

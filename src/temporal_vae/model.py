@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import lru_cache
 from typing import Literal, Self
 
 import torch
@@ -20,7 +21,8 @@ from temporal_vae.config import NormScope, TemporalVAEConfig
 from temporal_vae.latents import LatentDistribution
 from temporal_vae.layers import draw_parameters, start_as_identity
 from temporal_vae.network import Decoder, Encoder
-from temporal_vae.walks import streamed
+from temporal_vae.walks import bounded, streamed
+from temporal_vae.walks.plan import Budget, Operation, Plan, make_plan, parse_budget
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 Layout = Literal["BCTHW", "BTCHW"]
@@ -121,6 +123,8 @@ class TemporalVAE(nn.Module):
         )
         self.default_loss_function: LossFunction = loss_function or losses.mean_squared_error
         self._generator = _seeded(seed)
+        self._slicing = False
+        self._budget: Budget = None
         with torch.device("meta"):  # torch's layers would draw from the global random state
             self.encoder = Encoder(self.config)
             self.decoder = Decoder(self.config)
@@ -214,13 +218,13 @@ class TemporalVAE(nn.Module):
 
     @property
     def supports_slicing(self) -> bool:
-        """Whether a batch can be walked one sample at a time on request: not in this version."""
-        return False
+        """Whether a batch can be walked one sample at a time: yes, with the same result."""
+        return True
 
     @property
     def supports_tiling(self) -> bool:
-        """Whether a frame can be walked in bands on request: not in this version."""
-        return False
+        """Whether a clip can be walked in small pieces: yes, with the same result, seamless."""
+        return True
 
     @property
     def dtype(self) -> torch.dtype:
@@ -232,10 +236,88 @@ class TemporalVAE(nn.Module):
         """Where the weights are."""
         return self.encoder.conv_in.weight.device
 
+    # Memory ----------------------------------------------------------------------------------
+
+    def plan(
+        self,
+        shape: Sequence[int],
+        operation: Operation = "decode",
+        dtype: torch.dtype | None = None,
+        budget: Budget = None,
+    ) -> Plan:
+        """The fastest walk of an input of this shape within a budget, and what it takes.
+
+        Args:
+            shape: of the input, (B, C, T, H, W) or (B, C, H, W): latents to decode, or pixels.
+            operation: "decode" or "encode".
+            dtype: the model's own if None.
+            budget: memory over the weights and the input, the result included: a number of bytes,
+                words such as "6GiB", "least", or None for any. No budget changes the result.
+
+        Raises:
+            ValueError: for a budget that cannot be met, naming the smallest that can.
+        """
+        if operation not in ("encode", "decode"):
+            raise ValueError(f"operation must be 'encode' or 'decode', got {operation!r}")
+        if len(shape) not in (4, 5):
+            raise ValueError(f"shape must be (B, C, T, H, W) or (B, C, H, W), got {tuple(shape)}")
+        full = tuple(shape) if len(shape) == 5 else (*shape[:2], 1, *shape[2:])
+        return _make_plan(self.config, operation, full, dtype or self.dtype, budget)
+
+    def set_slicing_enabled(self, enabled: bool) -> None:
+        """Walk the samples of a batch one by one from now on; the result stays the same."""
+        self._slicing = bool(enabled)
+
+    def set_tiling_enabled(self, enabled: bool) -> None:
+        """Walk with the least memory from now on; the result stays the same. Needs `no_grad`."""
+        self.set_memory_budget("least" if enabled else None)
+
+    def set_memory_budget(self, budget: Budget) -> None:
+        """Plan every encode and decode for this budget from now on, see `plan`; None ends it.
+
+        Raises `ValueError` for what is no budget.
+        """
+        parse_budget(budget)
+        self._budget = budget
+
+    @property
+    def slicing_enabled(self) -> bool:
+        """Whether the samples of a batch are walked one by one."""
+        return self._slicing
+
+    @property
+    def tiling_enabled(self) -> bool:
+        """Whether every walk is the one of least memory."""
+        return self._budget == "least"
+
+    @property
+    def memory_budget(self) -> Budget:
+        """The budget that `set_memory_budget` stored."""
+        return self._budget
+
+    def _walk(self, operation: Operation, clip: Tensor, plan: Plan | None) -> Tensor:
+        """The encoder or decoder over a clip (B, C, T, H, W), as planned or as stored."""
+        line = self.encoder if operation == "encode" else self.decoder
+        if plan is None and self._budget is not None:
+            plan = self.plan(clip.shape, operation, clip.dtype, self._budget)
+        if plan is not None:
+            made_for = (plan.operation, plan.shape, plan.dtype)
+            if made_for != (operation, tuple(clip.shape), clip.dtype):
+                raise ValueError(
+                    f"the plan is for {made_for}, not for {(operation, tuple(clip.shape), clip.dtype)}:"
+                    " make one with plan(shape, operation, dtype)"
+                )
+            if plan.bounds is not None:
+                return bounded.walk(line, clip, plan.bounds)
+        if self._slicing:
+            return torch.cat([line(sample) for sample in clip.split(1)])
+        whole: Tensor = line(clip)
+        return whole
+
     # Pixels to latents -----------------------------------------------------------------------
 
     def encode_with_distribution(
-        self, video: Tensor, *, layout: Layout = "BCTHW"
+        self, video: Tensor, *, layout: Layout = "BCTHW", plan: Plan | None = None
     ) -> LatentDistribution:
         """The posterior of a video: `mean, log_variance = ...`, each shaped like the latent.
 
@@ -243,6 +325,7 @@ class TemporalVAE(nn.Module):
             video: pixels in [-1, 1], (B, C, T, H, W) or an image (B, C, H, W); H and W multiples
                 of `downsample_factor`.
             layout: "BTCHW" if the frames stand before the channels, in the result as well.
+            plan: how to walk, from `plan`; None means as the setters say, the whole clip if nothing.
 
         Returns:
             Mean and log-variance, (B, L, T, H/f, W/f) or (B, L, H/f, W/f); the log-variance is
@@ -252,7 +335,7 @@ class TemporalVAE(nn.Module):
             ValueError: for a wrong rank, number of channels, size, dtype or device.
         """
         clip = self._pixels(video, "video", layout)
-        moments = _restore(self.encoder(clip), video, layout="BCTHW")
+        moments = _restore(self._walk("encode", clip, plan), video, layout="BCTHW")
         mean, log_variance = LatentDistribution.from_moments(moments)
         return LatentDistribution(_relayout(mean, layout), _relayout(log_variance, layout))
 
@@ -263,13 +346,14 @@ class TemporalVAE(nn.Module):
         generator: torch.Generator | None = None,
         *,
         layout: Layout = "BCTHW",
+        plan: Plan | None = None,
     ) -> Tensor:
         """Latents of a video, (B, L, T, H/f, W/f), not scaled; arguments as in the methods around.
 
         `sample_mode=True` draws from the posterior, with `generator` or the model's own one;
         False gives the posterior mean.
         """
-        mean, log_variance = self.encode_with_distribution(video, layout=layout)
+        mean, log_variance = self.encode_with_distribution(video, layout=layout, plan=plan)
         if not sample_mode:
             return mean
         drawn = self.sample(
@@ -308,14 +392,16 @@ class TemporalVAE(nn.Module):
 
     # Latents to pixels -----------------------------------------------------------------------
 
-    def decode(self, latent: Tensor, *, layout: Layout = "BCTHW") -> Tensor:
+    def decode(
+        self, latent: Tensor, *, layout: Layout = "BCTHW", plan: Plan | None = None
+    ) -> Tensor:
         """Pixels of an unscaled latent: (B, L, T, h, w) -> (B, C, T, f*h, f*w); images likewise.
 
-        Deterministic and not clamped. Raises `ValueError` for a wrong rank, number of channels,
-        dtype or device.
+        Deterministic and not clamped. With a `plan` memory is bounded and the result the same.
+        Raises `ValueError` for a wrong rank, number of channels, dtype or device.
         """
         clip = self._clip(latent, self.latent_channels, "latent", layout)
-        return _restore(self.decoder(clip), latent, layout)
+        return _restore(self._walk("decode", clip, plan), latent, layout)
 
     # Streams ---------------------------------------------------------------------------------
 
@@ -492,6 +578,19 @@ class TemporalVAE(nn.Module):
             raise ValueError(
                 f"{name} is {x.dtype}, the model {self.dtype}: convert with {name}.to({self.dtype})"
             )
+
+
+@lru_cache(maxsize=64)
+def _make_plan(
+    config: TemporalVAEConfig,
+    operation: Operation,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    budget: Budget,
+) -> Plan:
+    """A plan depends on these alone; making one takes a second or two."""
+    line = Encoder if operation == "encode" else Decoder
+    return make_plan(lambda: line(config), operation, shape, dtype, budget)
 
 
 def _seeded(seed: int | None) -> torch.Generator:

@@ -58,7 +58,7 @@ def walk(line: Line, x: Tensor, bounds: Bounds) -> Tensor:
     out: Tensor | None = None
     for index, sample in enumerate(x.split(1)):
         clip = sample.contiguous(memory_format=torch.channels_last_3d)
-        for run in _runs(layers):
+        for run in runs(layers):
             if isinstance(run, Timewise):
                 clip = _walk_pixels(run, arena.hold(clip), bounds)
             else:
@@ -106,7 +106,7 @@ class _Arena:
         return part.view(1, t, h, w, c).movedim(-1, 1)
 
 
-def _runs(layers: Iterable[Layer]) -> Iterator[list[Framewise] | Timewise]:
+def runs(layers: Iterable[Layer]) -> Iterator[list[Framewise] | Timewise]:
     """Framewise layers that follow one another together, timewise ones each alone."""
     run: list[Framewise] = []
     for layer in layers:
@@ -121,7 +121,7 @@ def _runs(layers: Iterable[Layer]) -> Iterator[list[Framewise] | Timewise]:
         yield run
 
 
-def _shape_after(run: Iterable[Framewise], shape: tuple[int, ...]) -> tuple[int, ...]:
+def shape_after(run: Iterable[Framewise], shape: tuple[int, ...]) -> tuple[int, ...]:
     """(1, C, T, H, W) after a run of framewise layers."""
     _, c, t, h, w = shape
     for layer in run:
@@ -133,9 +133,9 @@ def _largest(layers: list[Layer], x: Tensor) -> int:
     """Elements of the largest activation between runs, of one sample."""
     shape: tuple[int, ...] = (1, *x.shape[1:])
     most = 0
-    for run in _runs(layers):
+    for run in runs(layers):
         if not isinstance(run, Timewise):
-            shape = _shape_after(run, shape)
+            shape = shape_after(run, shape)
         most = max(most, math.prod(shape))
     return most
 
@@ -145,7 +145,7 @@ def _largest(layers: list[Layer], x: Tensor) -> int:
 
 def _walk_frames(run: list[Framewise], clip: Tensor, arena: _Arena, bounds: Bounds) -> Tensor:
     """All layers of a run on a few frames at a time, from the clip into the front of the arena."""
-    shape = _shape_after(run, tuple(clip.shape))
+    shape = shape_after(run, tuple(clip.shape))
     if math.prod(shape) > clip.numel() and arena.holds(clip):
         clip = arena.back(clip)
     target = arena.front(shape)

@@ -1,0 +1,202 @@
+"""Plans: what they promise is what a walk takes, and a budget never changes the result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+import torch
+from conftest import awake, difference, pixels
+from test_bounded import SVD_LIKE
+from torch import Tensor
+
+from temporal_vae import Plan, TemporalVAE
+from temporal_vae.walks.bounded import Bounds
+from temporal_vae.walks.plan import _Alive, parse_budget
+
+LAYOUTS: list[dict[str, Any]] = [{}, {"causal_mode": True}, SVD_LIKE]
+MODELS = {str(options): awake(base_channels=16, **options) for options in LAYOUTS}
+
+
+def latent(model: TemporalVAE, frames: int = 6, height: int = 24, width: int = 32) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(1, 4, frames, height, width, generator=generator).to(model.dtype)
+
+
+@pytest.mark.parametrize(
+    ("words", "number"),
+    [
+        (None, None),
+        ("least", "least"),
+        (5, 5),
+        ("7", 7),
+        ("1kB", 1000),
+        ("1.5MiB", 1536 * 1024),
+        ("2 GB", 2 * 10**9),
+        ("6GiB", 6 * 2**30),
+    ],
+)
+def test_budgets(words: str | int | None, number: object) -> None:
+    assert parse_budget(words) == number
+
+
+@pytest.mark.parametrize("words", ["", "much", "-1GiB", "6 giraffes", 0, -5, True, 1.5])
+def test_what_is_no_budget(words: Any) -> None:
+    with pytest.raises(ValueError, match="a budget is"):
+        parse_budget(words)
+    with pytest.raises(ValueError, match="a budget is"):
+        MODELS[str({})].set_memory_budget(words)
+
+
+@pytest.mark.parametrize("layout", MODELS)
+@pytest.mark.parametrize("operation", ["encode", "decode"])
+@pytest.mark.parametrize("share", [1.0, 0.7, 0.5, "least"])
+@torch.no_grad()
+def test_the_predicted_peak_is_the_real_one(layout: str, operation: Any, share: Any) -> None:
+    """Against every storage that is alive while the walk really runs."""
+    model = MODELS[layout]
+    x = latent(model) if operation == "decode" else pixels(6, 48, 64)
+    whole = model.plan(x.shape, operation).peak_bytes
+    budget = share if share == "least" else int(share * whole)
+    plan = model.plan(x.shape, operation, budget=budget)
+    if share != "least":
+        assert plan.peak_bytes <= budget
+    assert plan.walk == ("whole" if share == 1.0 else "bounded")
+    with _Alive() as alive:
+        model._walk(operation, x, plan)
+    assert 0.85 * plan.peak_bytes <= alive.most <= plan.peak_bytes
+
+
+@pytest.mark.parametrize("layout", MODELS)
+@torch.no_grad()
+def test_a_budget_never_changes_the_result(layout: str) -> None:
+    model, z = MODELS[layout], latent(MODELS[layout])
+    video = pixels(6, 24, 32, batch=2)
+    exact, mean = model.decode(z), model.encode(video, False)
+    for budget in ("least", int(0.5 * model.plan(z.shape).peak_bytes)):
+        plan = model.plan(z.shape, budget=budget)
+        assert difference(model.decode(z, plan=plan), exact) < 1e-10
+        plan = model.plan(video.shape, "encode", budget="least")
+        assert difference(model.encode(video, False, plan=plan), mean) < 1e-10
+
+
+@torch.no_grad()
+def test_the_setters_of_the_reference_page() -> None:
+    model = awake(base_channels=16)
+    video, image = pixels(3, batch=2), pixels(1)[:, :, 0]
+    exact, exact_image = model.predict(video), model.predict(image)
+    assert (model.slicing_enabled, model.tiling_enabled, model.memory_budget) == (
+        False,
+        False,
+        None,
+    )
+    for _ in range(2):  # idempotent
+        model.set_slicing_enabled(True)
+        model.set_tiling_enabled(True)
+        assert (model.slicing_enabled, model.tiling_enabled) == (True, True)
+        assert difference(model.predict(video), exact) < 1e-10
+        assert difference(model.predict(image), exact_image) < 1e-10
+    model.set_tiling_enabled(False)
+    assert (model.slicing_enabled, model.tiling_enabled) == (True, False)
+    assert difference(model.predict(video), exact) < 1e-10
+    model.set_slicing_enabled(False)
+    model.set_memory_budget("1GiB")
+    assert model.memory_budget == "1GiB" and not model.tiling_enabled
+    assert difference(model.predict(video), exact) < 1e-10
+    with pytest.raises(ValueError, match="below the least"):
+        model.set_memory_budget(1000)
+        model.predict(video)
+
+
+@torch.no_grad()
+def test_slicing_takes_less() -> None:
+    model, video = awake(base_channels=16), pixels(3, batch=4)
+    with _Alive() as together:
+        model.encode(video, False)
+    model.set_slicing_enabled(True)
+    with _Alive() as singly:
+        model.encode(video, False)
+    assert singly.most < 0.5 * together.most
+
+
+def test_tiling_under_autograd_names_no_grad() -> None:
+    model = awake(base_channels=16)
+    model.set_tiling_enabled(True)
+    with pytest.raises(ValueError, match="no_grad"):
+        model.encode(pixels())
+    assert model.predict(pixels()).shape == pixels().shape
+
+
+def test_a_budget_that_cannot_be_met_names_the_smallest_that_can() -> None:
+    model = MODELS[str({})]
+    shape = latent(model).shape
+    with pytest.raises(ValueError, match="below the least") as error:
+        model.plan(shape, budget=10_000)
+    smallest = model.plan(shape, budget="least").peak_bytes
+    assert f"{smallest} bytes" in str(error.value)
+    assert model.plan(shape, budget=smallest).peak_bytes == smallest
+
+
+@torch.no_grad()
+def test_a_plan_is_for_one_input() -> None:
+    model = MODELS[str({})]
+    plan = model.plan(latent(model).shape, budget="least")
+    with pytest.raises(ValueError, match="the plan is for"):
+        model.decode(latent(model, frames=5), plan=plan)
+    with pytest.raises(ValueError, match="the plan is for"):
+        model.encode(pixels(), plan=plan)
+    with pytest.raises(ValueError, match="operation must be"):
+        model.plan((1, 4, 2, 2, 2), "recode")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="shape must be"):
+        model.plan((4, 2, 2))
+
+
+def test_a_plan_explains_itself() -> None:
+    model = MODELS[str({})]
+    plan = model.plan((1, 4, 6, 24, 32), budget="least")
+    words = plan.explain()
+    assert "bounded walk" in words and "pixels at a time" in words and "peak over weights" in words
+    assert sum(size for _, size in plan.parts) == plan.peak_bytes
+    assert "whole walk" in model.plan((1, 4, 6, 12, 16)).explain()
+
+
+def test_a_plan_is_made_for_a_dtype_and_any_size_at_once() -> None:
+    """No memory is touched: this one is for a terabyte."""
+    model = MODELS[str({})]
+    huge = (1, 4, 500, 600, 800)
+    half, full = (model.plan(huge, dtype=d).peak_bytes for d in (torch.bfloat16, torch.float32))
+    assert full == pytest.approx(2 * half, rel=0.01) and full > 10**11
+
+
+@torch.no_grad()
+def test_an_arena_in_a_file_is_not_counted(tmp_path: Path) -> None:
+    model = MODELS[str({})]
+    z = latent(model)
+    plan = model.plan(z.shape, budget="least")
+    moved = Plan(
+        operation=plan.operation, shape=plan.shape, dtype=plan.dtype, peak_bytes=0,
+        bounds=Bounds(rows=16, pixels=64, arena=tmp_path / "arena"),
+    )  # fmt: skip
+    assert difference(model.decode(z, plan=moved), model.decode(z)) < 1e-10
+
+
+@torch.no_grad()
+def test_two_threads_may_use_one_model() -> None:
+    model = MODELS[str({})]
+    inputs = [latent(model, frames) for frames in (3, 4, 5, 6)]
+    results: dict[int, Tensor] = {}
+
+    def work(i: int) -> None:
+        with torch.no_grad():
+            plan = model.plan(inputs[i].shape, budget="least")
+            results[i] = model.decode(inputs[i], plan=plan)
+
+    threads = [Thread(target=work, args=(i,)) for i in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i, z in enumerate(inputs):
+        assert difference(results[i], model.decode(z)) < 1e-10
