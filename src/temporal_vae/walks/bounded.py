@@ -54,19 +54,17 @@ def walk(line: Line, x: Tensor, bounds: Bounds) -> Tensor:
             "torch.no_grad() around it, or no plan"
         )
     layers = list(line.layers())
+    # reserved before the first layer: running out of memory can only come before work
     arena = _Arena(_largest(layers, x), x, bounds.arena)
-    out: Tensor | None = None
-    for index, sample in enumerate(x.split(1)):
+    out = x.new_empty(_shape_of_result(layers, x))
+    for sample, result in zip(x.split(1), out, strict=True):
         clip = sample.contiguous(memory_format=torch.channels_last_3d)
         for run in runs(layers):
             if isinstance(run, Timewise):
                 clip = _walk_pixels(run, arena.hold(clip), bounds)
             else:
                 clip = _walk_frames(run, clip, arena, bounds)
-        if out is None:
-            out = clip.new_empty(len(x), *clip.shape[1:], device=x.device)
-        out[index].copy_(clip[0])
-    assert out is not None
+        result.copy_(clip[0])
     return out
 
 
@@ -127,6 +125,11 @@ def shape_after(run: Iterable[Framewise], shape: tuple[int, ...]) -> tuple[int, 
     for layer in run:
         c, h, w = layer.channels(c), int(h * layer.scale), int(w * layer.scale)
     return 1, c, t, h, w
+
+
+def _shape_of_result(layers: Iterable[Layer], x: Tensor) -> tuple[int, ...]:
+    framewise = [layer for layer in layers if isinstance(layer, Framewise)]
+    return (len(x), *shape_after(framewise, tuple(x.shape))[1:])
 
 
 def _largest(layers: list[Layer], x: Tensor) -> int:

@@ -200,12 +200,13 @@ def bounded_parts(
             name, size = f"a chunk of {piece[4]} pixels in {type(run).__name__}", size
         else:
             name, size = _run_bytes(run, now, dtype, bounds)
+            if run[0] is layers[0]:
+                name, size = f"{name}, and the input channels-last", size + _bytes(now, dtype)
             now = bounded.shape_after(run, now)
         largest = max(largest, _bytes(now, dtype))
         if size > worst[1]:
             worst = (name, size)
     parts = [
-        ("the input, channels last", _bytes((1, *sample), dtype)),
         ("the result", _bytes((batch, *now[1:]), dtype)),
         worst,
     ]
@@ -277,6 +278,11 @@ class _Alive(TorchDispatchMode):
     def start_from_here(self) -> None:
         """Count from what is alive now."""
         self._base, self.most = self._now, 0
+
+    def leave_out(self, x: Tensor) -> None:
+        """Do not count a tensor that was there before, though operations will give views of it."""
+        storage = x.untyped_storage()
+        self._known[storage._cdata] = weakref.ref(storage)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
