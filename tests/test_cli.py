@@ -237,7 +237,11 @@ def test_bad_sources(
 
 @pytest.mark.parametrize(
     ("target", "words"),
-    [("out.avi", "must end in"), ("nowhere/out.mp4", "does not exist"), ("in.mp4/out.mkv", "not")],
+    [
+        ("out.avi", "must end in"),
+        ("nowhere/out.mp4", "is not a folder"),
+        ("in.mp4/out.mkv", "is not a folder"),
+    ],
 )
 def test_bad_targets(tmp_path: Path, small_model: Path, target: str, words: str) -> None:
     source = write(tmp_path / "in.mp4", smooth(3, 16, 16))
@@ -316,7 +320,33 @@ def test_info(tmp_path: Path, small_model: Path) -> None:
     source = write(tmp_path / "in.mp4", smooth(3, 16, 18))
     video = tvae("info", source).stdout
     assert "18x16" in video and "h264" in video and "yuv420p" in video
-    assert_one_line_error(tvae("info", tmp_path / "nothing"), "no such file")
+    assert_one_line_error(tvae("info", tmp_path / "nothing"), "neither a model nor a file")
+
+
+def test_frames_too_close_for_the_container(tmp_path: Path, echo: Echo) -> None:
+    source = write(tmp_path / "a.mp4", smooth(3, 16, 16), [0, 30, 3000], Fraction(1, 90000))
+    with pytest.raises(VideoError, match=r"less than a millisecond apart .* take .mp4"):
+        app.reconstruct(source, tmp_path / "b.mkv", echo)
+    app.reconstruct(source, tmp_path / "b.mp4", echo)
+    assert times(tmp_path / "b.mp4") == times(source)
+
+
+def test_a_name_that_cannot_be_printed(tmp_path: Path, small_model: Path) -> None:
+    source = write(tmp_path / "in.mp4", smooth(3, 16, 16))
+    target = tmp_path / ("é" * 120 + ".mp4")
+    result = subprocess.run(
+        [*COMMAND, "reconstruct", str(source), str(target), "--model", str(small_model)],
+        capture_output=True, text=True, env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert result.returncode == 0 and target.is_file(), result.stderr
+
+
+def test_a_hangup_that_is_ignored_stays_ignored() -> None:
+    code = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + COMMAND[2].replace(
+        "; main()", "\ntry: main()\nexcept SystemExit: pass\n"
+    ) + "print(signal.getsignal(signal.SIGHUP) == signal.SIG_IGN)"  # fmt: skip
+    said = subprocess.run([COMMAND[0], "-c", code, "info"], capture_output=True, text=True).stdout
+    assert said.splitlines()[-1] == "True"
 
 
 def test_help_needs_no_work() -> None:

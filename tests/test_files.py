@@ -35,7 +35,7 @@ def test_targets_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError, match="folder"), atomic_path(tmp_path):
         pass
     with (
-        pytest.raises(FileNotFoundError, match="does not exist"),
+        pytest.raises(FileNotFoundError, match="is not a folder"),
         atomic_path(tmp_path / "b" / "c"),
     ):
         pass

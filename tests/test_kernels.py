@@ -25,11 +25,21 @@ def rms(x: Tensor, exact: Tensor) -> float:
     return float((x.double() - exact).square().mean().sqrt())
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("offset", [0.0, 1.0, 30.0])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_group_norm_is_as_exact_as_torchs_contiguous_one(
-    shape: tuple[int, ...], offset: float
+    shape: tuple[int, ...], offset: float, threads: int
 ) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert_exact(shape, offset)
+    finally:
+        torch.set_num_threads(before)
+
+
+def assert_exact(shape: tuple[int, ...], offset: float) -> None:
     torch.manual_seed(0)
     groups = max(1, shape[1] // 4)
     x = torch.randn(shape) + offset * torch.randn(1, shape[1], 1, 1)

@@ -11,10 +11,12 @@ import torch
 from conftest import awake, difference, pixels
 from test_bounded import SVD_LIKE
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from temporal_vae import Plan, TemporalVAE
+from temporal_vae.network import Decoder
 from temporal_vae.walks.bounded import Bounds
-from temporal_vae.walks.plan import _Alive, parse_budget
+from temporal_vae.walks.plan import _Alive, bounded_parts, parse_budget
 
 LAYOUTS: list[dict[str, Any]] = [{}, {"causal_mode": True}, SVD_LIKE]
 MODELS = {str(options): awake(base_channels=16, **options) for options in LAYOUTS}
@@ -104,6 +106,8 @@ def test_the_setters_of_the_reference_page() -> None:
     assert difference(model.predict(video), exact) < 1e-10
     model.set_slicing_enabled(False)
     model.set_memory_budget("1GiB")
+    model.set_tiling_enabled(True)
+    model.set_tiling_enabled(False)
     assert model.memory_budget == "1GiB" and not model.tiling_enabled
     assert difference(model.predict(video), exact) < 1e-10
     with pytest.raises(ValueError, match="below the least"):
@@ -175,12 +179,51 @@ def test_a_plan_is_made_for_a_dtype_and_any_size_at_once() -> None:
 def test_an_arena_in_a_file_is_not_counted(tmp_path: Path) -> None:
     model = MODELS[str({})]
     z = latent(model)
-    plan = model.plan(z.shape, budget="least")
+    inside = Bounds(rows=16, pixels=64)
+    outside = Bounds(rows=16, pixels=64, arena=tmp_path / "arena")
+    with FakeTensorMode():
+        line = Decoder(model.config)
+        counts = [
+            sum(size for _, size in bounded_parts(line, tuple(z.shape), torch.float32, bounds))
+            for bounds in (inside, outside)
+        ]
+    assert counts[0] - counts[1] == 6 * 48 * 64 * 16 * 4  # the finest activation: T H W C, float32
     moved = Plan(
-        operation=plan.operation, shape=plan.shape, dtype=plan.dtype, peak_bytes=0,
-        bounds=Bounds(rows=16, pixels=64, arena=tmp_path / "arena"),
-    )  # fmt: skip
+        operation="decode",
+        shape=tuple(z.shape),
+        dtype=z.dtype,
+        peak_bytes=counts[1],
+        bounds=outside,
+    )
     assert difference(model.decode(z, plan=moved), model.decode(z)) < 1e-10
+    with pytest.raises(ValueError, match="exists"):
+        model.decode(z, plan=moved)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"frames": 0}, {"frames": -1}, {"pixels": -3}, {"rows": 0}, {"rows": 1.5}], ids=str
+)
+def test_bounds_are_above_zero(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="above 0"):
+        Bounds(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "message"),
+    [
+        ((1, 3, 5, 8, 8), {}, "4 channels, got 3"),
+        ((1, 4, -5, 8, 8), {}, "above 0"),
+        ((1, 4, 0, 8, 8), {"budget": "least"}, "above 0"),
+        ((1, 4, 5, 8.0, 8), {}, "above 0"),
+        ((1, 3, 5, 7, 9), {"operation": "encode"}, "multiples of 2"),
+        ((1, 4, 5, 8, 8), {"dtype": torch.int8}, "floating point"),
+        ((1, 4, 5, 8, 8), {"budget": [1]}, "a budget is"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_planned(shape: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MODELS[str({})].plan(shape, **options)
 
 
 @torch.no_grad()

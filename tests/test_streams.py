@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import awake, difference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from temporal_vae import TemporalVAE
-from temporal_vae.layers import TemporalAttention, TimeConv
+from temporal_vae.layers import PositionNorm, TemporalAttention, TimeConv
 
 State = Any
 
@@ -190,6 +191,23 @@ def test_streams_joined_to_a_batch(layout: str) -> None:
         assert difference(together[i : i + 1], alone) < 1e-10
 
 
+@pytest.mark.parametrize("layout", [str({}), str({"causal_mode": True})])
+@torch.no_grad()
+def test_under_autocast_a_state_keeps_its_dtype(
+    layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CUDA autocast runs layer norms in float32: so here."""
+    monkeypatch.setattr(
+        PositionNorm, "forward", lambda self, x: F.layer_norm(
+            x.movedim(1, -1).float(), self.weight.shape, self.weight.float(), self.bias.float()
+        ).movedim(-1, 1),
+    )  # fmt: skip
+    model = awake(torch.float32, **dict(LAYOUTS[list(MODELS).index(layout)]))
+    with torch.autocast("cpu", torch.bfloat16):
+        parts = decode(model, cut(clip(6, 4, 2).bfloat16(), [2, 2, 2]))
+    assert join(parts).shape[2] == 6
+
+
 # Mutations -----------------------------------------------------------------------------------
 
 
@@ -236,6 +254,7 @@ def test_what_does_not_fit_is_refused_and_the_state_survives() -> None:
     model, other = MODELS[str({})], MODELS[str({"num_temporal_layers": 0})]
     video = clip(3)
     _, state = model.encode_step(video)
+    kept = tuple(tuple(t.clone() for t in layer) for layer in state)
     for frames, message in (
         (clip(3, size=6), "not one of this model for a stream of these frames"),
         (clip(3, batch=2), "not one of this model for a stream of these frames"),
@@ -248,7 +267,14 @@ def test_what_does_not_fit_is_refused_and_the_state_survives() -> None:
         other.encode_step(video, state)
     with pytest.raises(ValueError, match="not one of this model"):
         MODELS[LAYOUT_5].encode_step(video, state)
-    assert model.encode_step(video, state) is not None
+    with pytest.raises(ValueError, match="not one of this model"):
+        model.encode_finish(tuple(layer[:1] for layer in state))
+    after, _ = model.encode_step(video, state, sample_mode=False)
+    untouched, _ = model.encode_step(video, kept, sample_mode=False)
+    assert (after is None) == (untouched is None)
+    finished = [model.encode_finish(s, sample_mode=False) for s in (state, kept)]
+    assert finished[0] is not None and finished[1] is not None
+    assert torch.equal(finished[0], finished[1])
 
 
 LAYOUT_5 = str({"temporal_kernel_size": 5, "temporal_attention_reach": 3})

@@ -97,7 +97,8 @@ def reconstruct(
     Raises `VideoError` for a source that cannot be read or a target that cannot be written.
     """
     check_suffix(target)
-    if os.path.exists(target) and os.path.samefile(source, target):
+    exist = os.path.exists(source) and os.path.exists(target)
+    if exist and os.path.samefile(source, target):
         raise VideoError(f"{os.fspath(source)} would be overwritten by its reconstruction")
     if model.input_channels != 3:
         raise VideoError(
@@ -129,8 +130,8 @@ def reconstruct(
 
 def clip_length(model: TemporalVAE, asked: int | Literal["all"] | None) -> int | None:
     """Frames of each clip; None for one clip that streams."""
-    if isinstance(asked, int) and asked < 1:
-        raise ValueError(f"clip_frames must be at least 1 or 'all', got {asked}")
+    if asked not in (None, "all") and (type(asked) is not int or not 1 <= asked <= sys.maxsize):
+        raise ValueError(f"clip_frames must be a number of frames or 'all', got {asked!r}")
     streams = model.encode_reach is not None and model.decode_reach is not None
     if asked == "all":
         return None if streams else sys.maxsize

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import platform
 import signal
 import sys
@@ -77,6 +78,8 @@ def info(thing: Thing = None) -> None:
         rows = _describe_installation()
     elif thing in checkpoint.builtin_names() or Path(thing).is_dir():
         rows = _describe_model(TemporalVAE.from_pretrained(thing))
+    elif not Path(thing).exists():
+        raise ValueError(f"{thing}: neither a model nor a file")
     else:
         with VideoReader(thing) as reader:
             rows = _describe_video(reader.info)
@@ -168,8 +171,13 @@ class Meter:
 
 def main() -> None:
     """Run the command; a mistake of the user is one line and exit status 1."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _terminate)
+    for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _terminate)
+    for stream in (sys.stdout, sys.stderr):  # a name that cannot be printed is no failure
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         command()
     except (VideoError, ValueError, OSError) as error:

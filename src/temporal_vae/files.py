@@ -25,9 +25,10 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
     if final.exists() and not final.is_file():
         raise FileExistsError(f"{target} is a device or a pipe, which a new file would replace")
     if not final.parent.is_dir():
-        raise FileNotFoundError(f"the folder {final.parent} does not exist")
+        raise FileNotFoundError(f"{final.parent} is not a folder")
     suffix = Path(target).suffix  # of the name that was given: it may choose the format
-    partial = final.with_name(f".{final.stem[:100]}.{uuid.uuid4().hex[:8]}.part{suffix}")
+    stem = os.fsencode(final.stem)[:80].decode(errors="ignore")  # names have 255 bytes at most
+    partial = final.with_name(f".{stem}.{uuid.uuid4().hex[:8]}.part{suffix}")
     try:
         partial.touch(exist_ok=False)
     except OSError as error:
@@ -36,7 +37,7 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
         mode = partial.stat().st_mode
         yield partial
         partial.chmod(mode)  # some writers make a file of their own, for their user alone
-        with partial.open("rb") as written:
+        with partial.open("r+b") as written:
             os.fsync(written.fileno())
         os.replace(partial, final)
     finally:

@@ -223,6 +223,8 @@ class Timewise(nn.Module):
 
     past: int | None
     future: int | None
+    width: int
+    """Channels, in and out."""
 
     def pixels(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
         """(B, C, T, P) -> (B, C, T, P), each of the P pixels on its own."""
@@ -258,6 +260,8 @@ class Timewise(nn.Module):
         if x is None:
             if not (state and last):
                 return None, state
+            if len(state) != 1 + len(self.tails()):
+                raise ValueError(f"the state is not one of this model: {len(state)} tensors")
             x = state[1][:, :, :0]
         if not state:
             shape, frames = list(x.shape), self.tails()
@@ -273,7 +277,11 @@ class Timewise(nn.Module):
     def _check(self, x: Tensor, state: State) -> None:
         counts, *tails = state
         frames = self.tails()
-        fits = len(tails) == len(frames) and all(
+        own = next(self.parameters())
+        mixed = torch.is_autocast_enabled(x.device.type)
+        fits = len(tails) == len(frames) and x.shape[1] == self.width
+        fits = fits and (mixed or (x.dtype, x.device) == (own.dtype, own.device))
+        fits = fits and all(
             (*tail.shape[:2], *tail.shape[3:]) == (*x.shape[:2], *x.shape[3:])
             and tail.shape[2] == n
             and (tail.dtype, tail.device) == (x.dtype, x.device)
@@ -323,6 +331,7 @@ class TimeConv(Timewise):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, channels, kernel, 1, 1))
         self.bias = nn.Parameter(torch.empty(channels))
+        self.width = channels
         self.past = kernel - 1 if causal else kernel // 2
         self.future = kernel - 1 - self.past
 
@@ -372,7 +381,7 @@ class TimeConv(Timewise):
             if u.shape[2] >= weight.shape[2]
             else x[:, :, :0]
         )
-        return y, _tail(kept, tail.shape[2])
+        return y, _tail(kept, tail.shape[2]).to(tail.dtype)  # autocast may have widened it
 
     def _weights(self, gain: Tensor | None) -> tuple[Tensor, Tensor]:
         weight: Tensor = self.weight.squeeze(-1)
@@ -409,6 +418,7 @@ class TemporalBlock(Timewise):
 
     def __init__(self, channels: int, config: TemporalVAEConfig):
         super().__init__()
+        self.width = channels
         kernel, causal = config.temporal_kernel_size, config.causal_mode
         self.norm1 = time_norm(config.temporal_norm, channels, config)
         self.conv1 = TimeConv(channels, kernel, causal)
@@ -460,6 +470,7 @@ class TemporalAttention(Timewise):
 
     def __init__(self, channels: int, config: TemporalVAEConfig):
         super().__init__()
+        self.width = channels
         reach = config.temporal_attention_reach
         self.heads = max(h for h in range(1, max(1, channels // 64) + 1) if channels % h == 0)
         self.past, self.future = reach, 0 if config.causal_mode else reach
@@ -487,7 +498,11 @@ class TemporalAttention(Timewise):
         queue = torch.cat([waiting, x], 2)
         early = max(0, self.future - int(counts.min())) if self.future else 0
         ready = queue[:, :, early : queue.shape[2] - (0 if last else self.future)]
-        kept = (_tail(k, seen), _tail(v, seen), _tail(queue, self.future))
+        kept = (
+            _tail(k, seen).to(keys.dtype),  # autocast may have widened them
+            _tail(v, seen).to(values.dtype),
+            _tail(queue, self.future),
+        )
         if not ready.shape[2]:
             return ready, kept
         q = self._project(self.norm(ready), self.to_q)

@@ -123,7 +123,7 @@ class TemporalVAE(nn.Module):
         )
         self.default_loss_function: LossFunction = loss_function or losses.mean_squared_error
         self._generator = _seeded(seed)
-        self._slicing = False
+        self._slicing = self._tiling = False
         self._budget: Budget = None
         with torch.device("meta"):  # torch's layers would draw from the global random state
             self.encoder = Encoder(self.config)
@@ -262,6 +262,18 @@ class TemporalVAE(nn.Module):
         if len(shape) not in (4, 5):
             raise ValueError(f"shape must be (B, C, T, H, W) or (B, C, H, W), got {tuple(shape)}")
         full = tuple(shape) if len(shape) == 5 else (*shape[:2], 1, *shape[2:])
+        if not all(isinstance(n, int) and n > 0 for n in full):
+            raise ValueError(f"shape must be whole numbers above 0, got {tuple(shape)}")
+        pixels = operation == "encode"
+        channels = self.input_channels if pixels else self.latent_channels
+        if full[1] != channels:
+            raise ValueError(f"to {operation}, shape must have {channels} channels, got {full[1]}")
+        problem = geometry.indivisible(full[3], full[4], self.downsample_factor)
+        if pixels and problem:
+            raise ValueError(problem)
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype must be floating point, got {dtype}")
+        parse_budget(budget)
         return _make_plan(self.config, operation, full, dtype or self.dtype, budget)
 
     def set_slicing_enabled(self, enabled: bool) -> None:
@@ -269,12 +281,16 @@ class TemporalVAE(nn.Module):
         self._slicing = bool(enabled)
 
     def set_tiling_enabled(self, enabled: bool) -> None:
-        """Walk with the least memory from now on; the result stays the same. Needs `no_grad`."""
-        self.set_memory_budget("least" if enabled else None)
+        """Walk with the least memory from now on; the result stays the same. Needs `no_grad`.
+
+        It goes before a memory budget, which holds again once it is off.
+        """
+        self._tiling = bool(enabled)
 
     def set_memory_budget(self, budget: Budget) -> None:
         """Plan every encode and decode for this budget from now on, see `plan`; None ends it.
 
+        The steps of a stream are not planned: their memory is that of the piece they are given.
         Raises `ValueError` for what is no budget.
         """
         parse_budget(budget)
@@ -288,7 +304,7 @@ class TemporalVAE(nn.Module):
     @property
     def tiling_enabled(self) -> bool:
         """Whether every walk is the one of least memory."""
-        return self._budget == "least"
+        return self._tiling
 
     @property
     def memory_budget(self) -> Budget:
@@ -298,8 +314,9 @@ class TemporalVAE(nn.Module):
     def _walk(self, operation: Operation, clip: Tensor, plan: Plan | None) -> Tensor:
         """The encoder or decoder over a clip (B, C, T, H, W), as planned or as stored."""
         line = self.encoder if operation == "encode" else self.decoder
-        if plan is None and self._budget is not None:
-            plan = self.plan(clip.shape, operation, clip.dtype, self._budget)
+        budget = "least" if self._tiling else self._budget
+        if plan is None and budget is not None:
+            plan = self.plan(clip.shape, operation, clip.dtype, budget)
         if plan is not None:
             made_for = (plan.operation, plan.shape, plan.dtype)
             if made_for != (operation, tuple(clip.shape), clip.dtype):

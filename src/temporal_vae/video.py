@@ -214,7 +214,7 @@ class VideoReader:
                 f"{count} of {claimed} frames could be read: the file is damaged, or its edit list "
                 "hides the others"
             )
-        if claimed is None and claimed_end is None:
+        if claimed is None and claimed_end is None and count > 1:
             yield "the file does not state its length: frames missing at its end would not show"
         if claimed is None and claimed_end and claimed_end - end > 2 / self.info.fps:
             yield f"frames end at {end:.3f} s of {claimed_end:.3f} s: the file is damaged"
@@ -255,6 +255,7 @@ class VideoWriter:
         stream.height, stream.width = height, width
         stream.time_base = stream.codec_context.time_base = time_base
         self.keeps_aspect = not self._lossless
+        self._last_millisecond = -(10**18)
         if sample_aspect_ratio:
             stream.codec_context.sample_aspect_ratio = sample_aspect_ratio
         if self._lossless:
@@ -290,14 +291,22 @@ class VideoWriter:
             dst_colorspace=None if self._lossless else "ITU709",
             dst_color_range=None if self._lossless else "MPEG",
         )
-        frame.pts, frame.time_base = pts, self._stream.codec_context.time_base
+        base = self._stream.codec_context.time_base
+        milliseconds = round(pts * base * 1000)
+        if self._lossless and milliseconds <= self._last_millisecond:
+            raise VideoError(
+                f"frames less than a millisecond apart cannot be kept in .mkv, as at "
+                f"{float(pts * base):.6f} s: take .mp4"
+            )
+        self._last_millisecond = milliseconds
+        frame.pts, frame.time_base = pts, base
         self._mux(frame)
 
     def _mux(self, frame: VideoFrame | None) -> None:
         try:
             self._container.mux(self._stream.encode(frame))
         except (av.error.FFmpegError, OSError) as error:
-            raise VideoError(f"cannot write {self.path}: {error}") from error
+            raise VideoError(f"cannot write the video: {error.strerror or error}") from error
 
 
 def read_clip(

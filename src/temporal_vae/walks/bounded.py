@@ -40,7 +40,13 @@ class Bounds:
     rows: int | None = None
     """Output rows of a band of one frame; None for whole frames."""
     arena: str | os.PathLike[str] | None = None
-    """A file to hold the activation instead of memory; it may be deleted afterwards."""
+    """A new file to hold the activation instead of memory; it may be deleted afterwards."""
+
+    def __post_init__(self) -> None:
+        for name in ("frames", "pixels", "rows"):
+            value = getattr(self, name)
+            if (name != "rows" or value is not None) and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be a whole number above 0, got {value!r}")
 
 
 def walk(line: Line, x: Tensor, bounds: Bounds) -> Tensor:
@@ -74,6 +80,12 @@ class _Arena:
     def __init__(self, size: int, like: Tensor, file: str | os.PathLike[str] | None):
         if file is None:
             self._memory = torch.empty(size, dtype=like.dtype, device=like.device)
+        elif os.path.exists(file):
+            raise ValueError(f"{os.fspath(file)} exists: the arena overwrites what it is given")
+        elif like.device.type != "cpu":
+            raise ValueError(
+                f"an arena in a file needs the model on the CPU, it is on {like.device}"
+            )
         else:
             self._memory = torch.from_file(
                 os.fspath(file), shared=True, size=size, dtype=like.dtype
