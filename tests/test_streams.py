@@ -16,6 +16,7 @@ from torch import Tensor
 
 from temporal_vae import TemporalVAE
 from temporal_vae.layers import PositionNorm, TemporalAttention, TimeConv
+from temporal_vae.walks import streamed
 
 State = Any
 
@@ -154,6 +155,23 @@ def test_a_state_is_a_value(layout: str) -> None:
     assert torch.equal(given, latent)
     for layer, copy in zip(state, kept, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(layer, copy, strict=True))
+
+
+@torch.no_grad()
+def test_the_end_is_as_flat_as_the_middle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However far the model sees, one frame at a time is on the way when a stream ends."""
+    model, honest = MODELS[str({})], streamed._pass_on
+    _, state = model.decode_step(clip(40, 4, 2))
+    sizes: list[int] = []
+
+    def watched(layers: Any, x: Tensor | None, memories: Any) -> Any:
+        sizes.append(0 if x is None else x.shape[2])
+        return honest(layers, x, memories)
+
+    monkeypatch.setattr(streamed, "_pass_on", watched)
+    rest = model.decode_finish(state)
+    assert rest is not None and rest.shape[2] == model.decode_reach
+    assert max(sizes) == 1
 
 
 @torch.no_grad()

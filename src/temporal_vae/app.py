@@ -30,7 +30,8 @@ from temporal_vae.video import (
 )
 
 PIECE_FRAMES = 8
-"""Frames that a stream takes in at a time."""
+PIECE_PIXELS = PIECE_FRAMES * 640 * 360
+"""A stream takes in so many frames at a time, or as few as have so many pixels, at least one."""
 
 Progress = Callable[[int, int | None], None]
 """Called with the frames done and the frames the file claims to have, if it does."""
@@ -111,7 +112,8 @@ def reconstruct(
         size, rate = (info.height, info.width), (info.fps, info.time_base)
         with VideoWriter(partial, *size, *rate, info.sample_aspect_ratio) as writer:
             stamps: deque[int] = deque()
-            pieces = _pieces(iter(reader), length or PIECE_FRAMES, stamps)
+            piece = max(1, min(PIECE_FRAMES, PIECE_PIXELS // (info.height * info.width)))
+            pieces = _pieces(iter(reader), length or piece, stamps)
             walk = _walk_stream(pieces, model) if length is None else _walk_clips(pieces, model)
             for images in walk:
                 for image in images:
@@ -165,7 +167,7 @@ def _walk_stream(pieces: Iterator[Bytes], model: TemporalVAE) -> Iterator[Bytes]
             if frames is not None:
                 yield to_bytes(frames)
     owed = model.encode_finish(encoding, sample_mode=False)
-    for latents in () if owed is None else owed.split(PIECE_FRAMES, 2):
+    for latents in () if owed is None else owed.split(1, 2):
         frames, decoding = model.decode_step(latents, decoding)
         if frames is not None:
             yield to_bytes(frames)

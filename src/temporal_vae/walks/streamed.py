@@ -34,15 +34,17 @@ def finish(line: Line, state: State) -> Iterator[Tensor]:
     """What an ended clip still owes, in pieces, in order.
 
     Layer after layer is told that its input has ended, and the few frames that it held back go
-    through the rest: however far a network sees, no more than those are ever on the way.
+    through the rest one by one: however far a network sees, no more is ever on the way.
     """
     layers, memories = list(line.layers()), _memories(line, state)
     for index, layer in enumerate(layers):
         if isinstance(layer, Timewise):
-            x, _ = layer.stream(None, memories[0], last=True)
-            x, memories = _pass_on(layers[index + 1 :], x, memories[1:])
-            if x is not None:
-                yield x
+            held, _ = layer.stream(None, memories[0], last=True)
+            memories = memories[1:]
+            for frame in () if held is None else held.split(1, dim=2):
+                x, memories = _pass_on(layers[index + 1 :], frame, memories)
+                if x is not None:
+                    yield x
 
 
 def _pass_on(
