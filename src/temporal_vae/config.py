@@ -180,7 +180,7 @@ class TemporalVAEConfig:
     @classmethod
     def tiny(cls) -> Self:
         """The layout of the bundled weights: the default one at a quarter of the width."""
-        return cls(base_channels=32, latent_scale_factor=0.423)
+        return cls(base_channels=32, latent_scale_factor=0.3461)
 
 
 _FLAGS = ("causal_mode", "quant_conv", "post_quant_conv", "temporal_encoder", "time_conv_out")
