@@ -187,6 +187,7 @@ def test_progress_knows_what_is_left(tmp_path: Path, echo: Echo) -> None:
         app.reconstruct(source, tmp_path / f"out_{name}", echo, None, lambda *n: seen.append(n))
         assert seen[-1] == (20, 20)
     assert all(total == 20 for _, total in seen)
+    assert [done for done, _ in seen][:3] == [4, 8, 10]  # it moves while the model still waits
 
 
 def test_progress_in_a_log(

@@ -33,8 +33,10 @@ PIECE_FRAMES = 8
 PIECE_PIXELS = PIECE_FRAMES * 640 * 360
 """A stream takes in so many frames at a time, or as few as have so many pixels, at least one."""
 
+NO_FRAMES: Bytes = np.empty((0, 1, 1, 3), np.uint8)
+
 Progress = Callable[[int, int | None], None]
-"""Called with the frames done and the frames the file claims to have, if it does."""
+"""Called with the frames done, one on the way counting half, and the frames the file claims."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +121,8 @@ def reconstruct(
                 for image in images:
                     writer.write(image[: info.height, : info.width], stamps.popleft())
                 done += len(images)
-                if progress is not None:
-                    progress(done, info.expected_frames)
+                if progress is not None:  # a frame taken in, and not given yet, is half done
+                    progress(done + len(stamps) // 2, info.expected_frames)
             if info.sample_aspect_ratio not in (None, 1) and not writer.keeps_aspect:
                 reader.notes.append(
                     f"the shape of its pixels, {info.sample_aspect_ratio}, is kept in .mp4 only"
@@ -154,7 +156,10 @@ def _walk_clips(clips: Iterator[Bytes], model: TemporalVAE) -> Iterator[Bytes]:
 
 @torch.no_grad()
 def _walk_stream(pieces: Iterator[Bytes], model: TemporalVAE) -> Iterator[Bytes]:
-    """One clip in pieces, encoded and decoded; frames come padded, and late by the reach."""
+    """One clip in pieces, encoded and decoded; frames come padded, and late by the reach.
+
+    Where nothing can be given yet it yields no frames, so that progress shows.
+    """
     encoding: StreamState = ()
     decoding: StreamState = ()
     for piece in pieces:
@@ -162,14 +167,13 @@ def _walk_stream(pieces: Iterator[Bytes], model: TemporalVAE) -> Iterator[Bytes]
         latents, encoding = model.encode_step(
             video.to(model.device, model.dtype), encoding, sample_mode=False
         )
+        frames = None
         if latents is not None:
             frames, decoding = model.decode_step(latents, decoding)
-            if frames is not None:
-                yield to_bytes(frames)
+        yield NO_FRAMES if frames is None else to_bytes(frames)
     owed = model.encode_finish(encoding, sample_mode=False)
     for latents in () if owed is None else owed.split(1, 2):
         frames, decoding = model.decode_step(latents, decoding)
-        if frames is not None:
-            yield to_bytes(frames)
+        yield NO_FRAMES if frames is None else to_bytes(frames)
     if (frames := model.decode_finish(decoding)) is not None:
         yield to_bytes(frames)
