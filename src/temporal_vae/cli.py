@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import platform
 import signal
@@ -171,6 +172,7 @@ class Meter:
 
 def main() -> None:
     """Run the command; a mistake of the user is one line and exit status 1."""
+    _keep_freed_memory()
     for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
@@ -184,6 +186,18 @@ def main() -> None:
         _fail(str(error))
     except torch.OutOfMemoryError:
         _fail("out of memory: take --dtype bfloat16, or --clip-frames where a model cannot stream")
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc reuse freed memory for the next piece of a stream, instead of returning it.
+
+    Returned, it comes back page by page and in other places: measured on `tiny`, 15 % of the time,
+    and a peak that creeps up with the length of the video.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def _fail(message: str) -> None:
