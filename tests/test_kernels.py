@@ -7,8 +7,10 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from temporal_vae.kernels.conv import conv2d
 from temporal_vae.kernels.norm import group_norm, group_norm_reference
 
 SHAPES = [
@@ -61,6 +63,23 @@ def test_torchs_channels_last_one_is_not() -> None:
     last = x.contiguous(memory_format=torch.channels_last)
     theirs = rms(group_norm_reference(last, 16, one, zero, 1e-6), exact)
     assert theirs > 5 * rms(group_norm(last, 16, one, zero, 1e-6), exact)
+
+
+@pytest.mark.parametrize(("stride", "padding"), [(1, 1), (2, 0)])
+@pytest.mark.parametrize("channels", [512, 600])
+def test_wide_convolutions_are_more_exact_than_torchs(
+    channels: int, stride: int, padding: int
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, channels, 9, 8).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.randn(16, channels, 3, 3) / 60, torch.randn(16)
+    exact = F.conv2d(x.double(), weight.double(), bias.double(), stride, padding)
+    ours, theirs = (
+        conv2d(x, weight, bias, stride, padding),
+        F.conv2d(x, weight, bias, stride, padding),
+    )
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+    assert rms(ours, exact) < 2e-6 and rms(ours, exact) <= 1.05 * rms(theirs, exact)
 
 
 FROZEN = """

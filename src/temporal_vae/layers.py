@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from temporal_vae.config import NormScope, TemporalVAEConfig
+from temporal_vae.kernels.conv import conv2d
 from temporal_vae.kernels.norm import group_norm
 
 SPATIAL_EPS = 1e-6
@@ -45,6 +46,13 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
+class Conv2d(nn.Conv2d):
+    """torch's convolution, by our kernel where that is the more exact one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv2d(x, self.weight, self.bias, int(self.stride[0]), int(self.padding[0]))
 
 
 Norm = Callable[[nn.Module, Tensor], Tensor]
@@ -103,7 +111,7 @@ class FrameConv(Framewise):
         self.halo = (self.padding, self.padding)
 
     def frames(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
-        return F.conv2d(x, self.weight, self.bias, padding=self.padding)
+        return conv2d(x, self.weight, self.bias, padding=self.padding)
 
     def channels(self, channels: int) -> int:
         return self.weight.shape[0]
@@ -135,11 +143,11 @@ class ResidualBlock(Framewise):
     def __init__(self, in_channels: int, out_channels: int, config: TemporalVAEConfig):
         super().__init__()
         self.norm1 = GroupNorm(config.groups(in_channels), in_channels, eps=SPATIAL_EPS)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = GroupNorm(config.groups(out_channels), out_channels, eps=SPATIAL_EPS)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = (
-            nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+            Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
         )
 
     def frames(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
@@ -184,7 +192,7 @@ class Downsample(Framewise):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = Conv2d(channels, channels, 3, stride=2)
 
     def frames(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
         y: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
@@ -199,7 +207,7 @@ class Upsample(Framewise):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def frames(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
         y: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
