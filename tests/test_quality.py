@@ -110,12 +110,21 @@ def test_a_fade_comes_back(tiny: TemporalVAE) -> None:
     assert np.abs(reconstruct_frames(fade, tiny).astype(float) - fade).mean() <= 2
 
 
-def test_the_bundled_weights_are_awake(tiny: TemporalVAE) -> None:
-    """Trained temporal layers: a latent depends on other frames, if little so far (model card)."""
+def effect_of_other_frames(tiny: TemporalVAE) -> float:
+    """How far a frame's latent moves, of its largest value, when the clip around it is there."""
     video = pixels(4, 32, 32).float()
     whole = tiny.encode(video, sample_mode=False)
-    alone = tiny.encode(video[:, :, 0], sample_mode=False)
-    assert difference(whole[:, :, 0], alone) > 1e-3
+    return difference(whole[:, :, 0], tiny.encode(video[:, :, 0], sample_mode=False))
+
+
+def test_the_bundled_temporal_layers_are_not_zero(tiny: TemporalVAE) -> None:
+    assert effect_of_other_frames(tiny) > 1e-3
+
+
+@pytest.mark.xfail(strict=True, reason="0.005: too little training on clips, see the model card")
+def test_the_bundled_weights_are_awake(tiny: TemporalVAE) -> None:
+    """The 1 % that counts as awake elsewhere; better weights turn this red, to be unmarked."""
+    assert effect_of_other_frames(tiny) > 0.01
 
 
 def test_latents_have_unit_variance_after_scaling(tiny: TemporalVAE, real_clip: Path) -> None:

@@ -191,8 +191,8 @@ def main() -> None:
 def _keep_freed_memory() -> None:
     """Let glibc reuse freed memory for the next piece of a stream, instead of returning it.
 
-    Returned, it comes back page by page and in other places: measured on `tiny`, 15 % of the time,
-    and a peak that creeps up with the length of the video.
+    Returned, it comes back page by page and in other places, which costs time and lets the peak
+    wander; docs/decisions.md has the runs.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

@@ -124,8 +124,10 @@ def parse_budget(budget: Budget) -> int | Literal["least"] | None:
 
     Raises `ValueError` for anything else.
     """
-    if budget is None or budget == "least":
-        return budget  # type: ignore[return-value]
+    if budget is None:
+        return None
+    if budget == "least":
+        return "least"
     if isinstance(budget, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]i?)?B?\s*", budget)
         if match:
