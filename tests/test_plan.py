@@ -11,12 +11,10 @@ import torch
 from conftest import awake, difference, pixels
 from test_bounded import SVD_LIKE
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from temporal_vae import Plan, TemporalVAE
-from temporal_vae.network import Decoder
+from temporal_vae import TemporalVAE
 from temporal_vae.walks.bounded import Bounds
-from temporal_vae.walks.plan import _Alive, bounded_parts, parse_budget
+from temporal_vae.walks.plan import _Alive, parse_budget
 
 LAYOUTS: list[dict[str, Any]] = [{}, {"causal_mode": True}, SVD_LIKE]
 MODELS = {str(options): awake(base_channels=16, **options) for options in LAYOUTS}
@@ -176,28 +174,22 @@ def test_a_plan_is_made_for_a_dtype_and_any_size_at_once() -> None:
 
 
 @torch.no_grad()
-def test_an_arena_in_a_file_is_not_counted(tmp_path: Path) -> None:
+def test_offload_is_not_counted_and_changes_nothing(tmp_path: Path) -> None:
     model = MODELS[str({})]
     z = latent(model)
-    inside = Bounds(rows=16, pixels=64)
-    outside = Bounds(rows=16, pixels=64, arena=tmp_path / "arena")
-    with FakeTensorMode():
-        line = Decoder(model.config)
-        counts = [
-            sum(size for _, size in bounded_parts(line, tuple(z.shape), torch.float32, bounds))
-            for bounds in (inside, outside)
-        ]
-    assert counts[0] - counts[1] == 6 * 48 * 64 * 16 * 4  # the finest activation: T H W C, float32
-    moved = Plan(
-        operation="decode",
-        shape=tuple(z.shape),
-        dtype=z.dtype,
-        peak_bytes=counts[1],
-        bounds=outside,
-    )
-    assert difference(model.decode(z, plan=moved), model.decode(z)) < 1e-10
-    with pytest.raises(ValueError, match="exists"):
-        model.decode(z, plan=moved)
+    inside = model.plan(z.shape, budget="least")
+    outside = model.plan(z.shape, budget="least", offload=tmp_path)
+    assert outside.peak_bytes < 0.6 * inside.peak_bytes
+    assert str(tmp_path) in outside.explain()
+    with _Alive() as alive:
+        alive.leave_out(z)
+        y = model.decode(z, plan=outside)
+    assert difference(y, model.decode(z)) < 1e-10
+    assert not list(tmp_path.iterdir())
+    for plan in (model.plan(z.shape, offload="host"), model.plan(z.shape, offload=tmp_path)):
+        assert plan.walk == "bounded" and difference(model.decode(z, plan=plan), y) < 1e-10
+    with pytest.raises(ValueError, match="'host' or a folder"):
+        model.plan(z.shape, offload=tmp_path / "missing")
 
 
 @pytest.mark.parametrize(

@@ -164,9 +164,9 @@ def test_the_end_is_as_flat_as_the_middle(monkeypatch: pytest.MonkeyPatch) -> No
     _, state = model.decode_step(clip(40, 4, 2))
     sizes: list[int] = []
 
-    def watched(layers: Any, x: Tensor | None, memories: Any) -> Any:
+    def watched(layers: Any, x: Tensor | None, *rest: Any) -> Any:
         sizes.append(0 if x is None else x.shape[2])
-        return honest(layers, x, memories)
+        return honest(layers, x, *rest)
 
     monkeypatch.setattr(streamed, "_pass_on", watched)
     rest = model.decode_finish(state)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,3 +38,24 @@ def indivisible(height: int, width: int, factor: int) -> str | None:
         f"pad to {padding.padded[0]}x{padding.padded[1]} and crop the result, or crop to "
         f"{down[0]}x{down[1]}"
     )
+
+
+Span = tuple[int, int]
+"""A range of frames, rows or pixels: first, and one past the last."""
+
+
+def spans(total: int, step: int) -> list[Span]:
+    """The ranges that cut `total` into pieces of `step`, the last one shorter if need be."""
+    return [(start, min(start + step, total)) for start in range(0, total, step)]
+
+
+def rows_read(rows: Span, halo: tuple[int, int], scale: Fraction, height: int) -> Span:
+    """The input rows, of `height`, that a layer reads to give the output rows `rows`."""
+    above, below = halo
+    first, last = int(rows[0] / scale), math.ceil(rows[1] / scale)
+    return max(0, first - above), min(height, last + below)
+
+
+def rows_owned(rows: Span, scale: Fraction) -> Span:
+    """The input rows that belong to the output rows `rows` and to no other band of them."""
+    return int(rows[0] / scale), int(rows[1] / scale)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from fractions import Fraction
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,9 @@ TEMPORAL_EPS = 1e-5
 
 # Scaled dot-product attention on CUDA refuses a batch above 65,535.
 ATTENTION_BATCH = 32_768
+# Pairs of query and key at a time: some kernels hold a number for each.
+ATTENTION_SCORES = 2**26
+LEAST_QUERIES = 1024
 # Queries per block of temporal attention: the band of keys stays short for any clip.
 QUERY_FRAMES = 64
 
@@ -152,9 +156,9 @@ class ResidualBlock(Framewise):
 
     def frames(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
         h = self.conv1(silu(norm(self.norm1, x)))
-        h = self.conv2(silu(norm(self.norm2, h)))
-        y: Tensor = h.add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
-        return y
+        h = silu(norm(self.norm2, h))  # a line of its own frees what it replaces before the next
+        y: Tensor = self.conv2(h)
+        return y.add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
 
     def norms(self) -> tuple[nn.Module, ...]:
         return (self.norm1, self.norm2)
@@ -178,9 +182,17 @@ class SpatialAttention(Framewise):
 
     def frames(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
         tokens = norm(self.group_norm, x).flatten(2).transpose(1, 2)  # (N, P, C)
-        q, k, v = (to(tokens).unsqueeze(1) for to in (self.to_q, self.to_k, self.to_v))
-        mixed = self.to_out(F.scaled_dot_product_attention(q, k, v).squeeze(1))
-        y: Tensor = mixed.transpose(1, 2).unflatten(2, x.shape[2:]).add_(x)
+        keys, values = self.to_k(tokens), self.to_v(tokens)
+        at_a_time = max(LEAST_QUERIES, ATTENTION_SCORES // (len(x) * tokens.shape[1]))
+        queries = tokens.split(at_a_time, 1)
+        mixed = [self._attend(part, keys, values) for part in queries]
+        together = torch.cat(mixed, 1) if len(mixed) > 1 else mixed[0]
+        y: Tensor = together.transpose(1, 2).unflatten(2, x.shape[2:]).add_(x)
+        return y
+
+    def _attend(self, tokens: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        q, k, v = (x.unsqueeze(1) for x in (self.to_q(tokens), keys, values))
+        y: Tensor = self.to_out(F.scaled_dot_product_attention(q, k, v).squeeze(1))
         return y
 
 
@@ -223,6 +235,19 @@ State = tuple[Tensor, ...]
 the tails that the next piece needs, each (B, C, frames, H, W). `()` before the first frame."""
 
 
+class Past(NamedTuple):
+    """Frames that a timewise layer has taken before a piece."""
+
+    counts: Tensor
+    """Of each sample, (B,)."""
+    least: int
+    """The smallest of them, as a number: a tensor would have to be waited for on a GPU."""
+
+    def later(self, frames: int) -> Past:
+        """As seen by a layer that gets its input so many frames late."""
+        return Past((self.counts - frames).clamp(min=0), max(0, self.least - frames))
+
+
 class Timewise(nn.Module):
     """A layer that sees one pixel over time; subclasses define `pixels` and how far they see.
 
@@ -244,19 +269,27 @@ class Timewise(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) -> (B, C', T, H, W)."""
-        return _unfold_pixels(self.pixels(_fold_pixels(x)), x.shape[3:])
+        return unfold_pixels(self.pixels(fold_pixels(x)), x.shape[3:])
 
     def tails(self) -> tuple[int, ...]:
         """Frames of each tail that is kept between pieces."""
         raise NotImplementedError
 
-    def advance(self, x: Tensor, counts: Tensor, tails: State, last: bool) -> tuple[Tensor, State]:
+    def advance(self, x: Tensor, past: Past, tails: State, last: bool) -> tuple[Tensor, State]:
         """The next piece (B, C, n, P) -> every output whose future is known, and the new tails.
 
-        `counts` (B,) are the frames taken before. After the `last` piece, which may have no frames,
-        all outputs have been given: their number is that of the inputs.
+        After the `last` piece, which may have no frames, all outputs have been given: their number
+        is that of the inputs.
         """
         raise NotImplementedError
+
+    def begin(self, x: Tensor) -> State:
+        """The state before the first piece (B, C, n, H, W)."""
+        shape = list(x.shape)
+        empty = [
+            x.new_zeros(shape[0], n, *shape[3:], shape[1]).movedim(-1, 1) for n in self.tails()
+        ]
+        return (torch.zeros(shape[0], dtype=torch.int64), *empty)
 
     def stream(self, x: Tensor | None, state: State, last: bool) -> tuple[Tensor | None, State]:
         """The next piece (B, C, n, H, W) -> what can be given so far, and the new state.
@@ -268,21 +301,24 @@ class Timewise(nn.Module):
         if x is None:
             if not (state and last):
                 return None, state
-            if len(state) != 1 + len(self.tails()):
-                raise ValueError(f"the state is not one of this model: {len(state)} tensors")
-            x = state[1][:, :, :0]
-        if not state:
-            shape, frames = list(x.shape), self.tails()
-            empty = [x.new_zeros(*shape[:2], n, *shape[3:]) for n in frames]
-            state = (torch.zeros(shape[0], dtype=torch.int64), *empty)
-        self._check(x, state)
+            x = self.nothing(state)
+        state = state or self.begin(x)
+        self.check(x, state)
         counts, *tails = state
-        y, kept = self.advance(_fold_pixels(x), counts, tuple(map(_fold_pixels, tails)), last)
+        folded = tuple(map(fold_pixels, tails))
+        y, kept = self.advance(fold_pixels(x), Past(counts, int(counts.min())), folded, last)
         size = x.shape[3:]
-        state = (counts + x.shape[2], *(_unfold_pixels(tail, size) for tail in kept))
-        return (_unfold_pixels(y, size) if y.shape[2] else None), state
+        state = (counts + x.shape[2], *(unfold_pixels(tail, size) for tail in kept))
+        return (unfold_pixels(y, size) if y.shape[2] else None), state
 
-    def _check(self, x: Tensor, state: State) -> None:
+    def nothing(self, state: State) -> Tensor:
+        """No frames, as (B, C, 0, H, W), for a stream of this state."""
+        if len(state) != 1 + len(self.tails()):
+            raise ValueError(f"the state is not one of this model: {len(state)} tensors")
+        return state[1][:, :, :0]
+
+    def check(self, x: Tensor, state: State) -> None:
+        """Raise `ValueError` when the state belongs to frames of another size, dtype or number."""
         counts, *tails = state
         frames = self.tails()
         own = next(self.parameters())
@@ -309,12 +345,12 @@ class Timewise(nn.Module):
             )
 
 
-def _fold_pixels(x: Tensor) -> Tensor:
+def fold_pixels(x: Tensor) -> Tensor:
     """(B, C, T, H, W) -> (B, C, T, P), a view."""
     return x.movedim(1, -1).flatten(2, 3).movedim(-1, 1)
 
 
-def _unfold_pixels(y: Tensor, size: torch.Size) -> Tensor:
+def unfold_pixels(y: Tensor, size: torch.Size) -> Tensor:
     """(B, C, T, P) -> (B, C, T, H, W), channels-last; a view if it was."""
     y = y.contiguous(memory_format=torch.channels_last).movedim(1, -1)
     clip: Tensor = y.unflatten(2, size).movedim(-1, 1)
@@ -356,14 +392,14 @@ class TimeConv(Timewise):
     def tails(self) -> tuple[int, ...]:
         return (self.past + self.future,)
 
-    def advance(self, x: Tensor, counts: Tensor, tails: State, last: bool) -> tuple[Tensor, State]:
-        y, tail = self.advance_scaled(x, counts, tails[0], last, lambda u: u, None)
+    def advance(self, x: Tensor, past: Past, tails: State, last: bool) -> tuple[Tensor, State]:
+        y, tail = self.advance_scaled(x, past.least, tails[0], last, lambda u: u, None)
         return y, (tail,)
 
     def advance_scaled(
         self,
         x: Tensor,
-        counts: Tensor,
+        age: int,
         tail: Tensor,
         last: bool,
         before: Callable[[Tensor], Tensor],
@@ -378,9 +414,9 @@ class TimeConv(Timewise):
         weight, bias = self._weights(gain)
         if self.future:
             kept = torch.cat([tail, x], 2)
-            unborn = max(0, tail.shape[2] - int(counts.min()))
+            unborn = max(0, tail.shape[2] - age)
             u = F.pad(before(kept[:, :, unborn:]), (0, 0, unborn, self.future if last else 0))
-            early = max(0, self.future - int(counts.min()))
+            early = max(0, self.future - age)
         else:
             u = kept = torch.cat([tail, before(x)], 2)
             early = 0
@@ -440,7 +476,8 @@ class TemporalBlock(Timewise):
 
     def pixels(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
         h = self.conv1.pixels(silu(norm(self.norm1, x)))
-        h = self.conv2.scaled(silu(norm(self.norm2, h)), torch.sigmoid(self.mix_factor))
+        h = silu(norm(self.norm2, h))
+        h = self.conv2.scaled(h, torch.sigmoid(self.mix_factor))
         return h.add_(x)
 
     def norms(self) -> tuple[nn.Module, ...]:
@@ -450,18 +487,18 @@ class TemporalBlock(Timewise):
     def tails(self) -> tuple[int, ...]:
         return self.conv1.tails() + self.conv2.tails()
 
-    def advance(self, x: Tensor, counts: Tensor, tails: State, last: bool) -> tuple[Tensor, State]:
+    def advance(self, x: Tensor, past: Past, tails: State, last: bool) -> tuple[Tensor, State]:
         first, second = tails
         ahead = self.conv1.future
         h, kept1 = self.conv1.advance_scaled(
-            x, counts, first, last, lambda u: silu(self.norm1(u)), None
+            x, past.least, first, last, lambda u: silu(self.norm1(u)), None
         )
         y, kept2 = self.conv2.advance_scaled(
-            h, (counts - ahead).clamp(min=0), second, last, lambda u: silu(self.norm2(u)),
+            h, past.later(ahead).least, second, last, lambda u: silu(self.norm2(u)),
             torch.sigmoid(self.mix_factor),
         )  # fmt: skip
         if ahead:  # the shortcut is late by twice the reach ahead: as long as the first tail
-            unborn = max(0, first.shape[2] - int(counts.min()))
+            unborn = max(0, first.shape[2] - past.least)
             x = torch.cat([first, x], 2)[:, :, unborn : unborn + y.shape[2]]
         return y.add_(x), (kept1, kept2)
 
@@ -498,13 +535,13 @@ class TemporalAttention(Timewise):
         seen = self.past + self.future
         return (seen, seen, self.future)  # keys, values, inputs that wait for their future
 
-    def advance(self, x: Tensor, counts: Tensor, tails: State, last: bool) -> tuple[Tensor, State]:
+    def advance(self, x: Tensor, past: Past, tails: State, last: bool) -> tuple[Tensor, State]:
         keys, values, waiting = tails
         seen, u = self.past + self.future, self.norm(x)
         k = torch.cat([keys, self._project(u, self.to_k)], 2)
         v = torch.cat([values, self._project(u, self.to_v)], 2)
         queue = torch.cat([waiting, x], 2)
-        early = max(0, self.future - int(counts.min())) if self.future else 0
+        early = max(0, self.future - past.least)
         ready = queue[:, :, early : queue.shape[2] - (0 if last else self.future)]
         kept = (
             _tail(k, seen).to(keys.dtype),  # autocast may have widened them
@@ -515,7 +552,7 @@ class TemporalAttention(Timewise):
             return ready, kept
         q = self._project(self.norm(ready), self.to_q)
         # frame 0 of the keys stands `seen - counts` frames before the first of the clip
-        return self._mix(q, k, v, -early, seen - counts).add_(ready), kept
+        return self._mix(q, k, v, -early, seen - past.counts).add_(ready), kept
 
     def _project(self, u: Tensor, to: nn.Module) -> Tensor:
         """A linear layer on the channels of (B, C, T, P)."""

@@ -7,10 +7,11 @@ which are videos of one frame.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Literal, Self
 
 import torch
@@ -22,11 +23,23 @@ from temporal_vae.latents import LatentDistribution
 from temporal_vae.layers import draw_parameters, start_as_identity
 from temporal_vae.network import Decoder, Encoder
 from temporal_vae.walks import bounded, streamed
-from temporal_vae.walks.plan import Budget, Operation, Plan, make_plan, parse_budget
+from temporal_vae.walks.available import available_bytes
+from temporal_vae.walks.bounded import Bounds
+from temporal_vae.walks.plan import (
+    Budget,
+    Offload,
+    Operation,
+    Plan,
+    Question,
+    make_plan,
+    parse_budget,
+    with_seconds,
+)
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 Layout = Literal["BCTHW", "BTCHW"]
 StreamState = streamed.State
+Stream = streamed.Stream
 
 
 class TemporalVAE(nn.Module):
@@ -244,6 +257,9 @@ class TemporalVAE(nn.Module):
         operation: Operation = "decode",
         dtype: torch.dtype | None = None,
         budget: Budget = None,
+        *,
+        stream: bool = False,
+        offload: Offload = None,
     ) -> Plan:
         """The fastest walk of an input of this shape within a budget, and what it takes.
 
@@ -252,11 +268,32 @@ class TemporalVAE(nn.Module):
             operation: "decode" or "encode".
             dtype: the model's own if None.
             budget: memory over the weights and the input, the result included: a number of bytes,
-                words such as "6GiB", "least", or None for any. No budget changes the result.
+                words such as "6GiB", "least" (or a little more, where that is faster), or None for
+                any. No budget changes the result.
+            stream: plan the steps of a stream; the shape is that of the largest piece.
+            offload: where the clip's activation is to lie: "host" for the memory of the CPU, or a
+                folder on disk. On CUDA "host" is taken by itself where nothing else fits.
+
+        The first plan for a device and dtype runs a probe of a fraction of a second, for `seconds`.
 
         Raises:
-            ValueError: for a budget that cannot be met, naming the smallest that can.
+            ValueError: for a budget that cannot be met, naming the smallest that can, and on the CPU
+                for one above the memory that is free.
         """
+        plan = self._plan(shape, operation, dtype, budget, stream=stream, offload=offload)
+        return with_seconds(plan, self.device)
+
+    def _plan(
+        self,
+        shape: Sequence[int],
+        operation: Operation,
+        dtype: torch.dtype | None,
+        budget: Budget,
+        *,
+        stream: bool = False,
+        offload: Offload = None,
+    ) -> Plan:
+        """`plan` without seconds."""
         if operation not in ("encode", "decode"):
             raise ValueError(f"operation must be 'encode' or 'decode', got {operation!r}")
         if len(shape) not in (4, 5):
@@ -273,8 +310,38 @@ class TemporalVAE(nn.Module):
             raise ValueError(problem)
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype must be floating point, got {dtype}")
-        parse_budget(budget)
-        return _make_plan(self.config, operation, full, dtype or self.dtype, budget)
+        self._check_budget(budget)
+        if stream and self._line(operation).reach is None:
+            raise ValueError(
+                f"this model normalises over the whole clip, so it cannot {operation} a stream"
+            )
+        places: tuple[Offload, ...] = (None,)
+        if offload is not None:
+            if offload != "host" and not os.path.isdir(offload):
+                raise ValueError(f"offload must be 'host' or a folder, got {os.fspath(offload)!r}")
+            if offload != "host" and self.device.type != "cpu":
+                raise ValueError(
+                    f"offload to a folder needs the model on the CPU, it is on {self.device}: "
+                    "take 'host'"
+                )
+            places = (offload,)
+        elif self.device.type == "cuda" and budget is not None:
+            places = (None, "host")
+        asked = Question(operation, full, dtype or self.dtype, budget, stream, places)
+        return _make_plan(self.config, asked)
+
+    def _check_budget(self, budget: Budget) -> None:
+        limit = parse_budget(budget)
+        if isinstance(limit, int) and self.device.type == "cpu":
+            free = available_bytes(self.device)
+            if free is not None and limit > free:
+                raise ValueError(
+                    f"the budget {budget!r} is above the memory that is free, {free} bytes "
+                    f"({free / 2**30:.3f} GiB): give less, or free some"
+                )
+
+    def _line(self, operation: Operation) -> Encoder | Decoder:
+        return self.encoder if operation == "encode" else self.decoder
 
     def set_slicing_enabled(self, enabled: bool) -> None:
         """Walk the samples of a batch one by one from now on; the result stays the same."""
@@ -290,8 +357,8 @@ class TemporalVAE(nn.Module):
     def set_memory_budget(self, budget: Budget) -> None:
         """Plan every encode and decode for this budget from now on, see `plan`; None ends it.
 
-        The steps of a stream are not planned: their memory is that of the piece they are given.
-        Raises `ValueError` for what is no budget.
+        The steps of a stream are planned as well, each piece as it comes. Raises `ValueError` for
+        what is no budget.
         """
         parse_budget(budget)
         self._budget = budget
@@ -311,25 +378,59 @@ class TemporalVAE(nn.Module):
         """The budget that `set_memory_budget` stored."""
         return self._budget
 
-    def _walk(self, operation: Operation, clip: Tensor, plan: Plan | None) -> Tensor:
+    def _walk(
+        self, operation: Operation, clip: Tensor, plan: Plan | None, out: Tensor | None = None
+    ) -> Tensor:
         """The encoder or decoder over a clip (B, C, T, H, W), as planned or as stored."""
-        line = self.encoder if operation == "encode" else self.decoder
-        budget = "least" if self._tiling else self._budget
-        if plan is None and budget is not None:
-            plan = self.plan(clip.shape, operation, clip.dtype, budget)
-        if plan is not None:
-            made_for = (plan.operation, plan.shape, plan.dtype)
-            if made_for != (operation, tuple(clip.shape), clip.dtype):
-                raise ValueError(
-                    f"the plan is for {made_for}, not for {(operation, tuple(clip.shape), clip.dtype)}:"
-                    " make one with plan(shape, operation, dtype)"
-                )
-            if plan.bounds is not None:
-                return bounded.walk(line, clip, plan.bounds)
-        if self._slicing:
-            return torch.cat([line(sample) for sample in clip.split(1)])
-        whole: Tensor = line(clip)
-        return whole
+        plan = self._plan_for(operation, clip, plan)
+        while True:
+            try:
+                return self._walk_once(operation, clip, plan, out)
+            except torch.OutOfMemoryError:  # only a GPU raises it: take less, from the start
+                if plan is None or (smaller := self._smaller(plan)) is None:
+                    raise
+                plan = smaller
+
+    def _walk_once(
+        self, operation: Operation, clip: Tensor, plan: Plan | None, out: Tensor | None
+    ) -> Tensor:
+        line = self._line(operation)
+        if plan is not None and plan.bounds is not None:
+            return bounded.walk(line, clip, plan.bounds, out)
+        samples = clip.split(1) if self._slicing else (clip,)
+        y = torch.cat([line(x) for x in samples]) if len(samples) > 1 else line(clip)
+        return y if out is None else out.copy_(y)
+
+    def _plan_for(
+        self, operation: Operation, clip: Tensor, plan: Plan | None, *, stream: bool = False
+    ) -> Plan | None:
+        """The plan that was given, if it fits the input, or one for what the setters stored."""
+        shape, budget = tuple(clip.shape), "least" if self._tiling else self._budget
+        if plan is None:
+            if budget is None or (stream and self._line(operation).reach is None):
+                return None
+            return self._plan(shape, operation, clip.dtype, budget, stream=stream)
+        fits = (plan.operation, plan.dtype, plan.stream) == (operation, clip.dtype, stream)
+        if stream:  # a shorter piece takes less
+            fits = fits and shape[2] <= plan.shape[2]
+            shape = (*shape[:2], plan.shape[2], *shape[3:])
+        if not fits or plan.shape != shape:
+            made_for = (plan.operation, plan.shape, plan.dtype, f"stream={plan.stream}")
+            got = (operation, tuple(clip.shape), clip.dtype, f"stream={stream}")
+            raise ValueError(
+                f"the plan is for {made_for}, not for {got}: make one with plan(shape, operation, "
+                "dtype)"
+            )
+        return plan
+
+    def _smaller(self, plan: Plan) -> Plan | None:
+        """A plan for the same with a third less memory, or as much less as can be."""
+        for budget in (plan.peak_bytes * 2 // 3, "least"):
+            with contextlib.suppress(ValueError):
+                smaller = self._plan(plan.shape, plan.operation, plan.dtype, budget)
+                if smaller.peak_bytes < plan.peak_bytes:
+                    return smaller
+        return None
 
     # Pixels to latents -----------------------------------------------------------------------
 
@@ -410,15 +511,49 @@ class TemporalVAE(nn.Module):
     # Latents to pixels -----------------------------------------------------------------------
 
     def decode(
-        self, latent: Tensor, *, layout: Layout = "BCTHW", plan: Plan | None = None
+        self,
+        latent: Tensor,
+        *,
+        layout: Layout = "BCTHW",
+        plan: Plan | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Pixels of an unscaled latent: (B, L, T, h, w) -> (B, C, T, f*h, f*w); images likewise.
 
-        Deterministic and not clamped. With a `plan` memory is bounded and the result the same.
+        Deterministic and not clamped. With a `plan` memory is bounded and the result the same. With
+        `out`, of the result's shape and any dtype or device, the frames are written there, in the
+        bounded walk each as it is made, and `out` is returned; see `iter_decode` as well.
         Raises `ValueError` for a wrong rank, number of channels, dtype or device.
         """
         clip = self._clip(latent, self.latent_channels, "latent", layout)
-        return _restore(self._walk("decode", clip, plan), latent, layout)
+        if out is None:
+            return _restore(self._walk("decode", clip, plan), latent, layout)
+        target = out.unsqueeze(2) if latent.ndim == 4 else _relayout(out, layout)
+        shape = bounded.result_shape(self.decoder.layers(), tuple(clip.shape))
+        if tuple(target.shape) != shape:
+            raise ValueError(f"out must hold {shape} as {layout}, got {tuple(out.shape)}")
+        if torch.is_grad_enabled() and (clip.requires_grad or self._trains(self.decoder)):
+            raise ValueError("what is written into `out` has no gradient: use torch.no_grad()")
+        self._walk("decode", clip, plan, target)
+        return out
+
+    def iter_decode(self, latent: Tensor, *, plan: Plan | None = None) -> Iterator[Tensor]:
+        """`decode` of one clip (1, L, T, h, w), its frames (1, C, n, f*h, f*w) as they are made.
+
+        For what takes frame after frame, such as a video writer: the result is never whole in
+        memory. Without a plan, or with one of the whole walk, all frames come at once.
+        Raises `ValueError` as `decode`, and for more than one sample.
+        """
+        clip = self._clip(self._piece(latent, "latent"), self.latent_channels, "latent", "BCTHW")
+        if len(clip) != 1:
+            raise ValueError(f"iter_decode takes one clip, got a batch of {len(clip)}")
+        plan = self._plan_for("decode", clip, plan)
+        if plan is None or plan.bounds is None:
+            return iter([self._walk("decode", clip, plan).contiguous()])
+        return bounded.pieces(self.decoder, clip, plan.bounds)
+
+    def _trains(self, module: nn.Module) -> bool:
+        return any(parameter.requires_grad for parameter in module.parameters())
 
     # Streams ---------------------------------------------------------------------------------
 
@@ -428,6 +563,7 @@ class TemporalVAE(nn.Module):
         state: StreamState = (),
         sample_mode: bool = True,
         generator: torch.Generator | None = None,
+        plan: Plan | None = None,
     ) -> tuple[Tensor | None, StreamState]:
         """The next frames of a stream (B, C, n, H, W) -> latents that are certain, and the state.
 
@@ -435,14 +571,14 @@ class TemporalVAE(nn.Module):
         is none; `encode_finish` gives the rest. Any cutting gives the latents of the whole, sampled
         ones too, if one generator serves the stream. A state is a plain value, a nested tuple of
         tensors: keep it, copy it, go back to it, move it; joined along the batch it carries many
-        streams. It is never changed.
+        streams. It is never changed. With a `plan` made for a stream the step is walked bounded.
 
         Raises:
             ValueError: as `encode`, and for a model with a norm over the clip, or a state of another
                 model, size or dtype.
         """
         clip = self._pixels(self._piece(frames, "frames"), "frames")
-        moments, state = streamed.step(self.encoder, clip, state)
+        moments, state = self._step("encode", clip, state, plan)
         return self._latents(moments, sample_mode, generator), state
 
     def encode_finish(
@@ -450,26 +586,58 @@ class TemporalVAE(nn.Module):
         state: StreamState,
         sample_mode: bool = True,
         generator: torch.Generator | None = None,
+        plan: Plan | None = None,
     ) -> Tensor | None:
         """The latents that an ended stream still owes; None if it owes none."""
-        owed = list(streamed.finish(self.encoder, state))
+        owed = list(self._owed("encode", state, plan))
         return self._latents(torch.cat(owed, 2) if owed else None, sample_mode, generator)
 
     def decode_step(
-        self, latents: Tensor, state: StreamState = ()
+        self, latents: Tensor, state: StreamState = (), plan: Plan | None = None
     ) -> tuple[Tensor | None, StreamState]:
         """The next latents of a stream (B, L, n, h, w) -> frames that are certain, and the state.
 
         See `encode_step`; `decode_finish` gives the rest.
         """
         clip = self._clip(self._piece(latents, "latents"), self.latent_channels, "latents", "BCTHW")
-        frames, state = streamed.step(self.decoder, clip, state)
+        frames, state = self._step("decode", clip, state, plan)
         return None if frames is None else frames.contiguous(), state
 
-    def decode_finish(self, state: StreamState) -> Tensor | None:
+    def decode_finish(self, state: StreamState, plan: Plan | None = None) -> Tensor | None:
         """The frames that an ended stream still owes; None if it owes none."""
-        owed = list(streamed.finish(self.decoder, state))
+        owed = list(self._owed("decode", state, plan))
         return torch.cat(owed, 2).contiguous() if owed else None
+
+    def encode_stream(
+        self,
+        sample_mode: bool = True,
+        generator: torch.Generator | None = None,
+        plan: Plan | None = None,
+    ) -> Stream:
+        """A stream to push frames into and get latents from; see `encode_step`."""
+        how = (sample_mode, generator, plan)
+        return Stream(
+            lambda frames, state: self.encode_step(frames, state, *how),
+            lambda state: self.encode_finish(state, *how),
+        )
+
+    def decode_stream(self, plan: Plan | None = None) -> Stream:
+        """A stream to push latents into and get frames from; see `decode_step`."""
+        return Stream(partial(self.decode_step, plan=plan), partial(self.decode_finish, plan=plan))
+
+    def _step(
+        self, operation: Operation, clip: Tensor, state: StreamState, plan: Plan | None
+    ) -> tuple[Tensor | None, StreamState]:
+        plan = self._plan_for(operation, clip, plan, stream=True)
+        return streamed.step(self._line(operation), clip, state, _bounds(plan))
+
+    def _owed(
+        self, operation: Operation, state: StreamState, plan: Plan | None
+    ) -> Iterator[Tensor]:
+        line, bounds = self._line(operation), _bounds(plan)
+        if plan is None and (self._tiling or self._budget is not None):
+            bounds = Bounds()
+        return streamed.finish(line, state, bounds)
 
     def _latents(
         self, moments: Tensor | None, sample_mode: bool, generator: torch.Generator | None
@@ -598,16 +766,14 @@ class TemporalVAE(nn.Module):
 
 
 @lru_cache(maxsize=64)
-def _make_plan(
-    config: TemporalVAEConfig,
-    operation: Operation,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    budget: Budget,
-) -> Plan:
+def _make_plan(config: TemporalVAEConfig, asked: Question) -> Plan:
     """A plan depends on these alone; making one takes a second or two."""
-    line = Encoder if operation == "encode" else Decoder
-    return make_plan(lambda: line(config), operation, shape, dtype, budget)
+    line = Encoder if asked.operation == "encode" else Decoder
+    return make_plan(lambda: line(config), asked)
+
+
+def _bounds(plan: Plan | None) -> Bounds | None:
+    return None if plan is None else plan.bounds
 
 
 def _seeded(seed: int | None) -> torch.Generator:

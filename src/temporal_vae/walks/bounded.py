@@ -8,25 +8,42 @@
 Consecutive framewise layers form a run and go together, frame by frame, so the widest activation
 between them never exists for all frames. Between runs the clip lies in one arena as large as the
 largest of them: a run that shrinks it writes from the front; before one that expands it the clip is
-moved to the back of the arena, where frame t is read before anything is written over it.
+moved to the back of the arena, where frame t is read before anything is written over it. In bands
+the same is done once more inside a frame: rows that the next band still reads are kept aside.
 
-Nothing is blended, nothing recomputed at a seam: the result is that of the whole walk, to rounding.
+Nothing is blended, nothing cut at a seam: the result is that of the whole walk, to rounding.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from temporal_vae.geometry import Span, rows_owned, rows_read, spans
 from temporal_vae.kernels.norm import Moments, normalise
-from temporal_vae.layers import Framewise, Norm, Timewise, own_norm
+from temporal_vae.layers import (
+    Framewise,
+    Norm,
+    Past,
+    Timewise,
+    fold_pixels,
+    own_norm,
+    unfold_pixels,
+)
+from temporal_vae.layers import State as LayerState
 from temporal_vae.network import Layer, Line
+
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,8 +56,11 @@ class Bounds:
     """Pixels of a chunk, for timewise layers."""
     rows: int | None = None
     """Output rows of a band of one frame; None for whole frames."""
-    arena: str | os.PathLike[str] | None = None
-    """A new file to hold the activation instead of memory; it may be deleted afterwards."""
+    fused: bool = False
+    """Bands go through the widest activation without storing it, computing parts of it again."""
+    offload: str | os.PathLike[str] | None = None
+    """Where the activation lies: None where the model is, "host" in the memory of the CPU, else a
+    folder, for a file without a name that is gone when the walk ends."""
 
     def __post_init__(self) -> None:
         for name in ("frames", "pixels", "rows"):
@@ -49,55 +69,160 @@ class Bounds:
                 raise ValueError(f"{name} must be a whole number above 0, got {value!r}")
 
 
-def walk(line: Line, x: Tensor, bounds: Bounds) -> Tensor:
-    """A clip (B, C, T, H, W) through every layer, one sample at a time; the result is contiguous.
+def walk(line: Line, x: Tensor, bounds: Bounds, out: Tensor | None = None) -> Tensor:
+    """A clip (B, C, T, H, W) through every layer, one sample at a time, into `out` or a new tensor.
 
     Raises `ValueError` under autograd, which needs what this walk overwrites.
     """
+    refuse_autograd(line, x)
+    layers = list(line.layers())
+    # reserved before the first layer: running out of memory can only come before work
+    room = Room(layers, x, bounds)
+    if out is None:
+        out = x.new_empty(result_shape(layers, tuple(x.shape)))
+    for sample, result in zip(x.split(1), out.split(1), strict=True):
+        start = 0
+        for piece in _walk_sample(layers, sample, room, _in_place(room)):
+            result[:, :, start : start + piece.shape[2]] = piece
+            start += piece.shape[2]
+    return out
+
+
+def pieces(line: Line, x: Tensor, bounds: Bounds) -> Iterator[Tensor]:
+    """The result of `walk` for one sample, a few frames at a time, each as soon as it is there."""
+    refuse_autograd(line, x)
+    layers = list(line.layers())
+    room = Room(layers, x, bounds)
+    return _walk_sample(layers, x, room, _in_place(room))
+
+
+def refuse_autograd(line: Line, x: Tensor) -> None:
+    """Raise `ValueError` where autograd would need what a bounded walk overwrites."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *line.parameters())):
         raise ValueError(
             "a bounded walk overwrites its activations, so it cannot run under autograd: use "
             "torch.no_grad() around it, or no plan"
         )
-    layers = list(line.layers())
-    # reserved before the first layer: running out of memory can only come before work
-    arena = _Arena(_largest(layers, x), x, bounds.arena)
-    out = x.new_empty(_shape_of_result(layers, x))
-    for sample, result in zip(x.split(1), out, strict=True):
-        clip = sample.contiguous(memory_format=torch.channels_last_3d)
-        for run in runs(layers):
-            if isinstance(run, Timewise):
-                clip = _walk_pixels(run, arena.hold(clip), bounds)
-            else:
-                clip = _walk_frames(run, clip, arena, bounds)
-        result.copy_(clip[0])
-    return out
+
+
+# Pieces of a stream --------------------------------------------------------------------------
+
+
+def advance(
+    layers: Sequence[Layer], x: Tensor, memories: list[LayerState], bounds: Bounds
+) -> Tensor | None:
+    """A piece (B, C, n, H, W) of a stream through layers -> what can be given so far.
+
+    `memories` has an entry for each timewise layer; each is replaced as soon as it has been read,
+    so that the old one can be let go. A layer that nothing reaches yet keeps its own.
+    """
+    room, batch, given = Room(layers, x, bounds), len(x), []
+    timewise = [layer for layer in layers if isinstance(layer, Timewise)]
+    fresh: dict[int, LayerState] = {}
+    for number, sample in enumerate(x.split(1)):
+
+        def remember(layer: Timewise, clip: Tensor, number: int = number) -> Tensor | None:
+            index = next(i for i, other in enumerate(timewise) if other is layer)
+            all_samples = clip.expand(batch, *clip.shape[1:])
+            old = memories[index] or layer.begin(all_samples)
+            if not number:
+                layer.check(all_samples, old)
+                fresh[index] = (old[0] + clip.shape[2], *map(_like, old[1:]))
+            folded = fold_pixels(clip)
+            y = _advance_pixels(
+                layer, folded, old, fresh[index], number, bounds, lambda n: folded[:, :, :n]
+            )
+            memories[index] = fresh[index] if number == batch - 1 else old
+            return clip[:, :, : y.shape[2]] if y.shape[2] else None
+
+        given.append(list(_walk_sample(layers, sample, room, remember)))
+    if not given[0]:
+        return None
+    return torch.cat([torch.cat(frames, 2) for frames in given])
+
+
+def flush(layer: Timewise, memory: LayerState, bounds: Bounds) -> Tensor | None:
+    """What a layer still owes at the end of its clip, (B, C, n, H, W); None if it owes nothing."""
+    nothing = layer.nothing(memory)
+    layer.check(nothing, memory)
+    samples, size = [], nothing.shape[3:]
+    for number in range(len(nothing)):
+        one = nothing[number : number + 1]
+
+        def place(n: int, like: Tensor = one) -> Tensor:
+            return fold_pixels(_clip(like, (1, like.shape[1], n, *size), like.device))
+
+        y = _advance_pixels(layer, fold_pixels(one), memory, None, number, bounds, place)
+        samples.append(y)
+    held = torch.cat(samples)
+    return unfold_pixels(held, size) if held.shape[2] else None
+
+
+def _advance_pixels(
+    layer: Timewise,
+    x: Tensor,
+    old: LayerState,
+    new: LayerState | None,
+    number: int,
+    bounds: Bounds,
+    place: Callable[[int], Tensor],
+) -> Tensor:
+    """One sample (1, C, n, P) of a stream through a timewise layer, a few pixels at a time.
+
+    Reads sample `number` of the `old` state, writes that of the `new` one, or ends the clip where
+    there is none; the result is in `place(frames)`.
+    """
+    counts, *tails = (part[number : number + 1] for part in old)
+    past, device = Past(counts, int(old[0].min())), old[1].device
+    before = [fold_pixels(tail) for tail in tails]
+    after = [] if new is None else [fold_pixels(tail[number : number + 1]) for tail in new[1:]]
+    y: Tensor | None = None
+    for span in spans(before[0].shape[3], bounds.pixels):
+        chunk = slice(*span)
+        piece = _pixels(x, chunk, device)
+        kept = tuple(_pixels(tail, chunk, device) for tail in before)
+        given, kept = layer.advance(piece, past, kept, last=new is None)
+        if y is None:
+            y = place(given.shape[2])
+        y[:, :, :, chunk] = given
+        for target, tail in zip(after, kept, strict=False):
+            target[:, :, :, chunk] = tail
+    assert y is not None
+    return y
+
+
+# Memory --------------------------------------------------------------------------------------
+
+
+class Room:
+    """The memory of a walk: an arena for the clip between runs, and one for a frame in bands."""
+
+    def __init__(self, layers: Sequence[Layer], x: Tensor, bounds: Bounds):
+        clip, frame = arena_sizes(layers, tuple(x.shape), bounds)
+        self.bounds, self.device = bounds, x.device
+        self.clip = _Arena(clip, x, bounds.offload)
+        self.frame = _Arena(frame, x, bounds.offload)
 
 
 class _Arena:
     """Flat memory for one activation (1, C, T, H, W), channels-last, at its front or its back."""
 
-    def __init__(self, size: int, like: Tensor, file: str | os.PathLike[str] | None):
-        if file is None:
+    def __init__(self, size: int, like: Tensor, offload: str | os.PathLike[str] | None):
+        size = max(1, size)
+        if offload is None:
             self._memory = torch.empty(size, dtype=like.dtype, device=like.device)
-        elif os.path.exists(file):
-            raise ValueError(f"{os.fspath(file)} exists: the arena overwrites what it is given")
-        elif like.device.type != "cpu":
-            raise ValueError(
-                f"an arena in a file needs the model on the CPU, it is on {like.device}"
-            )
+        elif offload == "host":
+            self._memory = torch.empty(size, dtype=like.dtype, pin_memory=like.is_cuda)
         else:
-            self._memory = torch.from_file(
-                os.fspath(file), shared=True, size=size, dtype=like.dtype
-            )
+            self._memory = _in_file(size, like.dtype, offload)
 
-    def front(self, shape: tuple[int, ...]) -> Tensor:
+    def front(self, shape: Shape) -> Tensor:
         """The first of the memory as (1, C, T, H, W)."""
         return self._view(0, shape)
 
     def back(self, clip: Tensor) -> Tensor:
         """Move a clip to the end of the memory, last frame first: source and target may overlap."""
-        target = self._view(self._memory.numel() - clip.numel(), clip.shape)
+        target = self._view(self._memory.numel() - clip.numel(), tuple(clip.shape))
         for t in reversed(range(clip.shape[2])):
             target[:, :, t] = clip[:, :, t].clone()
         return target
@@ -110,10 +235,41 @@ class _Arena:
         """The clip if it lies in here, else a copy at the front: what may be overwritten."""
         return clip if self.holds(clip) else self.front(tuple(clip.shape)).copy_(clip)
 
-    def _view(self, start: int, shape: tuple[int, ...]) -> Tensor:
+    def _view(self, start: int, shape: Shape) -> Tensor:
         _, c, t, h, w = shape
         part = self._memory[start : start + c * t * h * w]
         return part.view(1, t, h, w, c).movedim(-1, 1)
+
+
+def _in_file(size: int, dtype: torch.dtype, folder: str | os.PathLike[str]) -> Tensor:
+    """Memory in a new file of the folder: its name is gone at once, its place is reserved."""
+    descriptor, name = tempfile.mkstemp(prefix="temporal_vae_", dir=folder)
+    try:
+        if hasattr(os, "posix_fallocate"):  # a full disk would otherwise end the process, later
+            os.posix_fallocate(descriptor, 0, size * dtype.itemsize)
+        return torch.from_file(name, shared=True, size=size, dtype=dtype)
+    finally:
+        os.close(descriptor)
+        with contextlib.suppress(PermissionError):  # where files in use keep their name
+            os.unlink(name)
+
+
+def _clip(like: Tensor, shape: Shape, device: torch.device) -> Tensor:
+    """New memory for (B, C, T, H, W), channels-last."""
+    b, c, t, h, w = shape
+    return torch.empty((b, t, h, w, c), dtype=like.dtype, device=device).movedim(-1, 1)
+
+
+def _like(tail: Tensor) -> Tensor:
+    return _clip(tail, tuple(tail.shape), tail.device)
+
+
+def _pixels(x: Tensor, chunk: slice, device: torch.device) -> Tensor:
+    """Some pixels of (1, C, T, P), channels-last, where the model is."""
+    return x[:, :, :, chunk].to(device).contiguous(memory_format=torch.channels_last)
+
+
+# The line, cut into what goes together -------------------------------------------------------
 
 
 def runs(layers: Iterable[Layer]) -> Iterator[list[Framewise] | Timewise]:
@@ -131,113 +287,228 @@ def runs(layers: Iterable[Layer]) -> Iterator[list[Framewise] | Timewise]:
         yield run
 
 
-def shape_after(run: Iterable[Framewise], shape: tuple[int, ...]) -> tuple[int, ...]:
+def stages(run: list[Framewise], shape: Shape, bounds: Bounds) -> list[list[Framewise]]:
+    """The layers of a run that bands go through together: each alone, but for the widest result.
+
+    A `fused` walk never stores a result that is larger than what comes before and after it and more
+    than half of the largest one: the layer that makes it and the one that reads it go together.
+    """
+    if not bounds.fused:
+        return [[layer] for layer in run]
+    sizes = [math.prod(shape)]
+    for layer in run:
+        shape = shape_after([layer], shape)
+        sizes.append(math.prod(shape))
+    found: list[list[Framewise]] = [[run[0]]]
+    for layer, following, (before, here, after) in zip(
+        run, run[1:], zip(sizes, sizes[1:], sizes[2:], strict=False), strict=False
+    ):
+        widest = here > before and here > after and 2 * here > max(sizes)
+        if widest and layer.halo is not None and following.halo is not None:
+            found[-1].append(following)
+        else:
+            found.append([following])
+    return found
+
+
+def shape_after(run: Iterable[Framewise], shape: Shape) -> Shape:
     """(1, C, T, H, W) after a run of framewise layers."""
-    _, c, t, h, w = shape
+    b, c, t, h, w = shape
     for layer in run:
         c, h, w = layer.channels(c), int(h * layer.scale), int(w * layer.scale)
-    return 1, c, t, h, w
+    return b, c, t, h, w
 
 
-def _shape_of_result(layers: Iterable[Layer], x: Tensor) -> tuple[int, ...]:
-    framewise = [layer for layer in layers if isinstance(layer, Framewise)]
-    return (len(x), *shape_after(framewise, tuple(x.shape))[1:])
+def result_shape(layers: Iterable[Layer], shape: Shape) -> Shape:
+    """Shape of what a line gives for (B, C, T, H, W)."""
+    return shape_after((layer for layer in layers if isinstance(layer, Framewise)), shape)
 
 
-def _largest(layers: list[Layer], x: Tensor) -> int:
-    """Elements of the largest activation between runs, of one sample."""
-    shape: tuple[int, ...] = (1, *x.shape[1:])
-    most = 0
+def arena_sizes(layers: Iterable[Layer], shape: Shape, bounds: Bounds) -> tuple[int, int]:
+    """Elements of the largest activation that waits between runs, and between stages of a frame."""
+    clip, frame, shape = 0, 0, (1, *shape[1:])
     for run in runs(layers):
-        if not isinstance(run, Timewise):
-            shape = shape_after(run, shape)
-        most = max(most, math.prod(shape))
-    return most
+        if isinstance(run, Timewise):
+            clip = max(clip, math.prod(shape))
+            continue
+        if bounds.rows is not None:
+            here: Shape = (1, shape[1], 1, *shape[3:])
+            for stage in stages(run, here, bounds)[:-1]:
+                here = shape_after(stage, here)
+                frame = max(frame, math.prod(here))
+        shape = shape_after(run, shape)
+    return clip, frame
+
+
+@torch.no_grad()
+def _walk_sample(
+    layers: Sequence[Layer],
+    clip: Tensor,
+    room: Room,
+    timewise: Callable[[Timewise, Tensor], Tensor | None],
+) -> Iterator[Tensor]:
+    """A clip (1, C, T, H, W) through every layer; the result a few frames at a time, in order.
+
+    `timewise` takes a layer and the clip in the arena, and gives the clip after it, there as well;
+    None ends the walk with nothing.
+    """
+    steps = list(runs(layers))
+    for run in steps[:-1]:
+        if isinstance(run, Timewise):
+            after = timewise(run, room.clip.hold(clip))
+            if after is None:
+                return
+            clip = after
+        else:
+            clip = _walk_frames(run, clip, room)
+    last = steps[-1]
+    if isinstance(last, Timewise):
+        after = timewise(last, room.clip.hold(clip))
+        for frames in () if after is None else after.split(room.bounds.frames, 2):
+            yield frames.to(room.device, copy=True)
+    elif room.bounds.rows is None:
+        for _, frames in _groups(last, clip, room):
+            yield frames.movedim(0, 1).unsqueeze(0)
+    else:
+        for frame in clip.split(1, 2):
+            whole = _clip(frame, shape_after(last, tuple(frame.shape)), room.device)
+            _in_bands(last, frame, whole, room)
+            yield whole
 
 
 # Frames --------------------------------------------------------------------------------------
 
 
-def _walk_frames(run: list[Framewise], clip: Tensor, arena: _Arena, bounds: Bounds) -> Tensor:
+def _walk_frames(run: list[Framewise], clip: Tensor, room: Room) -> Tensor:
     """All layers of a run on a few frames at a time, from the clip into the front of the arena."""
     shape = shape_after(run, tuple(clip.shape))
-    if math.prod(shape) > clip.numel() and arena.holds(clip):
-        clip = arena.back(clip)
-    target = arena.front(shape)
-    step = bounds.frames if bounds.rows is None else 1
-    for start in range(0, clip.shape[2], step):
-        stop = min(start + step, clip.shape[2])
-        frames = clip[0, :, start:stop].movedim(0, -1).movedim(-1, 1)  # (n, C, H, W)
-        for layer in run:
-            frames = _in_bands(layer, frames, bounds.rows) if bounds.rows else layer.frames(frames)
-        target[0, :, start:stop] = frames.movedim(1, 0)
+    if math.prod(shape) > clip.numel() and room.clip.holds(clip):
+        clip = room.clip.back(clip)
+    target = room.clip.front(shape)
+    if room.bounds.rows is None:
+        for (start, stop), frames in _groups(run, clip, room):
+            target[0, :, start:stop] = frames.movedim(1, 0)
+    else:
+        for before, after in zip(clip.split(1, 2), target.split(1, 2), strict=True):
+            _in_bands(run, before, after, room)
     return target
 
 
-def _in_bands(layer: Framewise, frame: Tensor, rows: int) -> Tensor:
-    """One layer on one frame (1, C, H, W), a band of output rows at a time."""
-    if layer.halo is None:
-        return layer.frames(frame)
-    above, below = layer.halo
-    height, scale = frame.shape[2], layer.scale
-    bands = [
-        (start, min(start + rows, int(height * scale)))
-        for start in range(0, int(height * scale), rows)
-    ]
+def _groups(run: list[Framewise], clip: Tensor, room: Room) -> Iterator[tuple[Span, Tensor]]:
+    """Whole frames (n, C, H, W), a few at a time, after all layers of a run."""
+    for start, stop in spans(clip.shape[2], room.bounds.frames):
+        frames = _channels_last(clip[0, :, start:stop].movedim(1, 0), room.device)
+        for layer in run:
+            frames = layer.frames(frames)
+        yield (start, stop), frames
 
-    def seen(band: tuple[int, int]) -> tuple[int, int]:
-        """The input rows that the output rows of a band see."""
-        first, last = int(band[0] / scale), math.ceil(band[1] / scale)
-        return max(0, first - above), min(height, last + below)
 
-    def compute(band: tuple[int, int], norm: Norm | None) -> Tensor:
-        top, bottom = seen(band)
-        piece = frame[:, :, top:bottom]
-        y = layer.frames(piece) if norm is None else layer.frames(piece, norm)
-        start = band[0] - int(top * scale)
-        return y[:, :, start : start + band[1] - band[0]]
+def _in_bands(run: list[Framewise], source: Tensor, target: Tensor, room: Room) -> None:
+    """One frame (1, C, 1, H, W) through a run in bands, from the source into the target.
 
-    def own(band: tuple[int, int], x: Tensor) -> Tensor:
-        """Of what a norm gets, the rows that are this band's and no other's (norms keep rows)."""
-        start = band[0] - seen(band)[0]
-        return x[:, :, start : start + band[1] - band[0]]
+    The target may lie where source rows have been read; what is between stages is in the arena for
+    a frame, written in place as well.
+    """
+    cut = stages(run, tuple(source.shape), room.bounds)
+    for stage in cut:
+        shape = shape_after(stage, tuple(source.shape))
+        if math.prod(shape) > source.numel() and room.frame.holds(source):
+            source = room.frame.back(source)
+        result = target if stage is cut[-1] else room.frame.front(shape)
+        if stage[0].halo is None:
+            whole = _channels_last(source[:, :, 0], room.device)
+            result[:, :, 0] = stage[0].frames(whole)
+        else:
+            _Bands(stage, source[:, :, 0], room).walk(result[:, :, 0])
+        source = result
 
-    known: dict[nn.Module, Moments] = {}
-    for norm in layer.norms():
-        known[norm] = _gather(norm, known, compute, own, bands)
-    apply = _with(known) if known else None
-    out: Tensor | None = None
-    for band in bands:
-        y = compute(band, apply)
-        if out is None:
-            shape = (1, y.shape[1], int(height * scale), y.shape[3])
-            out = y.new_empty(shape).contiguous(memory_format=torch.channels_last)
-        out[:, :, band[0] : band[1]] = y
-    assert out is not None
-    return out
+
+class _Bands:
+    """A frame (1, C, H, W) through the layers of one stage, a band of output rows at a time."""
+
+    def __init__(self, stage: list[Framewise], source: Tensor, room: Room):
+        self.stage, self.source, self.device = stage, source, room.device
+        self.heights = [source.shape[2]]
+        for layer in stage:
+            self.heights.append(int(self.heights[-1] * layer.scale))
+        assert room.bounds.rows is not None
+        self.bands = [self._levels(rows) for rows in spans(self.heights[-1], room.bounds.rows)]
+
+    def walk(self, target: Tensor) -> None:
+        """Fill the target (1, C', H', W'): sums first, then each band with the sums of all."""
+        known: dict[nn.Module, Moments] = {}
+        for index, layer in enumerate(self.stage):
+            for norm in layer.norms():
+                known[norm] = self._gather(norm, index, known)
+        apply = _with(known)
+        kept = self.source[:, :, :0].to(self.device)
+        for band, following in zip(self.bands, [*self.bands[1:], None], strict=True):
+            top, bottom = band[0]
+            read = self.source[:, :, top + kept.shape[2] : bottom].to(self.device)
+            piece = _channels_last(torch.cat([kept, read], 2), self.device)
+            if following is not None:  # the target may cover rows that the next band reads
+                kept = piece[:, :, following[0][0] - top :].clone()
+            first, stop = band[-1]
+            target[:, :, first:stop] = self._through(piece, band, apply)
+
+    def _levels(self, rows: Span) -> list[Span]:
+        """The rows that each layer reads for some output rows, and those themselves at the end."""
+        levels = [rows]
+        for layer, height in zip(reversed(self.stage), reversed(self.heights[:-1]), strict=True):
+            assert layer.halo is not None
+            levels.insert(0, rows_read(levels[0], layer.halo, layer.scale, height))
+        return levels
+
+    def _through(self, piece: Tensor, band: list[Span], norm: Norm) -> Tensor:
+        for layer, (top, _), (first, stop) in zip(self.stage, band, band[1:], strict=False):
+            y = layer.frames(piece, norm)
+            skipped = first - int(top * layer.scale)
+            piece = y[:, :, skipped : skipped + stop - first]
+        return piece
+
+    def _gather(self, wanted: nn.Module, index: int, known: dict[nn.Module, Moments]) -> Moments:
+        """The moments of one norm's input over the frame, the norms before it being known."""
+        scale = math.prod((layer.scale for layer in self.stage[index:]), start=Fraction(1))
+
+        def found() -> Iterator[Tensor]:
+            for band in self.bands:
+                top, bottom = band[0]
+                piece = _channels_last(self.source[:, :, top:bottom], self.device)
+                x = _input_of(wanted, known, partial(self._through, piece, band))
+                first, stop = rows_owned(band[-1], scale)  # norms keep rows
+                if first < stop:
+                    yield x[:, :, first - band[index][0] : stop - band[index][0]]
+
+        return _moments(wanted, found())
+
+
+def _channels_last(frames: Tensor, device: torch.device) -> Tensor:
+    """(N, C, H, W) where the model is, in its memory order."""
+    return frames.to(device).contiguous(memory_format=torch.channels_last)
 
 
 # Pixels --------------------------------------------------------------------------------------
 
 
-def _walk_pixels(layer: Timewise, clip: Tensor, bounds: Bounds) -> Tensor:
-    """A timewise layer on a few pixels at a time, in place; clip (1, C, T, H, W)."""
-    x = clip.movedim(1, -1).flatten(2, 3).movedim(-1, 1)  # (1, C, T, P)
-    chunks = [
-        (start, min(start + bounds.pixels, x.shape[3]))
-        for start in range(0, x.shape[3], bounds.pixels)
-    ]
+def _in_place(room: Room) -> Callable[[Timewise, Tensor], Tensor]:
+    """A timewise layer on a few pixels at a time, all frames of them, over its input."""
 
-    def compute(chunk: tuple[int, int], norm: Norm) -> Tensor:
-        piece = x[:, :, :, chunk[0] : chunk[1]].contiguous(memory_format=torch.channels_last)
-        return layer.pixels(piece, norm)
+    def walk(layer: Timewise, clip: Tensor) -> Tensor:
+        x = fold_pixels(clip)
+        chunks = [slice(*span) for span in spans(x.shape[3], room.bounds.pixels)]
+        known: dict[nn.Module, Moments] = {}
+        for norm in layer.norms():
+            inputs = (
+                _input_of(norm, known, partial(layer.pixels, _pixels(x, chunk, room.device)))
+                for chunk in chunks
+            )
+            known[norm] = _moments(norm, inputs)
+        apply = _with(known)
+        for chunk in chunks:
+            x[:, :, :, chunk] = layer.pixels(_pixels(x, chunk, room.device), apply)
+        return clip
 
-    known: dict[nn.Module, Moments] = {}
-    for norm in layer.norms():
-        known[norm] = _gather(norm, known, compute, lambda _, piece: piece, chunks)
-    for chunk in chunks:
-        x[:, :, :, chunk[0] : chunk[1]] = compute(chunk, _with(known))
-    return clip
+    return walk
 
 
 # Norms wider than a piece --------------------------------------------------------------------
@@ -250,14 +521,10 @@ class _Reached(Exception):
         self.input = x
 
 
-def _gather(
-    wanted: nn.Module,
-    known: dict[nn.Module, Moments],
-    compute: Callable[[tuple[int, int], Norm], Tensor],
-    own: Callable[[tuple[int, int], Tensor], Tensor],
-    pieces: list[tuple[int, int]],
-) -> Moments:
-    """The moments of one norm's input over all pieces, the norms before it being known."""
+def _input_of(
+    wanted: nn.Module, known: dict[nn.Module, Moments], compute: Callable[[Norm], object]
+) -> Tensor:
+    """What a norm gets when a piece is computed, the norms before it being known."""
     before = _with(known)
 
     def stop_there(module: nn.Module, x: Tensor) -> Tensor:
@@ -265,13 +532,16 @@ def _gather(
             raise _Reached(x)
         return before(module, x)
 
-    parts = []
-    for piece in pieces:
-        try:
-            compute(piece, stop_there)
-        except _Reached as reached:
-            parts.append(Moments.of(own(piece, reached.input), cast(int, wanted.num_groups)))
-    return Moments.join(parts)
+    try:
+        compute(stop_there)
+    except _Reached as reached:
+        return reached.input
+    raise RuntimeError(f"{type(wanted).__name__} is declared by its layer and never reached")
+
+
+def _moments(norm: nn.Module, inputs: Iterable[Tensor]) -> Moments:
+    """Moments of a norm's input over all pieces of it."""
+    return Moments.join([Moments.of(x, cast(int, norm.num_groups)) for x in inputs])
 
 
 def _with(known: dict[nn.Module, Moments]) -> Norm:

@@ -1,7 +1,8 @@
-"""How much memory a walk takes, and which walk fits a budget.
+"""How much memory and time a walk takes, and which walk fits a budget.
 
-Nothing is run to find out: each layer is traced once on shapes alone, for the size of piece that a
-walk would give it, and what is alive at the worst moment is counted. The rest is arithmetic.
+Nothing is run to find out the memory: each layer is traced once on shapes alone, for the size of
+piece that a walk would give it, and what is alive at the worst moment is counted. The same trace
+counts operations and bytes written; how long those take here, one small probe tells.
 """
 
 from __future__ import annotations
@@ -9,29 +10,54 @@ from __future__ import annotations
 import math
 import os
 import re
+import time
 import weakref
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
-from temporal_vae.layers import Framewise, GroupNorm, Timewise, own_norm
-from temporal_vae.network import Line
+from temporal_vae.geometry import rows_read, spans
+from temporal_vae.layers import Framewise, GroupNorm, Norm, Past, Timewise, own_norm
+from temporal_vae.network import Layer, Line
 from temporal_vae.walks import bounded
 from temporal_vae.walks.bounded import Bounds
 
 MARGIN = 0.08
 """Share of the count that is added for what it does not see: sums, slices, kernels' own memory."""
+NEARLY_LEAST = 1.05
+"""The least memory may be exceeded by so much for the sake of speed."""
+CHUNK_BYTES = 8 * 2**20
+"""A chunk of pixels, all frames and channels, is about as large: it stays in the cache."""
 
 Operation = Literal["encode", "decode"]
 Budget = int | str | None
+Offload = str | os.PathLike[str] | None
 Shape = tuple[int, ...]
+Part = tuple[str, int]
+
+
+class Work(NamedTuple):
+    """What a walk does, as far as it takes time."""
+
+    operations: float = 0.0
+    """Floating-point operations of convolutions and matrix products."""
+    written: float = 0.0
+    """Bytes that operations write."""
+    calls: float = 0.0
+    """Operations of torch, however small."""
+
+    def plus(self, other: Work, times: float = 1.0) -> Work:
+        """The sum with `times` the other."""
+        return Work(*(a + times * b for a, b in zip(self, other, strict=True)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,44 +66,70 @@ class Plan:
 
     operation: Operation
     shape: Shape
-    """Of the input: (B, C, T, H, W)."""
+    """Of the input, (B, C, T, H, W); for a stream, of its largest piece."""
     dtype: torch.dtype
+    stream: bool = False
+    """Whether it is for the steps of a stream."""
     bounds: Bounds | None
     """Pieces of the bounded walk; None for the whole walk."""
     peak_bytes: int
-    """Largest memory in use at a time over the weights and the input, the result included."""
-    parts: tuple[tuple[str, int], ...] = field(repr=False, default=())
+    """Largest memory in use at a time over the weights and the input, the result included, and for
+    a stream the state before and the one after a step."""
+    state_bytes: int = 0
+    """Size of one state of the stream."""
+    parts: tuple[Part, ...] = field(repr=False, default=())
     """What the peak is made of: (name, bytes)."""
+    work: Work = field(repr=False, default=Work())
+    """Operations counted."""
+    seconds: float | None = None
+    """About how long it takes here; None where nobody asked."""
 
     @property
     def walk(self) -> Literal["whole", "bounded"]:
         """The kind of walk."""
         return "whole" if self.bounds is None else "bounded"
 
+    @property
+    def offload(self) -> Offload:
+        """Where the clip's activation lies, if not beside the weights: "host" or a folder."""
+        return None if self.bounds is None else self.bounds.offload
+
     def explain(self) -> str:
         """The plan in words, a line each."""
         b, c, t, h, w = self.shape
-        lines = [f"{self.operation} {b}x{c}x{t}x{h}x{w}, {self.dtype}: {self.walk} walk"]
+        what = f"{self.operation} {b}x{c}x{t}x{h}x{w}, {self.dtype}"
+        step = ", a step of a stream" if self.stream else ""
+        lines = [f"{what}: {self.walk} walk{step}"]
         if self.bounds is not None:
             pieces = f"{self.bounds.frames} frames" if self.bounds.rows is None else (
                 f"bands of {self.bounds.rows} rows of a frame"
             )  # fmt: skip
-            lines.append(f"  framewise layers: {pieces} at a time")
+            fused = ", the widest activation never stored" if self.bounds.fused else ""
+            lines.append(f"  framewise layers: {pieces} at a time{fused}")
             lines.append(f"  timewise layers: {self.bounds.pixels} pixels at a time")
-            if self.bounds.arena is not None:
-                lines.append(f"  the clip's activation lies in {os.fspath(self.bounds.arena)}")
+        if self.offload is not None:
+            where = "the memory of the CPU" if self.offload == "host" else os.fspath(self.offload)
+            lines.append(f"  the clip's activation lies in {where}")
         lines += [f"  {size / 2**20:10.1f} MiB  {name}" for name, size in self.parts]
         lines.append(f"  {self.peak_bytes / 2**20:10.1f} MiB  peak over weights and input")
+        if self.seconds is not None:
+            lines.append(f"  {self.seconds:10.1f} s    expected here")
         return "\n".join(lines)
 
 
-def make_plan(
-    build: Callable[[], Line],
-    operation: Operation,
-    shape: Shape,
-    dtype: torch.dtype,
-    budget: Budget,
-) -> Plan:
+class Question(NamedTuple):
+    """What a plan depends on, beside the network."""
+
+    operation: Operation
+    shape: Shape
+    dtype: torch.dtype
+    budget: Budget
+    stream: bool
+    offload: tuple[Offload, ...]
+    """Where the activation may lie, in the order of preference."""
+
+
+def make_plan(build: Callable[[], Line], asked: Question) -> Plan:
     """The fastest plan within a budget: bytes, words such as "6GiB", "least", or None for any.
 
     `build` makes the network; it is called where tensors have a shape and no memory.
@@ -88,34 +140,32 @@ def make_plan(
         line = build()
         for module in line.modules():  # `.to` cannot swap parameters that are only shapes
             for name, parameter in list(module.named_parameters(recurse=False)):
-                setattr(module, name, nn.Parameter(torch.empty_like(parameter, dtype=dtype)))
-        return _fastest(line, operation, shape, dtype, budget)
+                setattr(module, name, nn.Parameter(torch.empty_like(parameter, dtype=asked.dtype)))
+        return _fastest(line, asked)
 
 
-def _fastest(
-    line: Line, operation: Operation, shape: Shape, dtype: torch.dtype, budget: Budget
-) -> Plan:
-    limit = parse_budget(budget)
-    smallest: Plan | None = None
-    for bounds in _candidates(line, shape, limit is None):
-        parts = whole_parts(line, shape, dtype) if bounds is None else (
-            bounded_parts(line, shape, dtype, bounds)
-        )  # fmt: skip
+def _fastest(line: Line, asked: Question) -> Plan:
+    limit = parse_budget(asked.budget)
+    tracer, plans = Tracer(asked.dtype), []
+    for bounds in _candidates(line, asked, limit):
+        count = _Count(line, asked, bounds, tracer)
+        parts, work = count.parts(), count.work
         parts.append(("margin", math.ceil(MARGIN * sum(size for _, size in parts))))
         plan = Plan(
-            operation=operation, shape=shape, dtype=dtype, bounds=bounds, parts=tuple(parts),
-            peak_bytes=sum(size for _, size in parts),
+            operation=asked.operation, shape=asked.shape, dtype=asked.dtype, stream=asked.stream,
+            bounds=bounds, parts=tuple(parts), peak_bytes=sum(size for _, size in parts),
+            state_bytes=count.state, work=work,
         )  # fmt: skip
         if limit is None or (limit != "least" and plan.peak_bytes <= limit):
             return plan
-        if smallest is None or plan.peak_bytes < smallest.peak_bytes:
-            smallest = plan
-    assert smallest is not None
+        plans.append(plan)
+    least = min(plan.peak_bytes for plan in plans)
     if limit == "least":
-        return smallest
+        return next(plan for plan in plans if plan.peak_bytes <= NEARLY_LEAST * least)
+    state = f", of which {2 * plans[0].state_bytes} for the stream's state" if asked.stream else ""
     raise ValueError(
-        f"the budget {budget!r} is below the least that {operation} of {shape} in {dtype} can do "
-        f"with: {smallest.peak_bytes} bytes ({smallest.peak_bytes / 2**30:.3f} GiB)"
+        f"the budget {asked.budget!r} is below the least that {asked.operation} of {asked.shape} "
+        f"in {asked.dtype} can do with: {least} bytes ({least / 2**30:.3f} GiB){state}"
     )
 
 
@@ -141,23 +191,25 @@ def parse_budget(budget: Budget) -> int | Literal["least"] | None:
     )
 
 
-def _candidates(line: Line, shape: Shape, only_whole: bool) -> Iterator[Bounds | None]:
-    """Ways to walk, fastest first: a chunk of pixels is about as large as the group of frames."""
-    yield None
-    if only_whole:
+def _candidates(line: Line, asked: Question, limit: int | str | None) -> Iterator[Bounds | None]:
+    """Ways to walk, fastest first; those of one place for the activation before the next place."""
+    if None in asked.offload:
+        yield None
+    if limit is None and None in asked.offload:
         return
-    frames, (height, width) = shape[2], _largest_frame(line, shape)
-
-    def pixels(in_group: int) -> int:
-        return max(16, min(8192, in_group // frames))
-
-    group = frames
-    while group >= 1:
-        yield Bounds(frames=group, pixels=pixels(group * height * width))
-        group = group // 2
-    for rows in (256, 128, 64, 32, 16, 8):
-        if rows < height:
-            yield Bounds(rows=rows, pixels=pixels(rows * width))
+    frames, (height, width) = asked.shape[2], _largest_frame(line, asked.shape)
+    pixels = max(16, CHUNK_BYTES // (frames * asked.dtype.itemsize * _finest_channels(line)))
+    for offload in asked.offload:
+        group = frames
+        while group >= 1:
+            chunk = max(16, min(pixels, group * height * width // frames))
+            yield Bounds(frames=group, pixels=chunk, offload=offload)
+            group = group // 2
+        for fused in (False, True):
+            for rows in (256, 128, 64, 32, 16, 8):
+                if rows < height:
+                    chunk = max(16, min(pixels, rows * width // frames))
+                    yield Bounds(rows=rows, pixels=chunk, fused=fused, offload=offload)
 
 
 def _largest_frame(line: Line, shape: Shape) -> tuple[int, int]:
@@ -171,95 +223,222 @@ def _largest_frame(line: Line, shape: Shape) -> tuple[int, int]:
     return height, width
 
 
-# Bytes ---------------------------------------------------------------------------------------
+def _finest_channels(line: Line) -> int:
+    """Channels of the timewise layers where they are fewest, which is at the finest level."""
+    widths = [layer.width for layer in line.layers() if isinstance(layer, Timewise)]
+    return max(16, min(widths, default=128))
 
 
-def whole_parts(line: Line, shape: Shape, dtype: torch.dtype) -> list[tuple[str, int]]:
-    """What the whole walk has alive at its worst moment."""
-    worst = ("", 0, 0)
-    batch = shape[0]
-    for index, layer in enumerate(line.layers()):
-        held = _bytes(shape, dtype)
-        extra, after = workspace(layer, shape, dtype)
-        if held + extra > worst[1] + worst[2]:
-            worst = (f"inside layer {index}, {type(layer).__name__}", held, extra)
-        shape = (batch, *after[1:])
-    return [("the clip's activation", worst[1]), (worst[0], worst[2])]
+# Bytes and work ------------------------------------------------------------------------------
 
 
-def bounded_parts(
-    line: Line, shape: Shape, dtype: torch.dtype, bounds: Bounds
-) -> list[tuple[str, int]]:
-    """What the bounded walk has alive at its worst moment."""
-    batch, *sample = shape
-    now: Shape = (1, *sample)
-    layers, largest, worst = list(line.layers()), 0, ("", 0)
-    for run in bounded.runs(layers):
-        if isinstance(run, Timewise):
-            _, c, t, h, w = now
-            piece: Shape = (1, c, t, 1, min(bounds.pixels, h * w))
-            size = _bytes(piece, dtype) + workspace(run, piece, dtype)[0]
-            name, size = f"a chunk of {piece[4]} pixels in {type(run).__name__}", size
-        else:
-            name, size = _run_bytes(run, now, dtype, bounds)
-            if run[0] is layers[0]:
-                name, size = f"{name}, and the input channels-last", size + _bytes(now, dtype)
-            now = bounded.shape_after(run, now)
-        largest = max(largest, _bytes(now, dtype))
-        if size > worst[1]:
-            worst = (name, size)
-    parts = [
-        ("the result", _bytes((batch, *now[1:]), dtype)),
-        worst,
-    ]
-    if bounds.arena is None:
-        parts.insert(0, ("the clip's activation", largest))
-    return parts
+class _Count:
+    """What one way of walking one input has alive at its worst moment, and what it computes."""
+
+    def __init__(self, line: Line, asked: Question, bounds: Bounds | None, tracer: Tracer):
+        self.layers, self.bounds, self.tracer = list(line.layers()), bounds, tracer
+        self.shape, self.size, self.stream = asked.shape, asked.dtype.itemsize, asked.stream
+        self.work, self.state = Work(), 0
+        self._worst: Part = ("", 0)
+
+    def parts(self) -> list[Part]:
+        """The parts of the peak; `work` and `state` are known afterwards."""
+        parts = self._whole() if self.bounds is None else self._bounded(self.bounds)
+        if self.stream:
+            parts.insert(0, ("the state of the stream, before and after", 2 * self.state))
+        return parts
+
+    def _bytes(self, shape: Shape) -> int:
+        return math.prod(shape) * self.size
+
+    def _note(self, name: str, size: int) -> None:
+        if size > self._worst[1]:
+            self._worst = (name, size)
+
+    def _remember(self, layer: Timewise, shape: Shape) -> None:
+        if self.stream:
+            b, c, _, h, w = shape
+            self.state += self._bytes((b, c, sum(layer.tails()), h, w))
+
+    def _whole(self) -> list[Part]:
+        shape = self.shape
+        for index, layer in enumerate(self.layers):
+            trace = self.tracer.whole(layer, shape, self.stream)
+            self.work = self.work.plus(trace.work)
+            name = f"layer {index}, {type(layer).__name__}, and its input"
+            self._note(name, self._bytes(shape) + trace.peak)
+            if isinstance(layer, Timewise):
+                self._remember(layer, shape)
+            else:
+                shape = bounded.shape_after([layer], shape)
+        return [self._worst]
+
+    def _bounded(self, bounds: Bounds) -> list[Part]:
+        batch, *sample = self.shape
+        now: Shape = (1, *sample)
+        for run in bounded.runs(self.layers):
+            if isinstance(run, Timewise):
+                self._chunks(run, now, bounds)
+                self._remember(run, (batch, *now[1:]))
+            else:
+                frame = self._bytes((1, now[1], 1, *now[3:]))
+                self._note("moving a frame", 2 * frame)
+                if bounds.rows is None:
+                    self._groups(run, now, bounds)
+                else:
+                    self._bands(run, now, bounds)
+                now = bounded.shape_after(run, now)
+        self.work = Work(*(batch * n for n in self.work))
+        result = ("the result", self._bytes((batch, *now[1:])) * (2 if self.stream else 1))
+        clip, frame = bounded.arena_sizes(self.layers, self.shape, bounds)
+        arenas = [] if bounds.offload is not None else [
+            ("the clip's activation", clip * self.size), ("a frame's activation", frame * self.size)
+        ]  # fmt: skip
+        return [(name, size) for name, size in (*arenas, result, self._worst) if size]
+
+    def _chunks(self, layer: Timewise, shape: Shape, bounds: Bounds) -> None:
+        _, c, t, h, w = shape
+        piece: Shape = (1, c, t, 1, min(bounds.pixels, h * w))
+        for trace in self.tracer.passes([layer], piece, [piece], self.stream):
+            self.work = self.work.plus(trace.work, h * w / piece[4])
+            held = self._bytes(piece)
+            if self.stream:
+                held += self._bytes((1, c, sum(layer.tails()), 1, piece[4]))
+            self._note(f"{piece[4]} pixels in {type(layer).__name__}", held + trace.peak)
+
+    def _groups(self, run: list[Framewise], shape: Shape, bounds: Bounds) -> None:
+        _, c, t, h, w = shape
+        frames = min(bounds.frames, t)
+        piece: Shape = (1, c, frames, h, w)
+        for layer in run:
+            trace = self.tracer.whole(layer, piece, False)
+            self.work = self.work.plus(trace.work, t / frames)
+            self._note(
+                f"{frames} frames in {type(layer).__name__}", self._bytes(piece) + trace.peak
+            )
+            piece = bounded.shape_after([layer], piece)
+
+    def _bands(self, run: list[Framewise], shape: Shape, bounds: Bounds) -> None:
+        _, c, t, h, w = shape
+        now: Shape = (1, c, 1, h, w)
+        assert bounds.rows is not None
+        for stage in bounded.stages(run, now, bounds):
+            after, name = bounded.shape_after(stage, now), type(stage[0]).__name__
+            if stage[0].halo is None:
+                trace = self.tracer.whole(stage[0], now, False)
+                self.work = self.work.plus(trace.work, t)
+                self._note(f"a frame in {name}", self._bytes(now) + trace.peak)
+            else:
+                middle = _middle_band(stage, now, bounds.rows)
+                for trace in self.tracer.passes(stage, middle[0], middle[1:], False):
+                    bands = after[3] / middle[-1][3]
+                    self.work = self.work.plus(trace.work, t * bands)
+                    rows = f"a band of {bounds.rows} rows in {name}"
+                    self._note(rows, 2 * self._bytes(middle[0]) + trace.peak)
+            now = after
 
 
-def _run_bytes(
-    run: list[Framewise], shape: Shape, dtype: torch.dtype, bounds: Bounds
-) -> tuple[str, int]:
-    """The worst moment of a run of framewise layers: (where, bytes), beside the arena."""
-    _, c, t, h, w = shape
-    frames = min(bounds.frames, t) if bounds.rows is None else 1
-    piece: Shape = (1, c, frames, h, w)
-    worst = ("moving a frame", _bytes((1, c, 1, h, w), dtype))
-    for index, layer in enumerate(run):
-        held = _bytes(piece, dtype) if index else 0  # the first reads from the arena
-        after = bounded.shape_after([layer], piece)
-        if bounds.rows is None or layer.halo is None:
-            size = held + workspace(layer, piece, dtype)[0]
-            name = f"{frames} frames in {type(layer).__name__}"
-        else:
-            rows = min(piece[3], math.ceil(bounds.rows / layer.scale) + sum(layer.halo))
-            band: Shape = (1, piece[1], 1, rows, piece[4])
-            size = held + _bytes(after, dtype) + workspace(layer, band, dtype)[0]
-            name = f"a band of {bounds.rows} rows in {type(layer).__name__}"
-        if size > worst[1]:
-            worst = (name, size)
-        piece = after
-    return worst
+def _middle_band(stage: list[Framewise], shape: Shape, rows: int) -> list[Shape]:
+    """Shapes of a band in the middle of a frame: what each layer reads, and the result."""
+    shapes = [shape]
+    for layer in stage:
+        shapes.append(bounded.shape_after([layer], shapes[-1]))
+    bands = spans(shapes[-1][3], rows)
+    band = bands[len(bands) // 2] if len(bands) > 2 else bands[0]
+    found = [(*shapes[-1][:3], band[1] - band[0], shapes[-1][4])]
+    for layer, before in zip(reversed(stage), reversed(shapes[:-1]), strict=True):
+        assert layer.halo is not None
+        band = rows_read(band, layer.halo, layer.scale, before[3])
+        found.insert(0, (*before[:3], band[1] - band[0], before[4]))
+    return found
 
 
-def _bytes(shape: Shape, dtype: torch.dtype) -> int:
-    return math.prod(shape) * dtype.itemsize
+class Trace(NamedTuple):
+    """One computation on shapes: bytes alive at the worst moment beside the input, and work."""
+
+    peak: int
+    work: Work
 
 
-def workspace(layer: Framewise | Timewise, shape: Shape, dtype: torch.dtype) -> tuple[int, Shape]:
-    """Bytes a layer has alive at its worst moment beside its input, and the shape it gives.
+class Tracer:
+    """Runs layers where tensors have no memory, and remembers what it saw."""
 
-    To be called where tensors have no memory: the layer is run, and their storages are counted.
-    """
-    b, c, t, h, w = shape
-    with _Alive() as alive:
-        x = torch.empty((b, t, h, w, c), dtype=dtype).movedim(-1, 1)
-        alive.start_from_here()
-        if isinstance(layer, Framewise):
-            y = layer.frames(x.movedim(1, -1).flatten(0, 1).movedim(-1, 1), _norm_of_shapes)
-            return alive.most, (b, y.shape[1], t, *y.shape[2:])
-        layer.pixels(x.movedim(1, -1).flatten(2, 3).movedim(-1, 1), _norm_of_shapes)
-        return alive.most, shape
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+        self._seen: dict[Any, list[Trace]] = {}
+
+    def whole(self, layer: Layer, shape: Shape, stream: bool) -> Trace:
+        """A layer on all it gets at once, its norms on their own."""
+        return self.passes([layer], shape, [shape], stream)[-1]
+
+    def passes(
+        self, stage: list[Any], piece: Shape, crops: list[Shape], stream: bool
+    ) -> list[Trace]:
+        """Every pass over a piece: one for the sums of each norm, and the last for the result.
+
+        `crops` are the shapes that are cut out of each layer's result.
+        """
+        key = (
+            tuple((type(m), tuple(p.shape for p in m.parameters())) for m in stage),
+            piece, tuple(crops), stream,
+        )  # fmt: skip
+        if key not in self._seen:
+            wanted = [norm for layer in stage for norm in layer.norms()]
+            self._seen[key] = [
+                self._trace(stage, piece, crops, stream, norm) for norm in (*wanted, None)
+            ]
+        return self._seen[key]
+
+    def _trace(
+        self,
+        stage: list[Layer],
+        piece: Shape,
+        crops: list[Shape],
+        stream: bool,
+        wanted: nn.Module | None,
+    ) -> Trace:
+        def norm(module: nn.Module, x: Tensor) -> Tensor:
+            if module is wanted:
+                raise StopIteration
+            return _norm_of_shapes(module, x)
+
+        b, c, t, h, w = piece
+        with _Alive() as alive:
+            x = torch.empty((b, t, h, w, c), dtype=self.dtype).movedim(-1, 1)
+            tails = self._tails(stage[0], piece) if stream else ()
+            alive.start_from_here()
+            try:
+                if isinstance(stage[0], Timewise):
+                    _timewise(stage[0], x, tails, None if stream else norm)
+                else:
+                    frames = x.movedim(1, -1).flatten(0, 1).movedim(-1, 1)
+                    _framewise(stage, frames, crops, norm)
+            except StopIteration:
+                pass
+            return Trace(alive.most, alive.work)
+
+    def _tails(self, layer: Layer, shape: Shape) -> tuple[Tensor, ...]:
+        if not isinstance(layer, Timewise):
+            return ()
+        b, c, _, h, w = shape
+        return tuple(
+            torch.empty((b, n, h * w, c), dtype=self.dtype).movedim(-1, 1) for n in layer.tails()
+        )
+
+
+def _timewise(layer: Timewise, x: Tensor, tails: tuple[Tensor, ...], norm: Norm | None) -> None:
+    folded = x.movedim(1, -1).flatten(2, 3).movedim(-1, 1)
+    if norm is None:
+        long_ago = Past(torch.empty(len(x), dtype=torch.int64), 2**31)
+        layer.advance(folded, long_ago, tails, last=False)
+    else:
+        layer.pixels(folded, norm)
+
+
+def _framewise(stage: Iterable[Any], x: Tensor, crops: list[Shape], norm: Norm) -> None:
+    for layer, crop in zip(stage, crops, strict=True):
+        x = layer.frames(x, norm)
+        x = x[:, :, : crop[3]]
 
 
 def _norm_of_shapes(module: nn.Module, x: Tensor) -> Tensor:
@@ -270,16 +449,17 @@ def _norm_of_shapes(module: nn.Module, x: Tensor) -> Tensor:
 
 
 class _Alive(TorchDispatchMode):
-    """Counts the bytes of the storages that are alive, and the most there ever were."""
+    """Counts the bytes of the storages that are alive, the most there ever were, and the work."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._known: dict[int, weakref.ref[Any]] = {}
         self._now = self.most = self._base = 0
+        self.work = Work()
 
     def start_from_here(self) -> None:
         """Count from what is alive now."""
-        self._base, self.most = self._now, 0
+        self._base, self.most, self.work = self._now, 0, Work()
 
     def leave_out(self, x: Tensor) -> None:
         """Do not count a tensor that was there before, though operations will give views of it."""
@@ -292,7 +472,15 @@ class _Alive(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 self._take_in(leaf.untyped_storage())
         self.most = max(self.most, self._now - self._base)
+        self._add_work(func, args, kwargs or {}, out)
         return out
+
+    def _add_work(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        aliases = [r.alias_info for r in func._schema.returns]
+        if any(alias is not None and not alias.is_write for alias in aliases):
+            return  # a view
+        written = sum(x.nbytes for x in tree_leaves(out) if isinstance(x, Tensor))
+        self.work = self.work.plus(Work(_operations(func, args, kwargs, out), written, 1))
 
     def _take_in(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
@@ -304,3 +492,51 @@ class _Alive(TorchDispatchMode):
     def _let_go(self, key: int, size: int, _: object) -> None:
         del self._known[key]
         self._now -= size
+
+
+def _operations(func: Any, args: Any, kwargs: Any, out: Any) -> float:
+    """Floating-point operations of what multiplies matrices; nothing else counts."""
+    if "scaled_dot_product" in func._schema.name:
+        q, k = args[0], args[1]
+        return float(4 * math.prod(q.shape) * k.shape[-2])
+    formula = flop_registry.get(func._overloadpacket)
+    count: float = formula(*args, **kwargs, out_val=out) if formula else 0.0
+    return count
+
+
+# Seconds -------------------------------------------------------------------------------------
+
+
+def with_seconds(plan: Plan, device: torch.device) -> Plan:
+    """The plan with the time that its work takes on a device, as far as a probe can tell."""
+    speed = probe(device, plan.dtype)
+    seconds = sum(n / each for n, each in zip(plan.work, speed, strict=True))
+    return replace(plan, seconds=seconds)
+
+
+@lru_cache(maxsize=16)
+def probe(device: torch.device, dtype: torch.dtype) -> Work:
+    """What a device does in a second, of each kind of work: convolves, writes, and calls."""
+    with torch.no_grad():
+        x = torch.ones(4, 64, 64, 128, device=device, dtype=dtype).movedim(-1, 1)
+        weight = torch.ones(128, 128, 3, 3, device=device, dtype=dtype)
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        large, small = x.repeat(4, 1, 1, 1), x[:1, :, :1, :1]
+        operations = 2.0 * x.numel() * weight[0].numel()
+        return Work(
+            operations / _seconds(device, lambda: F.conv2d(x, weight, padding=1)),
+            large.nbytes / _seconds(device, lambda: F.silu(large)),
+            1 / _seconds(device, lambda: F.silu(small)),
+        )
+
+
+def _seconds(device: torch.device, step: Callable[[], object]) -> float:
+    """The median of a few runs, after one that is not counted."""
+    times = []
+    for _ in range(8):
+        start = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return sorted(times[1:])[len(times) // 2 - 1]

@@ -7,30 +7,38 @@ network gives a frame for each it takes; a symmetric one is late by its reach, a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from torch import Tensor
 
 from temporal_vae.layers import State as LayerState
 from temporal_vae.layers import Timewise
 from temporal_vae.network import Layer, Line
+from temporal_vae.walks import bounded
+from temporal_vae.walks.bounded import Bounds
 
 State = tuple[LayerState, ...]
 """One entry for each timewise layer of the line, in order; `()` before the first piece."""
 
 
-def step(line: Line, x: Tensor, state: State) -> tuple[Tensor | None, State]:
+def step(
+    line: Line, x: Tensor, state: State, bounds: Bounds | None = None
+) -> tuple[Tensor | None, State]:
     """The next piece (B, C, n, H, W) through every layer -> what can be given so far, new state.
 
-    The result is None where nothing can be given yet. A state is a value: read, never changed.
+    The result is None where nothing can be given yet. A state is a value: read, never changed. With
+    `bounds` the piece is walked bounded.
 
     Raises `ValueError` for a network whose norms span the clip, and for a state that does not fit.
     """
-    layers = list(line.layers())
-    return _pass_on(layers, x, _memories(line, state))
+    memories = _memories(line, state)
+    if bounds is not None:
+        bounded.refuse_autograd(line, x)
+    y = _pass_on(list(line.layers()), x, memories, bounds)
+    return y, tuple(memories)
 
 
-def finish(line: Line, state: State) -> Iterator[Tensor]:
+def finish(line: Line, state: State, bounds: Bounds | None = None) -> Iterator[Tensor]:
     """What an ended clip still owes, in pieces, in order.
 
     Layer after layer is told that its input has ended, and the few frames that it held back go
@@ -38,29 +46,84 @@ def finish(line: Line, state: State) -> Iterator[Tensor]:
     """
     layers, memories = list(line.layers()), _memories(line, state)
     for index, layer in enumerate(layers):
-        if isinstance(layer, Timewise):
-            held, _ = layer.stream(None, memories[0], last=True)
-            memories = memories[1:]
-            for frame in () if held is None else held.split(1, dim=2):
-                x, memories = _pass_on(layers[index + 1 :], frame, memories)
-                if x is not None:
-                    yield x
+        if not isinstance(layer, Timewise):
+            continue
+        memory, memories = memories[0], memories[1:]
+        if bounds is None or not memory:
+            held, _ = layer.stream(None, memory, last=True)
+        else:
+            held = bounded.flush(layer, memory, bounds)
+        for frame in () if held is None else held.split(1, dim=2):
+            x = _pass_on(layers[index + 1 :], frame, memories, bounds)
+            if x is not None:
+                yield x
+
+
+class Stream:
+    """One clip in pieces: push what comes, finish when it ends; or pull it through at once.
+
+    `state` is what has been remembered so far, a plain value: to go back, keep it and set it.
+    """
+
+    def __init__(
+        self,
+        step: Callable[[Tensor, State], tuple[Tensor | None, State]],
+        finish: Callable[[State], Tensor | None],
+    ):
+        self._step, self._finish = step, finish
+        self._ended = False
+        self.state: State = ()
+
+    def push(self, piece: Tensor) -> Tensor | None:
+        """Take the next piece; give all that is certain by now, or None.
+
+        Raises `ValueError` after the end, and for a piece that does not continue the clip; the
+        state then stays what it was.
+        """
+        self._refuse_after_end()
+        given, self.state = self._step(piece, self.state)
+        return given
+
+    def finish(self) -> Tensor | None:
+        """End the clip; give what is still owed, or None. Raises `ValueError` after the end."""
+        self._refuse_after_end()
+        given = self._finish(self.state)
+        self._ended = True
+        return given
+
+    def pull(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Push all pieces and finish; gives what there is, as soon as it is."""
+        for piece in pieces:
+            if (given := self.push(piece)) is not None:
+                yield given
+        if (given := self.finish()) is not None:
+            yield given
+
+    def _refuse_after_end(self) -> None:
+        if self._ended:
+            raise ValueError(
+                "this stream has ended: start a new one for another clip, or keep its `state` "
+                "before finishing to go on from there"
+            )
 
 
 def _pass_on(
-    layers: Sequence[Layer], x: Tensor | None, memories: State
-) -> tuple[Tensor | None, State]:
-    remembered, kept = iter(memories), []
+    layers: Sequence[Layer], x: Tensor | None, memories: list[LayerState], bounds: Bounds | None
+) -> Tensor | None:
+    """A piece through layers; the entries of `memories` are replaced by the new ones."""
+    if bounds is not None:
+        return x if x is None or not layers else bounded.advance(layers, x, memories, bounds)
+    index = 0
     for layer in layers:
         if isinstance(layer, Timewise):
-            x, memory = layer.stream(x, next(remembered), last=False)
-            kept.append(memory)
+            x, memories[index] = layer.stream(x, memories[index], last=False)
+            index += 1
         elif x is not None:
             x = layer(x)
-    return x, tuple(kept)
+    return x
 
 
-def _memories(line: Line, state: State) -> State:
+def _memories(line: Line, state: State) -> list[LayerState]:
     """The state with an entry for each timewise layer, checked."""
     if line.reach is None:
         raise ValueError(
@@ -72,4 +135,4 @@ def _memories(line: Line, state: State) -> State:
         raise ValueError(
             f"the state is of another model: it has {len(state)} entries, this one needs {needed}"
         )
-    return state or ((),) * needed
+    return list(state) or [()] * needed
