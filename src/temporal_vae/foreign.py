@@ -147,13 +147,17 @@ def read_config(config: Mapping[str, Any]) -> TemporalVAEConfig:
         )
     _check_options(name, config)
     widths = config.get("block_out_channels", (64,))
-    if not isinstance(widths, (list, tuple)) or not widths or not all(map(_is_width, widths)):
+    if not isinstance(widths, (list, tuple)) or not widths or not all(map(_is_count, widths)):
         raise ValueError(f"block_out_channels must be a list of widths, got {widths!r}")
+    groups = config.get("norm_num_groups", 32)
+    if not _is_count(groups):
+        raise ValueError(f"norm_num_groups must be a whole number above 0, got {groups!r}")
+    base = math.gcd(*widths)
     common = {
         "input_channels": config.get("in_channels", 3),
         "latent_channels": config.get("latent_channels", 4),
-        "base_channels": math.gcd(*widths),
-        "channel_multipliers": tuple(width // math.gcd(*widths) for width in widths),
+        "base_channels": base,
+        "channel_multipliers": tuple(width // base for width in widths),
         "latent_scale_factor": config.get("scaling_factor", 0.18215),
     }
     if name == SVD_CLASS:
@@ -162,14 +166,14 @@ def read_config(config: Mapping[str, Any]) -> TemporalVAEConfig:
         **common,
         num_temporal_layers=0,
         blocks_per_level=config.get("layers_per_block", 1),
-        norm_groups=config.get("norm_num_groups", 32),
+        norm_groups=groups,
         latent_shift_factor=0.0 if (shift := config.get("shift_factor")) is None else shift,
         quant_conv=config.get("use_quant_conv", True),
         post_quant_conv=config.get("use_post_quant_conv", True),
     )
 
 
-def _is_width(value: object) -> bool:
+def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
@@ -345,13 +349,13 @@ def _infer(shapes: Mapping[str, Shape], levels: int) -> TemporalVAEConfig:
     widths = [size(first.format(level), 0) for level in range(levels)]
     block = re.compile(r"^encoder\.down_blocks\.0\.resnets\.\d+\.conv1\.weight$")
     temporal = "decoder.mid_block.temporals.0.0.conv1.weight"
-    base = TemporalVAEConfig.svd() if temporal in shapes else TemporalVAEConfig()
+    base = math.gcd(*widths)
     return replace(
-        base,
+        TemporalVAEConfig.svd() if temporal in shapes else TemporalVAEConfig(),
         input_channels=size("encoder.conv_in.weight", 1),
         latent_channels=size("decoder.conv_in.weight", 1),
-        base_channels=math.gcd(*widths),
-        channel_multipliers=tuple(width // math.gcd(*widths) for width in widths),
+        base_channels=base,
+        channel_multipliers=tuple(width // base for width in widths),
         num_temporal_layers=int(temporal in shapes),
         temporal_kernel_size=size(temporal, 2) if temporal in shapes else 3,
         blocks_per_level=sum(1 for name in shapes if block.match(name)),
