@@ -60,7 +60,7 @@ _QUANT_TO_DIFFUSERS = _rules(
     (r"^encoder\.quant_conv\.", "quant_conv."),
     (r"^decoder\.post_quant_conv\.", "post_quant_conv."),
 )
-_TO_SVD = _QUANT_TO_DIFFUSERS + _rules(
+_TO_SVD = _QUANT_TO_DIFFUSERS[:1] + _rules(
     (r"^(decoder\..*)temporals\.(\d+)\.0\.mix_factor", r"\1resnets.\2.time_mixer.mix_factor"),
     (r"^(decoder\..*)resnets\.(\d+)\.", r"\1resnets.\2.spatial_res_block."),
     (r"^(decoder\..*)temporals\.(\d+)\.0\.", r"\1resnets.\2.temporal_res_block."),
