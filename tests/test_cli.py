@@ -58,10 +58,12 @@ class Echo(TemporalVAE):
     def encode_finish(self, state: Any, *_: Any, **__: Any) -> Tensor | None:
         return torch.cat(state, 2) if state else None
 
-    def decode_step(self, latents: Tensor, state: Any = ()) -> tuple[Tensor | None, Any]:
+    def decode_step(
+        self, latents: Tensor, state: Any = (), *_: Any, **__: Any
+    ) -> tuple[Tensor | None, Any]:
         return self.encode_step(latents, state)
 
-    def decode_finish(self, state: Any) -> Tensor | None:
+    def decode_finish(self, state: Any, *_: Any, **__: Any) -> Tensor | None:
         return self.encode_finish(state)
 
 

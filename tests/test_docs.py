@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from test_checkpoints import image_vae, save_single
 from test_foreign import theirs
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -13,16 +14,25 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def test_the_readme_has_examples() -> None:
-    assert len(EXAMPLES) == 5
+    assert len(EXAMPLES) == 6
 
 
 @pytest.mark.parametrize("code", EXAMPLES, ids=[str(i) for i in range(len(EXAMPLES))])
-def test_an_example_runs(code: str) -> None:
+def test_an_example_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     exec(compile(code, "README.md", "exec"), names)
-    if "load_svd" in names:
-        vae = names["load_svd"](theirs().float())  # type: ignore[operator]
-        assert vae.config.time_conv_out
+    if "load" in names or "inflate" in names:  # folders of these names stand for the Hub
+        svd, image = theirs().float(), image_vae().float()
+        svd.save_pretrained("stabilityai/stable-video-diffusion-img2vid/vae", variant="fp16")
+        image.save_pretrained("stabilityai/sd-vae-ft-mse")
+        save_single(svd, tmp_path / "svd.safetensors")
+    if "load" in names:
+        models = names["load"]()  # type: ignore[operator]
+        assert [model.config.time_conv_out for model in models] == [True, False, True]
+        assert (tmp_path / "svd" / "diffusion_pytorch_model.safetensors").is_file()
+    if "inflate" in names:
+        assert names["inflate"]().is_causal  # type: ignore[operator]
 
 
 def test_the_shapes_it_states_are_true() -> None:

@@ -40,7 +40,9 @@ def their_numbers(model: Any, video: Tensor, latent: Tensor) -> tuple[Tensor, Te
     """Mean and log-variance of a video, and the decoded latent, as (B, C, T, H, W)."""
     batch, frames = video.shape[0], video.shape[2]
     posterior = model.encode(video.transpose(1, 2).flatten(0, 1)).latent_dist
-    decoded = model.decode(latent.transpose(1, 2).flatten(0, 1), num_frames=frames).sample
+    svd = isinstance(model, AutoencoderKLTemporalDecoder)
+    extra = {"num_frames": frames} if svd else {}
+    decoded = model.decode(latent.transpose(1, 2).flatten(0, 1), **extra).sample
     mean, log_variance, pixels = (
         x.unflatten(0, (batch, frames)).transpose(1, 2)
         for x in (posterior.mean, posterior.logvar, decoded)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributions import Normal
 from torch.distributions import kl_divergence as torch_kl
 
+import temporal_vae
 from temporal_vae import LatentDistribution, TemporalVAE, TemporalVAEConfig, checkpoint
 
 SHAPES: list[dict[str, Any]] = [
@@ -324,5 +325,6 @@ def test_tiny_is_bundled() -> None:
     model = TemporalVAE.from_pretrained("tiny")
     assert model.config == TemporalVAEConfig.tiny()
     assert model.dtype == torch.float32
-    size = (checkpoint.find("tiny") / checkpoint.WEIGHTS_FILE).stat().st_size
+    folder = Path(temporal_vae.__file__).parent / "weights" / "tiny"
+    size = (folder / checkpoint.WEIGHTS_FILE).stat().st_size
     assert size <= 16 * 2**20

@@ -56,7 +56,9 @@ def reconstruct(
     clip_frames: ClipFrames = None,
 ) -> None:
     """Encode a video to the posterior mean, decode it, and write the result."""
-    vae = TemporalVAE.from_pretrained(model, app.choose_dtype(dtype), app.choose_device(device))
+    vae = TemporalVAE.from_pretrained(
+        model, dtype=app.choose_dtype(dtype), device=app.choose_device(device)
+    )
     with Meter("reconstructing") as meter:
         summary = app.reconstruct(source, target, vae, _clip_length(clip_frames), meter)
     for note in summary.notes:

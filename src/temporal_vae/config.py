@@ -5,10 +5,23 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, Self
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, Self, TypedDict, Unpack
 
 NormScope = Literal["position", "clip"]
+
+
+class TemporalOptions(TypedDict, total=False):
+    """The fields of a `TemporalVAEConfig` that an image VAE leaves open."""
+
+    num_temporal_layers: int
+    temporal_kernel_size: int
+    causal_mode: bool
+    temporal_encoder: bool
+    temporal_attention_reach: int
+    temporal_norm: NormScope
+    time_conv_out: bool
+    clip_frames: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,9 +101,13 @@ class TemporalVAEConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, numbers.Real):
                 raise ValueError(f"{name} must be a number, got {value!r}")
-            if not math.isfinite(value):
-                raise ValueError(f"{name} must be finite, got {value}")
-            object.__setattr__(self, name, float(value))
+            try:
+                number = float(value)
+            except OverflowError:  # a whole number may be larger than any float
+                number = math.inf
+            if not math.isfinite(number):
+                raise ValueError(f"{name} must be finite, got {number}")
+            object.__setattr__(self, name, number)
         if self.latent_scale_factor <= 0:
             raise ValueError(
                 f"latent_scale_factor must be above 0, got {self.latent_scale_factor}: it divides "
@@ -160,6 +177,22 @@ class TemporalVAEConfig:
                 f"unknown configuration fields {unknown}: this version knows {sorted(known)}"
             )
         return cls(**values)
+
+    def inflated(self, **options: Unpack[TemporalOptions]) -> Self:
+        """This image VAE's layout with temporal layers, one after each block unless said otherwise.
+
+        Raises `ValueError` for a layout that has temporal layers already, and for unknown options.
+        """
+        if self.num_temporal_layers or self.time_conv_out:
+            raise ValueError(
+                f"a video VAE already, with num_temporal_layers={self.num_temporal_layers} and "
+                f"time_conv_out={self.time_conv_out}: load it with from_pretrained"
+            )
+        known = TemporalOptions.__annotations__.keys()
+        if unknown := sorted(set(options) - known):
+            raise ValueError(f"unknown temporal options {unknown}: there are {sorted(known)}")
+        one: TemporalOptions = {"num_temporal_layers": 1}
+        return replace(self, **(one | options))
 
     @classmethod
     def svd(cls) -> Self:

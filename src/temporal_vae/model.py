@@ -12,13 +12,13 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from functools import lru_cache, partial
-from typing import Literal, Self
+from typing import Literal, Self, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from temporal_vae import checkpoint, geometry, losses
-from temporal_vae.config import NormScope, TemporalVAEConfig
+from temporal_vae.config import NormScope, TemporalOptions, TemporalVAEConfig
 from temporal_vae.latents import LatentDistribution
 from temporal_vae.layers import draw_parameters, start_as_identity
 from temporal_vae.network import Decoder, Encoder
@@ -141,6 +141,8 @@ class TemporalVAE(nn.Module):
         with torch.device("meta"):  # torch's layers would draw from the global random state
             self.encoder = Encoder(self.config)
             self.decoder = Decoder(self.config)
+        if torch.get_default_device().type == "meta":
+            return  # as torch's own layers: shapes alone are wanted, to be filled from a file
         self.to_empty(device="cpu")
         draw_parameters(self, self._generator)
         if self.decoder.time_conv_out is not None:
@@ -160,24 +162,97 @@ class TemporalVAE(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        name_or_path: str | os.PathLike[str],
-        dtype: torch.dtype = torch.float32,
+        path_or_hub_id: str | os.PathLike[str],
+        subfolder: str | None = None,
+        revision: str | None = None,
+        variant: str | None = None,
+        dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        *,
+        latent_scale_factor: float | None = None,
+        latent_shift_factor: float | None = None,
     ) -> Self:
-        """Load a model: a built-in name such as "tiny" first, else a folder `save_pretrained` wrote.
+        """Load a model: ours, diffusers' SVD and image VAEs, or Stability's and CompVis' own files.
 
-        Raises `FileNotFoundError` when there is no such model, `ValueError` when its files are
-        damaged or do not fit its configuration.
+        Weights give the numbers their own library gives. float32 weights on the CPU stay mapped
+        from their file, so do not overwrite it in place while the model is in use (what this
+        library and diffusers write replaces files as a whole).
+
+        Args:
+            path_or_hub_id: a built-in name such as "tiny" first, else a folder that
+                `save_pretrained` of this library or of diffusers wrote, else a .safetensors file
+                with the keys of CompVis' or Stability's code, alone or in a whole checkpoint, else
+                a repository of the Hugging Face Hub, owner/name: only its config.json and
+                safetensors are fetched, and its cache serves without the network.
+            subfolder: of the folder or repository, such as "vae" in a pipeline.
+            revision: branch, tag or commit of a repository; None means its main branch.
+            variant: weights of another name, such as "fp16".
+            dtype: of the weights; None means float32, whatever the file has.
+            device: None means the CPU.
+            latent_scale_factor: instead of the stored one; a single file does not always tell.
+            latent_shift_factor: likewise.
+
+        Raises:
+            FileNotFoundError: when there is no such model.
+            OSError: when the Hub cannot be asked, and its cache has no such model.
+            ValueError: when a file is a pickle, damaged, of another class, has an option without
+                counterpart here, or does not fit its configuration; or an option has no effect.
         """
-        config, state = checkpoint.load(name_or_path)
-        model = cls.from_config(config)
-        checkpoint.check_fit(state, model.state_dict())
-        model.load_state_dict(state)
-        return model.to(device=device, dtype=dtype)
+        source = checkpoint.Source(path_or_hub_id, subfolder, revision, variant)
+        stored = checkpoint.open_model(source, **_given(latent_scale_factor, latent_shift_factor))
+        dtype = _floating(dtype)
+        with torch.device("meta"):
+            model = cls.from_config(stored.config)
+        checkpoint.check_fit(stored, model.state_dict())
+        checkpoint.fill(model, stored, dtype, device)
+        return model
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write configuration and weights, in the weights' own dtype, into `folder`."""
-        checkpoint.save(folder, self.config, self.state_dict())
+    @classmethod
+    def from_image_vae(
+        cls,
+        path_or_hub_id: str | os.PathLike[str],
+        subfolder: str | None = None,
+        revision: str | None = None,
+        variant: str | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        *,
+        latent_scale_factor: float | None = None,
+        latent_shift_factor: float | None = None,
+        seed: int | None = None,
+        **temporal: Unpack[TemporalOptions],
+    ) -> Self:
+        """An image VAE with temporal layers added: until it is trained, that image VAE, frame by frame.
+
+        Takes what `from_pretrained` takes, if it is an image VAE. `temporal` are the temporal
+        options of the class, at their defaults there (one layer after each block); `seed` draws
+        their weights. `time_conv_out`, where there is one, starts as the identity.
+
+        Raises as `from_pretrained`, and `ValueError` for a model that has temporal layers already.
+        """
+        source = checkpoint.Source(path_or_hub_id, subfolder, revision, variant)
+        stored = checkpoint.open_model(source, **_given(latent_scale_factor, latent_shift_factor))
+        config, dtype = stored.config.inflated(**temporal), _floating(dtype)
+        with torch.device("meta"):
+            image = cls.from_config(stored.config)
+        checkpoint.check_fit(stored, image.state_dict())
+        model = cls.from_config(config, seed=seed).to(device=device, dtype=dtype)
+        checkpoint.fill(model, stored, dtype, device)
+        return model
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        format: Literal["temporal_vae", "diffusers"] = "temporal_vae",
+    ) -> None:
+        """Write configuration and weights, in the weights' own dtype, into `folder`.
+
+        "diffusers" writes what its `AutoencoderKLTemporalDecoder` (SVD's layout) or `AutoencoderKL`
+        (no temporal layers) loads; `clip_frames` and options without effect are not kept there.
+
+        Raises `ValueError` naming what that format cannot express; `OSError` if it cannot write.
+        """
+        checkpoint.save(folder, self.config, self.state_dict(), format)
 
     # Properties ------------------------------------------------------------------------------
 
@@ -774,6 +849,20 @@ def _make_plan(config: TemporalVAEConfig, asked: Question) -> Plan:
 
 def _bounds(plan: Plan | None) -> Bounds | None:
     return None if plan is None else plan.bounds
+
+
+def _given(scale: float | None, shift: float | None) -> dict[str, float]:
+    """The latent's scale and shift as fields of a configuration, as far as they were given."""
+    values = {"latent_scale_factor": scale, "latent_shift_factor": shift}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _floating(dtype: torch.dtype | None) -> torch.dtype:
+    if dtype is None:
+        return torch.float32
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point torch.dtype or None, got {dtype!r}")
+    return dtype
 
 
 def _seeded(seed: int | None) -> torch.Generator:
