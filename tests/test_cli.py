@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -55,16 +55,16 @@ class Echo(TemporalVAE):
         waiting = (*state, frames)
         return (waiting[0], waiting[1:]) if len(waiting) > 2 else (None, waiting)
 
-    def encode_finish(self, state: Any, *_: Any, **__: Any) -> Tensor | None:
-        return torch.cat(state, 2) if state else None
+    def _owed_latents(self, state: Any, *_: Any) -> Iterator[Tensor]:
+        yield from state
 
     def decode_step(
         self, latents: Tensor, state: Any = (), *_: Any, **__: Any
     ) -> tuple[Tensor | None, Any]:
         return self.encode_step(latents, state)
 
-    def decode_finish(self, state: Any, *_: Any, **__: Any) -> Tensor | None:
-        return self.encode_finish(state)
+    def _owed_frames(self, state: Any, *_: Any, **__: Any) -> Iterator[Tensor]:
+        yield from state
 
 
 @pytest.fixture(scope="module")

@@ -7,17 +7,20 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from temporal_vae.evaluate import reconstruct_frames
 from temporal_vae.files import atomic_path
-from temporal_vae.model import StreamState, TemporalVAE
+from temporal_vae.geometry import Padding
+from temporal_vae.model import TemporalVAE
 from temporal_vae.video import (
+    PIPE,
     Bytes,
     Frame,
     VideoError,
@@ -28,10 +31,16 @@ from temporal_vae.video import (
     to_bytes,
     to_pixels,
 )
+from temporal_vae.walks.available import available_bytes
+from temporal_vae.walks.plan import Budget, Operation, Plan, parse_budget
 
 PIECE_FRAMES = 8
 PIECE_PIXELS = PIECE_FRAMES * 640 * 360
 """A stream takes in so many frames at a time, or as few as have so many pixels, at least one."""
+PLANNED_PIECES = (32, 16, 8, 4, 2, 1)
+"""With a budget: the most frames that fit."""
+AUTO_SHARE = 0.8
+"""Of the free memory that "auto" takes."""
 
 NO_FRAMES: Bytes = np.empty((0, 1, 1, 3), np.uint8)
 
@@ -87,6 +96,7 @@ def reconstruct(
     model: TemporalVAE,
     clip_frames: int | Literal["all"] | None = None,
     progress: Progress | None = None,
+    memory: Budget = None,
 ) -> Summary:
     """Encode a video to the posterior mean, decode it, and write the result.
 
@@ -95,9 +105,12 @@ def reconstruct(
     neither the result nor the memory. A model with a norm over the clip cannot stream: it walks
     clips of its own length. `clip_frames` cuts any model's video into clips of that length, or with
     "all" takes it as one.
-    `target` appears whole or not at all.
+    `memory` bounds what the model takes over its weights, reserved before the first frame: bytes,
+    words such as "2GiB", "auto" for most of what is free, None for no bound; it never changes the
+    result. `target` appears whole or not at all; "-" is standard input, and standard output.
 
-    Raises `VideoError` for a source that cannot be read or a target that cannot be written.
+    Raises `VideoError` for a source that cannot be read or a target that cannot be written,
+    `ValueError` for memory that cannot do.
     """
     check_suffix(target)
     exist = os.path.exists(source) and os.path.exists(target)
@@ -107,22 +120,19 @@ def reconstruct(
         raise VideoError(
             f"the model takes {model.input_channels} channels, video is read as 3 (RGB)"
         )
-    length = clip_length(model, clip_frames)
+    length, budget = clip_length(model, clip_frames), _memory(memory, model)
     start, done = time.monotonic(), 0
-    with VideoReader(source) as reader, atomic_path(target) as partial:
+    with VideoReader(source) as reader, _writable(target) as partial:
         info = reader.info
         size, rate = (info.height, info.width), (info.fps, info.time_base)
+        walk = _walk(iter(reader), model, length, size, budget)
         with VideoWriter(partial, *size, *rate, info.sample_aspect_ratio) as writer:
-            stamps: deque[int] = deque()
-            piece = max(1, min(PIECE_FRAMES, PIECE_PIXELS // (info.height * info.width)))
-            pieces = _pieces(iter(reader), length or piece, stamps)
-            walk = _walk_stream(pieces, model) if length is None else _walk_clips(pieces, model)
-            for images in walk:
+            for images in walk.frames:
                 for image in images:
-                    writer.write(image[: info.height, : info.width], stamps.popleft())
+                    writer.write(image[: info.height, : info.width], walk.stamps.popleft())
                 done += len(images)
                 if progress is not None:  # a frame taken in, and not given yet, is half done
-                    progress(done + len(stamps) // 2, info.expected_frames)
+                    progress(done + len(walk.stamps) // 2, info.expected_frames)
             if info.sample_aspect_ratio not in (None, 1) and not writer.keeps_aspect:
                 reader.notes.append(
                     f"the shape of its pixels, {info.sample_aspect_ratio}, is kept in .mp4 only"
@@ -130,6 +140,16 @@ def reconstruct(
         notes = tuple(f"{os.fspath(source)}: {note}" for note in reader.notes)
     cut = None if length == sys.maxsize else length
     return Summary(done, time.monotonic() - start, cut, notes)
+
+
+@contextmanager
+def _writable(target: str | os.PathLike[str]) -> Iterator[str | os.PathLike[str]]:
+    """Where to write: a file that takes the target's name at the end, or standard output."""
+    if os.fspath(target) == PIPE:
+        yield PIPE
+    else:
+        with atomic_path(target) as partial:
+            yield partial
 
 
 def clip_length(model: TemporalVAE, asked: int | Literal["all"] | None) -> int | None:
@@ -149,31 +169,137 @@ def _pieces(frames: Iterator[Frame], length: int, stamps: deque[int]) -> Iterato
         yield np.stack([frame.image for frame in piece])
 
 
-def _walk_clips(clips: Iterator[Bytes], model: TemporalVAE) -> Iterator[Bytes]:
-    """Each clip on its own."""
-    return (reconstruct_frames(clip, model) for clip in clips)
+# Memory --------------------------------------------------------------------------------------
+
+
+def _memory(memory: Budget, model: TemporalVAE) -> int | Literal["least"] | None:
+    """Bytes of a budget; "auto" is a share of what is free."""
+    if memory != "auto":
+        return parse_budget(memory)
+    free = available_bytes(model.device)
+    if free is None:
+        raise ValueError(f"how much memory is free on {model.device} is not known: give it in GiB")
+    return int(AUTO_SHARE * free)
+
+
+def stream_plans(
+    model: TemporalVAE, size: tuple[int, int], budget: int | Literal["least"]
+) -> tuple[int, Plan, Plan]:
+    """Frames of a piece, and plans to encode and decode it, within a budget for both streams.
+
+    The state of one waits while a step of the other runs. Raises `ValueError` naming the smallest
+    budget that can be met.
+    """
+    factor = model.downsample_factor
+    cells = (size[0] // factor, size[1] // factor)
+
+    def plan(operation: Operation, frames: int, budget: Budget) -> Plan:
+        pixels = (1, model.input_channels, frames, *size)
+        latents = (1, model.latent_channels, frames, *cells)
+        shape = pixels if operation == "encode" else latents
+        return model.plan(shape, operation, budget=budget, stream=True)
+
+    frames = PLANNED_PIECES[-1]
+    encode, decode = (plan(operation, frames, "least") for operation in ("encode", "decode"))
+    states = (encode.state_bytes, decode.state_bytes)
+    needed = _beside(model, frames, size) + max(
+        encode.peak_bytes + states[1], decode.peak_bytes + states[0]
+    )
+    if budget == "least":
+        return frames, encode, decode
+    for frames in PLANNED_PIECES:
+        left = budget - _beside(model, frames, size)
+        with suppress(ValueError):
+            encode = plan("encode", frames, left - states[1])
+            return frames, encode, plan("decode", frames, left - states[0])
+    raise ValueError(
+        f"{budget} bytes ({budget / 2**30:.3f} GiB) are below the least that a stream of "
+        f"{size[1]}x{size[0]} can do with: {needed} bytes ({needed / 2**30:.3f} GiB)"
+    )
+
+
+def _beside(model: TemporalVAE, frames: int, size: tuple[int, int]) -> int:
+    """Bytes of frames beside a walk: in 8 bits, and as the model takes them."""
+    pixels = frames * size[0] * size[1] * 3
+    return pixels * (3 + 4 + 2 * model.dtype.itemsize)
+
+
+def _reserve(size: int, device: torch.device) -> None:
+    """Take memory and let it go: what cannot be had is missed now, not in the middle."""
+    torch.empty(max(0, size), dtype=torch.uint8, device=device).fill_(0)
+
+
+# Walks ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """Frames on their way through a model, uint8 (n, H, W, 3), and timestamps of those inside."""
+
+    frames: Iterator[Bytes]
+    stamps: deque[int]
+
+
+def _walk(
+    frames: Iterator[Frame],
+    model: TemporalVAE,
+    length: int | None,
+    size: tuple[int, int],
+    budget: int | Literal["least"] | None,
+) -> Walk:
+    """A video as one clip that streams, or where there is a length as clips of it."""
+    stamps: deque[int] = deque()
+    if length is not None:
+        clips = _pieces(frames, length, stamps)
+        return Walk(_walk_clips(clips, model, budget), stamps)
+    padded = Padding.to_cells(*size, model.downsample_factor).padded
+    if budget is None:
+        piece = max(1, min(PIECE_FRAMES, PIECE_PIXELS // (size[0] * size[1])))
+        return Walk(_walk_stream(_pieces(frames, piece, stamps), model, None, None), stamps)
+    piece, encode, decode = stream_plans(model, padded, budget)
+    if isinstance(budget, int):
+        _reserve(budget, model.device)
+    pieces = _pieces(frames, piece, stamps)
+    return Walk(_walk_stream(pieces, model, encode, decode), stamps)
 
 
 @torch.no_grad()
-def _walk_stream(pieces: Iterator[Bytes], model: TemporalVAE) -> Iterator[Bytes]:
+def _walk_clips(
+    clips: Iterator[Bytes], model: TemporalVAE, budget: int | Literal["least"] | None
+) -> Iterator[Bytes]:
+    """Each clip on its own, its frames as they are decoded."""
+    for clip in clips:
+        video = _padded_pixels(clip, model)
+        left = budget
+        if isinstance(left, int):
+            left = max(1, left - _beside(model, *video.shape[2:]))
+        plan = None if left is None else model.plan(video.shape, "encode", budget=left)
+        latents = model.encode(video, sample_mode=False, plan=plan)
+        del video
+        plan = None if left is None else model.plan(latents.shape, "decode", budget=left)
+        yield from map(to_bytes, model.iter_decode(latents, plan=plan))
+
+
+@torch.no_grad()
+def _walk_stream(
+    pieces: Iterator[Bytes], model: TemporalVAE, encode: Plan | None, decode: Plan | None
+) -> Iterator[Bytes]:
     """One clip in pieces, encoded and decoded; frames come padded, and late by the reach.
 
     Where nothing can be given yet it yields no frames, so that progress shows.
     """
-    encoding: StreamState = ()
-    decoding: StreamState = ()
+    encoder = model.encode_stream(sample_mode=False, plan=encode)
+    decoder = model.decode_stream(plan=decode)
     for piece in pieces:
-        video = to_pixels(pad_frames(piece, model.downsample_factor))
-        latents, encoding = model.encode_step(
-            video.to(model.device, model.dtype), encoding, sample_mode=False
-        )
-        frames = None
-        if latents is not None:
-            frames, decoding = model.decode_step(latents, decoding)
+        latents = encoder.push(_padded_pixels(piece, model))
+        frames = None if latents is None else decoder.push(latents)
         yield NO_FRAMES if frames is None else to_bytes(frames)
-    owed = model.encode_finish(encoding, sample_mode=False)
-    for latents in () if owed is None else owed.split(1, 2):
-        frames, decoding = model.decode_step(latents, decoding)
+    for latents in encoder.drain():
+        frames = decoder.push(latents)
         yield NO_FRAMES if frames is None else to_bytes(frames)
-    if (frames := model.decode_finish(decoding)) is not None:
-        yield to_bytes(frames)
+    yield from map(to_bytes, decoder.drain())
+
+
+def _padded_pixels(frames: Bytes, model: TemporalVAE) -> Tensor:
+    video = to_pixels(pad_frames(frames, model.downsample_factor))
+    return video.to(model.device, model.dtype)

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from temporal_vae import TemporalVAE, app, checkpoint
-from temporal_vae.video import VideoError, VideoInfo, VideoReader
+from temporal_vae.video import PIPE, VideoError, VideoInfo, VideoReader
 
 command = typer.Typer(
     help="Temporal VAEs for video: pixels to latents and back.",
@@ -32,9 +32,10 @@ command = typer.Typer(
 err = Console(stderr=True, highlight=False)
 out = Console(highlight=False)
 
-Source = Annotated[Path, typer.Argument(metavar="IN", help="Video to read.")]
+Source = Annotated[Path, typer.Argument(metavar="IN", help="Video to read; - from a pipe.")]
 Target = Annotated[
-    Path, typer.Argument(metavar="OUT", help="Video to write: .mp4 or .mkv (lossless).")
+    Path,
+    typer.Argument(metavar="OUT", help="Video to write: .mp4, .mkv (lossless); - .mkv to a pipe."),
 ]
 Model = Annotated[str, typer.Option(help="Built-in name, or folder of a saved model.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
@@ -42,6 +43,10 @@ Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.
 ClipFrames = Annotated[
     str | None,
     typer.Option(metavar="N|all", help="Cut the video into clips of N frames, or take it as one."),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE|auto", help="Bound of the memory over the weights: 2GiB, least."),
 ]
 Thing = Annotated[str | None, typer.Argument(metavar="[MODEL|FILE]", help="A model, or a video.")]
 
@@ -54,19 +59,22 @@ def reconstruct(
     device: Device = "auto",
     dtype: Dtype = "float32",
     clip_frames: ClipFrames = None,
+    memory: Memory = None,
 ) -> None:
-    """Encode a video to the posterior mean, decode it, and write the result."""
+    """Encode a video to the posterior mean, decode it, and write the result; - is a pipe."""
+    _refuse_terminal(source, target)
     vae = TemporalVAE.from_pretrained(
         model, dtype=app.choose_dtype(dtype), device=app.choose_device(device)
     )
     with Meter("reconstructing") as meter:
-        summary = app.reconstruct(source, target, vae, _clip_length(clip_frames), meter)
+        summary = app.reconstruct(source, target, vae, _clip_length(clip_frames), meter, memory)
     for note in summary.notes:
         err.print(f"tvae: note: {note}", markup=False, soft_wrap=True)
     rate = summary.frames / max(summary.seconds, 1e-9)
     cut = summary.clip_frames
     clips = "as one clip" if cut is None else f"in clips of {cut} frames"
-    out.print(
+    console = err if str(target) == PIPE else out
+    console.print(
         f"{target}: {summary.frames} frames in {summary.seconds:.1f} s, {rate:.2f} frames/s, "
         f"{clips}",
         markup=False,
@@ -90,6 +98,13 @@ def info(thing: Thing = None) -> None:
     for name, value in rows.items():
         table.add_row(name, str(value))
     out.print(table, markup=False, soft_wrap=True)
+
+
+def _refuse_terminal(source: Path, target: Path) -> None:
+    if str(source) == PIPE and sys.stdin.isatty():
+        raise ValueError("- reads a video that is piped in, and this is a terminal: ffmpeg ... |")
+    if str(target) == PIPE and sys.stdout.isatty():
+        raise ValueError("- writes a video for another program, and this is a terminal: | ffplay -")
 
 
 def _clip_length(text: str | None) -> int | Literal["all"] | None:

@@ -654,7 +654,7 @@ class TemporalVAE(nn.Module):
         """
         clip = self._pixels(self._piece(frames, "frames"), "frames")
         moments, state = self._step("encode", clip, state, plan)
-        return self._latents(moments, sample_mode, generator), state
+        return moments if moments is None else self._latents(moments, sample_mode, generator), state
 
     def encode_finish(
         self,
@@ -664,8 +664,8 @@ class TemporalVAE(nn.Module):
         plan: Plan | None = None,
     ) -> Tensor | None:
         """The latents that an ended stream still owes; None if it owes none."""
-        owed = list(self._owed("encode", state, plan))
-        return self._latents(torch.cat(owed, 2) if owed else None, sample_mode, generator)
+        owed = list(self._owed_latents(state, sample_mode, generator, plan))
+        return torch.cat(owed, 2) if owed else None
 
     def decode_step(
         self, latents: Tensor, state: StreamState = (), plan: Plan | None = None
@@ -680,8 +680,8 @@ class TemporalVAE(nn.Module):
 
     def decode_finish(self, state: StreamState, plan: Plan | None = None) -> Tensor | None:
         """The frames that an ended stream still owes; None if it owes none."""
-        owed = list(self._owed("decode", state, plan))
-        return torch.cat(owed, 2).contiguous() if owed else None
+        owed = list(self._owed_frames(state, plan))
+        return torch.cat(owed, 2) if owed else None
 
     def encode_stream(
         self,
@@ -693,18 +693,32 @@ class TemporalVAE(nn.Module):
         how = (sample_mode, generator, plan)
         return Stream(
             lambda frames, state: self.encode_step(frames, state, *how),
-            lambda state: self.encode_finish(state, *how),
+            lambda state: self._owed_latents(state, *how),
         )
 
     def decode_stream(self, plan: Plan | None = None) -> Stream:
         """A stream to push latents into and get frames from; see `decode_step`."""
-        return Stream(partial(self.decode_step, plan=plan), partial(self.decode_finish, plan=plan))
+        return Stream(partial(self.decode_step, plan=plan), partial(self._owed_frames, plan=plan))
 
     def _step(
         self, operation: Operation, clip: Tensor, state: StreamState, plan: Plan | None
     ) -> tuple[Tensor | None, StreamState]:
         plan = self._plan_for(operation, clip, plan, stream=True)
         return streamed.step(self._line(operation), clip, state, _bounds(plan))
+
+    def _owed_latents(
+        self,
+        state: StreamState,
+        sample_mode: bool,
+        generator: torch.Generator | None,
+        plan: Plan | None,
+    ) -> Iterator[Tensor]:
+        for moments in self._owed("encode", state, plan):
+            yield self._latents(moments, sample_mode, generator)
+
+    def _owed_frames(self, state: StreamState, plan: Plan | None) -> Iterator[Tensor]:
+        for frames in self._owed("decode", state, plan):
+            yield frames.contiguous()
 
     def _owed(
         self, operation: Operation, state: StreamState, plan: Plan | None
@@ -715,10 +729,8 @@ class TemporalVAE(nn.Module):
         return streamed.finish(line, state, bounds)
 
     def _latents(
-        self, moments: Tensor | None, sample_mode: bool, generator: torch.Generator | None
-    ) -> Tensor | None:
-        if moments is None:
-            return None
+        self, moments: Tensor, sample_mode: bool, generator: torch.Generator | None
+    ) -> Tensor:
         mean, log_variance = LatentDistribution.from_moments(moments)
         return self.sample(mean, log_variance, generator=generator) if sample_mode else mean
 

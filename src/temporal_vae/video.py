@@ -29,6 +29,8 @@ from temporal_vae.geometry import Padding
 
 Bytes = npt.NDArray[np.uint8]
 
+PIPE = "-"
+"""Stands for standard input or output in place of a file."""
 WRITERS = {".mp4": "H.264, crf 14", ".mkv": "FFV1, lossless RGB"}
 H264_CRF = 14
 
@@ -97,6 +99,8 @@ class VideoInfo:
 
 class VideoReader:
     """Decode a video file frame by frame: `with VideoReader(path) as video: for frame in video`.
+
+    "-" is standard input: what another program pipes in.
 
     Reads 8-bit video without alpha or rotation; anything else is refused by a `VideoError` that
     gives a way out. After the iteration `notes` says what is not as in the file, or was lost.
@@ -229,8 +233,9 @@ class VideoReader:
 class VideoWriter:
     """Encode frames to a video container at `path`; use it inside `files.atomic_path`.
 
-    `.mkv` is lossless FFV1 in RGB; `.mp4` is H.264 at crf 14, with full chroma (yuv444p) where a
-    side is odd. H.264 is written in BT.709, limited range, and tagged so.
+    "-" is standard output, and .mkv. `.mkv` is lossless FFV1 in RGB; `.mp4` is H.264 at crf 14,
+    with full chroma (yuv444p) where a side is odd. H.264 is written in BT.709, limited range, and
+    tagged so.
     """
 
     def __init__(
@@ -248,7 +253,10 @@ class VideoWriter:
         # mp4 keeps the start of a clip in the clock of the movie: milliseconds unless told
         options = {} if self._lossless else {"movie_timescale": str(time_base.denominator)}
         try:
-            self._container = av.open(os.path.abspath(self.path), "w", options=options)
+            if self.path == PIPE:
+                self._container = av.open("pipe:1", "w", format="matroska", options=options)
+            else:
+                self._container = av.open(os.path.abspath(self.path), "w", options=options)
         except (av.error.FFmpegError, OSError) as error:
             raise VideoError(f"cannot write {self.path}: {error}") from error
         stream = self._container.add_stream("ffv1" if self._lossless else "libx264", rate=fps)
@@ -326,7 +334,12 @@ def read_clip(
 
 
 def check_suffix(path: str | os.PathLike[str]) -> str:
-    """The format's suffix. Raises `VideoError` unless a video can be written under this name."""
+    """The format's suffix, for "-" that of .mkv.
+
+    Raises `VideoError` unless a video can be written under this name.
+    """
+    if os.fspath(path) == PIPE:
+        return ".mkv"
     suffix = Path(path).suffix.lower()
     if suffix not in WRITERS:
         known = " or ".join(f"{name} ({what})" for name, what in WRITERS.items())
@@ -335,12 +348,18 @@ def check_suffix(path: str | os.PathLike[str]) -> str:
 
 
 def _open(path: str) -> av.container.InputContainer:
+    if path == PIPE:
+        return _open_as(path, "pipe:0")
     if not os.path.exists(path):
         raise VideoError(f"{path}: no such file")
     if os.path.isdir(path):
         raise VideoError(f"{path} is a folder, not a video")
+    return _open_as(path, os.path.abspath(path))  # a name such as 12:30.mp4 looks like a protocol
+
+
+def _open_as(path: str, url: str) -> av.container.InputContainer:
     try:
-        return av.open(os.path.abspath(path))  # a bare name such as 12:30.mp4 looks like a protocol
+        return av.open(url)
     except (av.error.FFmpegError, OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise VideoError(f"{path}: not a video that can be read ({reason})") from error

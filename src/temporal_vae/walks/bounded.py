@@ -44,6 +44,8 @@ from temporal_vae.layers import State as LayerState
 from temporal_vae.network import Layer, Line
 
 Shape = tuple[int, ...]
+MOVED_AT_A_TIME = 2**20
+"""Numbers moved at a time inside an arena."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,7 +212,7 @@ class _Arena:
     def __init__(self, size: int, like: Tensor, offload: str | os.PathLike[str] | None):
         size = max(1, size)
         if offload is None:
-            self._memory = torch.empty(size, dtype=like.dtype, device=like.device)
+            self._memory = torch.zeros(size, dtype=like.dtype, device=like.device)
         elif offload == "host":
             self._memory = torch.empty(size, dtype=like.dtype, pin_memory=like.is_cuda)
         else:
@@ -221,11 +223,12 @@ class _Arena:
         return self._view(0, shape)
 
     def back(self, clip: Tensor) -> Tensor:
-        """Move a clip to the end of the memory, last frame first: source and target may overlap."""
-        target = self._view(self._memory.numel() - clip.numel(), tuple(clip.shape))
-        for t in reversed(range(clip.shape[2])):
-            target[:, :, t] = clip[:, :, t].clone()
-        return target
+        """Move a clip to the end of the memory, last part first: source and target may overlap."""
+        source, target = clip.storage_offset(), self._memory.numel() - clip.numel()
+        for start, stop in reversed(spans(clip.numel(), MOVED_AT_A_TIME)):
+            part = self._memory[source + start : source + stop].clone()
+            self._memory[target + start : target + stop] = part
+        return self._view(target, tuple(clip.shape))
 
     def holds(self, clip: Tensor) -> bool:
         """Whether the clip lies in here."""

@@ -281,8 +281,6 @@ class _Count:
                 self._chunks(run, now, bounds)
                 self._remember(run, (batch, *now[1:]))
             else:
-                frame = self._bytes((1, now[1], 1, *now[3:]))
-                self._note("moving a frame", 2 * frame)
                 if bounds.rows is None:
                     self._groups(run, now, bounds)
                 else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from temporal_vae.layers import State as LayerState
@@ -68,9 +69,9 @@ class Stream:
     def __init__(
         self,
         step: Callable[[Tensor, State], tuple[Tensor | None, State]],
-        finish: Callable[[State], Tensor | None],
+        owed: Callable[[State], Iterator[Tensor]],
     ):
-        self._step, self._finish = step, finish
+        self._step, self._owed = step, owed
         self._ended = False
         self.state: State = ()
 
@@ -86,18 +87,21 @@ class Stream:
 
     def finish(self) -> Tensor | None:
         """End the clip; give what is still owed, or None. Raises `ValueError` after the end."""
+        owed = list(self.drain())
+        return torch.cat(owed, 2) if owed else None
+
+    def drain(self) -> Iterator[Tensor]:
+        """`finish`, in pieces: the more a model sees ahead, the more it owes."""
         self._refuse_after_end()
-        given = self._finish(self.state)
         self._ended = True
-        return given
+        yield from self._owed(self.state)
 
     def pull(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
         """Push all pieces and finish; gives what there is, as soon as it is."""
         for piece in pieces:
             if (given := self.push(piece)) is not None:
                 yield given
-        if (given := self.finish()) is not None:
-            yield given
+        yield from self.drain()
 
     def _refuse_after_end(self) -> None:
         if self._ended:
