@@ -450,7 +450,7 @@ class _Bands:
             read = self.source[:, :, top + kept.shape[2] : bottom].to(self.device)
             piece = _channels_last(torch.cat([kept, read], 2), self.device)
             if following is not None:  # the target may cover rows that the next band reads
-                kept = piece[:, :, following[0][0] - top :].clone()
+                kept = _aside(piece[:, :, following[0][0] - top :])
             first, stop = band[-1]
             target[:, :, first:stop] = self._through(piece, band, apply)
 
@@ -483,6 +483,11 @@ class _Bands:
                     yield x[:, :, first - band[index][0] : stop - band[index][0]]
 
         return _moments(wanted, found())
+
+
+def _aside(rows: Tensor) -> Tensor:
+    """Rows in memory of their own."""
+    return rows.clone()
 
 
 def _channels_last(frames: Tensor, device: torch.device) -> Tensor:

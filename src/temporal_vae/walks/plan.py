@@ -239,21 +239,24 @@ class _Count:
         self.layers, self.bounds, self.tracer = list(line.layers()), bounds, tracer
         self.shape, self.size, self.stream = asked.shape, asked.dtype.itemsize, asked.stream
         self.work, self.state = Work(), 0
-        self._worst: Part = ("", 0)
+        self._worst: tuple[str, int, int] = ("", 0, 0)
 
     def parts(self) -> list[Part]:
         """The parts of the peak; `work` and `state` are known afterwards."""
         parts = self._whole() if self.bounds is None else self._bounded(self.bounds)
+        name, size, after = self._worst
+        parts.append((name, size))
         if self.stream:
-            parts.insert(0, ("the state of the stream, before and after", 2 * self.state))
-        return parts
+            parts = [("the state of the stream", self.state), ("the next state", after), *parts]
+        return [(name, size) for name, size in parts if size]
 
     def _bytes(self, shape: Shape) -> int:
         return math.prod(shape) * self.size
 
     def _note(self, name: str, size: int) -> None:
-        if size > self._worst[1]:
-            self._worst = (name, size)
+        """A moment: what is alive for it, beside the layers' next states so far."""
+        if size + self.state > sum(self._worst[1:]):
+            self._worst = (name, size, self.state)
 
     def _remember(self, layer: Timewise, shape: Shape) -> None:
         if self.stream:
@@ -271,15 +274,15 @@ class _Count:
                 self._remember(layer, shape)
             else:
                 shape = bounded.shape_after([layer], shape)
-        return [self._worst]
+        return []
 
     def _bounded(self, bounds: Bounds) -> list[Part]:
         batch, *sample = self.shape
         now: Shape = (1, *sample)
         for run in bounded.runs(self.layers):
             if isinstance(run, Timewise):
-                self._chunks(run, now, bounds)
                 self._remember(run, (batch, *now[1:]))
+                self._chunks(run, now, bounds)
             else:
                 if bounds.rows is None:
                     self._groups(run, now, bounds)
@@ -287,12 +290,14 @@ class _Count:
                     self._bands(run, now, bounds)
                 now = bounded.shape_after(run, now)
         self.work = Work(*(batch * n for n in self.work))
-        result = ("the result", self._bytes((batch, *now[1:])) * (2 if self.stream else 1))
+        result = self._bytes((batch, *now[1:]))
+        if self.stream:
+            self._note("joining the result", result)
         clip, frame = bounded.arena_sizes(self.layers, self.shape, bounds)
         arenas = [] if bounds.offload is not None else [
             ("the clip's activation", clip * self.size), ("a frame's activation", frame * self.size)
         ]  # fmt: skip
-        return [(name, size) for name, size in (*arenas, result, self._worst) if size]
+        return [*arenas, ("the result", result)]
 
     def _chunks(self, layer: Timewise, shape: Shape, bounds: Bounds) -> None:
         _, c, t, h, w = shape

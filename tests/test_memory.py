@@ -1,0 +1,401 @@
+"""Memory never changes the picture: streams walked bounded, results in place, retries."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import awake, difference, pixels
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_streams import LAYOUTS, MODELS, clip, cut, join
+from torch import Tensor
+
+from temporal_vae import TemporalVAE
+from temporal_vae import model as model_module
+from temporal_vae.layers import TemporalBlock
+from temporal_vae.walks import available, bounded, streamed
+from temporal_vae.walks.bounded import Bounds
+from temporal_vae.walks.plan import _Alive
+
+BOUNDS = [
+    Bounds(frames=1, pixels=3),
+    Bounds(frames=2, pixels=100),
+    Bounds(rows=1, pixels=2),
+    Bounds(rows=3, pixels=7, fused=True),
+    Bounds(frames=1, pixels=5, offload="host"),
+]
+
+
+def decode_in_pieces(model: TemporalVAE, pieces: Iterator[Tensor], bounds: Bounds) -> Tensor:
+    """A stream by the walks themselves, whose steps are bounded."""
+    state: streamed.State = ()
+    given: list[Tensor | None] = []
+    for piece in pieces:
+        frames, state = streamed.step(model.decoder, piece, state, bounds)
+        given.append(frames)
+    return join([*given, *streamed.finish(model.decoder, state, bounds)])
+
+
+@torch.no_grad()
+def assert_bounded_pieces_equal_whole(
+    model: TemporalVAE, sizes: list[int], bounds: Bounds, batch: int = 1
+) -> None:
+    latent = clip(sum(sizes), 4, 2, batch).to(model.dtype)
+    given = latent.clone()
+    pieces = decode_in_pieces(model, cut(latent, sizes), bounds)
+    whole = model.decode(latent)
+    assert pieces.shape == whole.shape, "frames were lost or made up"
+    assert difference(pieces, whole) < 1e-10
+    assert torch.equal(latent, given), "the caller's tensor was overwritten"
+    video = clip(sum(sizes), batch=batch).to(model.dtype)
+    state: streamed.State = ()
+    moments: list[Tensor | None] = []
+    for piece in cut(video, sizes):
+        some, state = streamed.step(model.encoder, piece, state, bounds)
+        moments.append(some)
+    moments += streamed.finish(model.encoder, state, bounds)
+    assert difference(join(moments), model.encoder(video)) < 1e-10
+
+
+@pytest.mark.parametrize("layout", MODELS)
+@pytest.mark.parametrize("bounds", BOUNDS, ids=str)
+def test_bounded_pieces_equal_whole(layout: str, bounds: Bounds) -> None:
+    assert_bounded_pieces_equal_whole(MODELS[layout], [1, 30, 2, 9], bounds)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    layout=st.sampled_from(list(MODELS)),
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    frames=st.integers(1, 5),
+    chunk=st.integers(1, 20),
+    rows=st.none() | st.integers(1, 5),
+    fused=st.booleans(),
+    batch=st.integers(1, 2),
+)
+def test_any_pieces_and_bounds(
+    layout: str,
+    sizes: list[int],
+    frames: int,
+    chunk: int,
+    rows: int | None,
+    fused: bool,
+    batch: int,
+) -> None:
+    bounds = Bounds(frames=frames, pixels=chunk, rows=rows, fused=fused)
+    assert_bounded_pieces_equal_whole(MODELS[layout], sizes, bounds, batch)
+
+
+@pytest.mark.parametrize("layout", [str({}), str({"causal_mode": True})])
+@torch.no_grad()
+def test_a_bounded_step_is_a_step(layout: str) -> None:
+    """It gives as much, remembers the same, changes no state, and shares no storage with it."""
+    model, bounds = MODELS[layout], Bounds(frames=1, pixels=3)
+    latent = clip(72, 4, 2, batch=2)
+    _, state = model.decode_step(latent[:, :, :62])
+    kept = [[t.clone() for t in layer] for layer in state]
+    frames, after = model.decode_step(latent[:, :, 62:], state)
+    bounded_frames, bounded_after = streamed.step(
+        model.decoder, latent[:, :, 62:].clone(), state, bounds
+    )
+    assert frames is not None and bounded_frames is not None
+    assert difference(bounded_frames, frames) < 1e-10
+    storages = set()
+    for old, mine, theirs, copy in zip(state, bounded_after, after, kept, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(old, copy, strict=True))
+        assert torch.equal(mine[0], theirs[0])
+        assert all(
+            difference(a, b) < 1e-10 for a, b in zip(mine[1:], theirs[1:], strict=True) if b.numel()
+        )
+        storages |= {t.untyped_storage().data_ptr() for t in old if t.numel()}
+    fresh = [t for layer in bounded_after for t in layer if t.numel()]
+    new = {t.untyped_storage().data_ptr() for t in fresh}
+    assert not storages & new
+    assert bounded_frames.untyped_storage().data_ptr() not in storages | new
+
+
+@torch.no_grad()
+def test_streams_of_unequal_age_walk_bounded() -> None:
+    for options, settled in ({"causal_mode": True}, 3), ({}, 60):
+        model = MODELS[str(options)]
+        latents = [clip(settled + 8, 4, 2) * (i + 1) for i in range(2)]
+        states, rest = [], []
+        for latent, length in zip(latents, (settled, settled + 2), strict=True):
+            states.append(model.decode_step(latent[:, :, :length])[1])
+            rest.append(latent[:, :, length : length + 5])
+        joined = tuple(
+            tuple(torch.cat(pair) for pair in zip(*layers, strict=True))
+            for layers in zip(*states, strict=True)
+        )
+        together, _ = streamed.step(model.decoder, torch.cat(rest), joined, Bounds(pixels=3))
+        for i in range(2):
+            alone, _ = model.decode_step(rest[i], states[i])
+            assert together is not None and alone is not None
+            assert difference(together[i : i + 1], alone) < 1e-10
+
+
+@torch.no_grad()
+def test_the_future_never_changes_the_past_bounded() -> None:
+    """Law 3, bit for bit, in a bounded walk and in bounded steps."""
+    model = MODELS[str({"causal_mode": True})]
+    latent = clip(9, 4, 2)
+    other = latent.clone()
+    other[:, :, 6:] += 1
+    for bounds in BOUNDS:
+        a, b = (bounded.walk(model.decoder, x, bounds) for x in (latent, other))
+        assert torch.equal(a[:, :, :6], b[:, :, :6]) and not torch.equal(a[:, :, 6:], b[:, :, 6:])
+        a, b = (decode_in_pieces(model, cut(x, [4, 5]), bounds) for x in (latent, other))
+        assert torch.equal(a[:, :, :6], b[:, :, :6]) and not torch.equal(a[:, :, 6:], b[:, :, 6:])
+
+
+# Plans of streams ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"causal_mode": True}], ids=str)
+@pytest.mark.parametrize("share", [1.0, 0.9, "least"])
+@torch.no_grad()
+def test_the_plan_of_a_stream_foresees_its_peak(options: dict[str, Any], share: Any) -> None:
+    model = awake(base_channels=16, **options)
+    latent = torch.randn(1, 4, 75, 24, 32, generator=torch.Generator().manual_seed(0)).double()
+    shape = (1, 4, 5, 24, 32)
+    whole = model.plan(shape, stream=True)
+    budget = share if share == "least" else int(share * whole.peak_bytes)
+    plan = model.plan(shape, budget=budget, stream=True)
+    assert "state of the stream" in plan.explain()
+    _, state = model.decode_step(latent[:, :, :70])
+    size = sum(t.nbytes for layer in state for t in layer[1:])
+    assert plan.state_bytes == size
+    piece = latent[:, :, 70:].contiguous()
+    with _Alive() as alive:
+        for tensor in (piece, *(t for layer in state for t in layer)):
+            alive.leave_out(tensor)
+        model.decode_step(piece, state, plan)
+    assert alive.most + size == pytest.approx(plan.peak_bytes, rel=0.15)
+    assert alive.most + size <= plan.peak_bytes
+
+
+@torch.no_grad()
+def test_planned_steps_and_streams() -> None:
+    model = awake()
+    video = pixels(70)
+    plan = model.plan((1, 3, 8, 16, 24), "encode", budget="least", stream=True)
+    whole = model.encode(video, generator=torch.Generator().manual_seed(3))
+    noise = torch.Generator().manual_seed(3)
+    stream = model.encode_stream(generator=noise, plan=plan)
+    assert difference(torch.cat(list(stream.pull(video.split(8, 2))), 2), whole) < 1e-10
+    noise.manual_seed(3)
+    stream = model.encode_stream(generator=noise)
+    given = [stream.push(piece) for piece in video.split(7, 2)]
+    kept = stream.state
+    assert difference(join([*given, stream.finish()]), whole) < 1e-10
+    with pytest.raises(ValueError, match="has ended"):
+        stream.push(video)
+    with pytest.raises(ValueError, match="has ended"):
+        stream.finish()
+    again = model.encode_stream(sample_mode=False)
+    again.state = kept
+    with pytest.raises(ValueError, match="multiples of 2"):
+        again.push(pixels(1, 15, 16))
+    assert again.state is kept
+    assert again.push(video[:, :, :3]) is not None
+    frames = model.decode_stream(model.plan((1, 4, 9, 8, 12), budget="least", stream=True))
+    assert (
+        difference(torch.cat(list(frames.pull(whole.split(9, 2))), 2), model.decode(whole)) < 1e-10
+    )
+
+
+def test_a_plan_for_a_stream_is_for_its_steps() -> None:
+    model, latent = MODELS[str({})], clip(4, 4, 2)
+    steps = model.plan(latent.shape, budget="least", stream=True)
+    whole = model.plan(latent.shape, budget="least")
+    with torch.no_grad():
+        assert model.decode_step(latent[:, :, :2], plan=steps)[0] is None  # a shorter piece may be
+        for plan, x in ((whole, latent), (steps, clip(5, 4, 2)), (steps, clip(4, 4, 3))):
+            with pytest.raises(ValueError, match="the plan is for"):
+                model.decode_step(x, plan=plan)
+        with pytest.raises(ValueError, match="the plan is for"):
+            model.decode(latent, plan=steps)
+    with pytest.raises(ValueError, match="no_grad"):
+        model.decode_step(latent, plan=replace(steps, bounds=Bounds()))
+    clipped = awake(temporal_norm="clip", clip_frames=4, temporal_encoder=False)
+    with pytest.raises(ValueError, match="cannot decode a stream"):
+        clipped.plan(latent.shape, stream=True)
+    assert clipped.plan((1, 3, 4, 8, 8), "encode", stream=True).state_bytes == 0
+
+
+@torch.no_grad()
+def test_a_stored_budget_holds_for_steps_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, latent = awake(), clip(40, 4, 8)
+    exact, honest, seen = model.decode(latent), bounded.advance, []
+
+    def watched(*args: Any) -> Tensor | None:
+        seen.append(args)
+        return honest(*args)
+
+    monkeypatch.setattr(bounded, "advance", watched)
+    model.set_tiling_enabled(True)
+    frames = model.decode_stream()
+    assert difference(torch.cat(list(frames.pull(latent.split(8, 2))), 2), exact) < 1e-10
+    assert len(seen) >= 5
+
+
+# Results -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_result_goes_where_it_is_wanted() -> None:
+    model, latent = MODELS[str({})], clip(5, 4, 2, batch=2)
+    exact, plan = model.decode(latent), model.plan(latent.shape, budget="least")
+    for how in (None, plan):
+        out = torch.full(exact.shape, 7.0, dtype=torch.float32)
+        assert model.decode(latent, plan=how, out=out) is out
+        assert difference(out, exact.float()) < 1e-6
+        other = torch.empty(2, 5, 3, 4, 4, dtype=torch.float64)
+        model.decode(latent.transpose(1, 2), layout="BTCHW", plan=how, out=other)
+        assert difference(other.transpose(1, 2), exact) < 1e-10
+        image = torch.empty(2, 3, 4, 4, dtype=torch.float64)
+        model.decode(latent[:, :, 0], out=image)
+        assert difference(image, model.decode(latent[:, :, 0])) < 1e-10
+    with pytest.raises(ValueError, match="out must hold"):
+        model.decode(latent, out=torch.empty(2, 3, 5, 4, 5))
+    with torch.enable_grad(), pytest.raises(ValueError, match="no_grad"):
+        model.decode(latent, out=torch.empty(exact.shape))
+
+
+@pytest.mark.parametrize(
+    "layout", [str({}), str({"temporal_attention_reach": 0, "time_conv_out": True})]
+)
+def test_frames_as_they_are_made(layout: str) -> None:
+    model, latent = MODELS[layout], clip(5, 4, 2)
+    with torch.no_grad():
+        exact = model.decode(latent)
+        plan = replace(model.plan(latent.shape), bounds=Bounds(frames=1, pixels=3))
+        pieces = list(model.iter_decode(latent, plan=plan))
+        assert len(pieces) == 5 and difference(torch.cat(pieces, 2), exact) < 1e-10
+        assert difference(torch.cat(list(model.iter_decode(latent)), 2), exact) < 1e-10
+        with pytest.raises(ValueError, match="one clip"):
+            model.iter_decode(clip(5, 4, 2, batch=2))
+        frames = model.iter_decode(latent, plan=plan)
+    assert difference(torch.cat(list(frames), 2), exact) < 1e-10  # pulled where gradients are on
+    with pytest.raises(ValueError, match="no_grad"):
+        model.iter_decode(latent, plan=plan)
+
+
+# What is there -------------------------------------------------------------------------------
+
+
+def test_a_budget_above_what_is_free_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = MODELS[str({})]
+    monkeypatch.setattr(model_module, "available_bytes", lambda device: 10 * 2**20)
+    assert model.plan((1, 4, 2, 2, 2), budget="9MiB").peak_bytes < 9 * 2**20
+    with pytest.raises(ValueError, match=r"11MiB.* is above the memory that is free, 10485760"):
+        model.plan((1, 4, 2, 2, 2), budget="11MiB")
+
+
+def test_what_is_free(tmp_path: Path) -> None:
+    cpu = torch.device("cpu")
+    assert 2**26 < (available.available_bytes(cpu) or 0) < 2**50
+    assert available.available_bytes(torch.device("meta")) is None
+    assert available._left_in_container(tmp_path) is None
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 100\ninactive_file 200\n")
+    assert available._left_in_container(tmp_path) == 500
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available._left_in_container(tmp_path) is None
+
+
+@torch.no_grad()
+def test_out_of_memory_means_plan_smaller_and_start_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU whose memory others use: here it fails in the middle of a walk, twice."""
+    model = awake(base_channels=16)
+    z = torch.randn(1, 4, 6, 24, 32, generator=torch.Generator().manual_seed(0)).double()
+    plan, exact = model.plan(z.shape, budget=10**9), model.decode(z)
+    honest, left = TemporalBlock.pixels, [7, 9]
+
+    def failing(self: TemporalBlock, *args: Any) -> Tensor:
+        if left and type(args[0]) is Tensor:  # not while a plan is made, on shapes
+            left[0] -= 1
+            if not left[0]:
+                left.pop(0)
+                raise torch.OutOfMemoryError("as if")
+        return honest(self, *args)
+
+    monkeypatch.setattr(TemporalBlock, "pixels", failing)
+    walked: list[Any] = []
+    once = TemporalVAE._walk_once
+
+    def watched(self: TemporalVAE, operation: Any, clip: Tensor, plan: Any, out: Any) -> Tensor:
+        walked.append(plan)
+        return once(self, operation, clip, plan, out)
+
+    monkeypatch.setattr(TemporalVAE, "_walk_once", watched)
+    assert difference(model.decode(z, plan=plan), exact) < 1e-10
+    peaks = [p.peak_bytes for p in walked]
+    assert len(peaks) == 3 and peaks[0] > peaks[1] > peaks[2]
+    left.extend([1] * 99)
+    with pytest.raises(torch.OutOfMemoryError):
+        model.decode(z, plan=plan)
+    left[:] = [1]
+    with pytest.raises(torch.OutOfMemoryError):  # without a plan nobody asked for less
+        model.decode(z)
+
+
+@torch.no_grad()
+def test_a_full_disk_is_said_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    model, latent = MODELS[str({})], clip(3, 4, 2)
+    plan = model.plan(latent.shape, offload=tmp_path)
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        model.decode(latent, plan=plan)
+    assert not list(tmp_path.iterdir())
+
+
+def test_seconds_follow_the_work() -> None:
+    model = MODELS[str({})]
+    few, many = (model.plan((1, 4, t, 40, 60)) for t in (4, 16))
+    assert few.seconds is not None and many.seconds is not None
+    assert 3 < many.seconds / few.seconds < 5
+    fused = replace(many, bounds=Bounds(rows=16, fused=True))
+    assert "never stored" in fused.explain() and "expected here" in fused.explain()
+
+
+# Mutations -----------------------------------------------------------------------------------
+
+
+def assert_red(layout: dict[str, Any], bounds: Bounds, sizes: list[int]) -> None:
+    with pytest.raises(AssertionError):
+        assert_bounded_pieces_equal_whole(MODELS[str(layout)], sizes, bounds)
+
+
+@pytest.mark.parametrize("layout", [{}, {"causal_mode": True}], ids=str)
+def test_law_2_sees_a_bounded_step_that_drops_its_tails(
+    layout: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = bounded._like
+    assert layout in LAYOUTS
+    monkeypatch.setattr(bounded, "_like", lambda tail: honest(tail).zero_())
+    assert_bounded_pieces_equal_whole(MODELS[str(layout)], [9, 8], Bounds(pixels=3))  # all written
+    advance = TemporalBlock.advance
+
+    def forgetful(self: TemporalBlock, *args: Any, **options: Any) -> Any:
+        y, tails = advance(self, *args, **options)
+        return y, tuple(torch.zeros_like(tail) for tail in tails)
+
+    monkeypatch.setattr(TemporalBlock, "advance", forgetful)
+    assert_red(layout, Bounds(pixels=3), [9, 8])
+
+
+def test_law_1_sees_rows_read_after_they_were_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_bounded_pieces_equal_whole(MODELS[str({})], [3], Bounds(rows=1))
+    monkeypatch.setattr(bounded, "_aside", lambda rows: rows.new_zeros(rows.shape))
+    assert_red({}, Bounds(rows=1), [3])
