@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from temporal_vae import foreign
 from temporal_vae.model import TemporalVAE
@@ -73,11 +73,11 @@ def upgrade(pipe: Any, memory: int | str | None = "6GiB") -> Upgrade:
         raise ValueError("the pipeline is upgraded already: its undo() comes first")
     if previous is not None:  # someone has put another VAE in its place
         previous.undo()
+    _refuse_hooks(pipe)
     stock = pipe.vae
     if isinstance(stock, drop_in):
         vae, force_upcast = stock.vae, stock.config.force_upcast
     else:
-        _refuse_hooks(pipe)
         vae, force_upcast = _with_weights_of(stock), stock.config.force_upcast
     module = drop_in.around(vae, force_upcast)
     module.memory = memory
@@ -228,7 +228,7 @@ def _refuse_hooks(pipe: Any) -> None:
     """Raise `ValueError` where hooks on layers move weights, since our walks do not call them."""
     if pipe.hf_device_map is not None:
         raise ValueError("the pipeline has a device map: call pipe.reset_device_map() first")
-    layers = list(pipe.vae.modules())
+    layers = list(pipe.vae.modules()) if isinstance(pipe.vae, nn.Module) else []
     if pipe.__dict__.get("_all_hooks"):
         layers = layers[1:]  # the one of enable_model_cpu_offload stands on the whole VAE
     if any(hasattr(layer, hook) for layer in layers for hook in ("_hf_hook", "_diffusers_hook")):
