@@ -6,15 +6,18 @@ import re
 from pathlib import Path
 
 import pytest
+from test_adapters import svd_pipeline
 from test_checkpoints import image_vae, save_single
 from test_foreign import theirs
+
+import temporal_vae
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def test_the_readme_has_examples() -> None:
-    assert len(EXAMPLES) == 6
+    assert len(EXAMPLES) == 7
 
 
 @pytest.mark.parametrize("code", EXAMPLES, ids=[str(i) for i in range(len(EXAMPLES))])
@@ -33,6 +36,11 @@ def test_an_example_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert (tmp_path / "svd" / "diffusion_pytorch_model.safetensors").is_file()
     if "inflate" in names:
         assert names["inflate"]().is_causal  # type: ignore[operator]
+    if "upgraded" in names:
+        folder = "stabilityai/stable-video-diffusion-img2vid"
+        svd_pipeline().save_pretrained(folder, variant="fp16")
+        pipe = names["upgraded"]()  # type: ignore[operator]
+        assert type(pipe.vae) is temporal_vae.DiffusersTemporalVAE
 
 
 def test_the_shapes_it_states_are_true() -> None:

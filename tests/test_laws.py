@@ -402,11 +402,13 @@ FLOORS = {
     "network": 3, "checkpoint": 3, "foreign": 3,
     "walks.available": 4, "walks.bounded": 4, "walks.plan": 4, "walks.streamed": 4,
     "model": 5,
+    "adapters.diffusers": 6, "adapters.drop_in": 6,
     "training.data": 6, "training.loop": 6,
     "evaluate": 7,
     "app": 8, "cli": 8,
 }  # fmt: skip
 SAME_FLOOR = {
+    ("adapters.diffusers", "adapters.drop_in"),
     ("checkpoint", "foreign"),
     ("cli", "app"),
     ("training.loop", "training.data"),

@@ -1,8 +1,27 @@
 """Temporal-aware variational autoencoders for video diffusion."""
 
+from temporal_vae.adapters.diffusers import to_diffusers, upgrade
 from temporal_vae.config import TemporalVAEConfig
 from temporal_vae.latents import LatentDistribution
 from temporal_vae.model import TemporalVAE
 from temporal_vae.walks.plan import Plan
 
-__all__ = ["LatentDistribution", "Plan", "TemporalVAE", "TemporalVAEConfig"]
+__all__ = [
+    "LatentDistribution",
+    "Plan",
+    "TemporalVAE",
+    "TemporalVAEConfig",
+    "to_diffusers",
+    "upgrade",
+]
+
+
+def __getattr__(name: str):  # type: ignore[no-untyped-def]
+    # A saved pipeline names its VAE as ["temporal_vae", "DiffusersTemporalVAE"]; diffusers looks
+    # that up here, and beside it the base class that says how to load it. Neither is imported
+    # before.
+    if name in ("DiffusersTemporalVAE", "ModelMixin"):
+        from temporal_vae.adapters import drop_in
+
+        return getattr(drop_in, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -27,6 +27,8 @@ FORMAT_VERSION = 1
 CONFIG_FILE = hub.CONFIG_FILE
 WEIGHTS_FILE = "model.safetensors"
 DIFFUSERS_WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+DROP_IN_CLASS = "DiffusersTemporalVAE"
+"""What `adapters.drop_in` calls itself in the files that diffusers writes of it."""
 
 _PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80")
@@ -136,6 +138,10 @@ def _read_folder(folder: hub.Folder, variant: str | None) -> Stored:
         config = _read_config(record, where)
         files = _weights(folder, WEIGHTS_FILE, variant)
         return Stored(folder.where, config, _entries(files, str))
+    if record.get("_class_name") == DROP_IN_CLASS:
+        config = _read_model(record, where)
+        files = _weights(folder, DIFFUSERS_WEIGHTS_FILE, variant)
+        return Stored(folder.where, config, _entries(files, str))
     if "_class_name" not in record:
         raise ValueError(f"{where} is not a temporal_vae configuration, nor one of diffusers'")
     try:
@@ -163,6 +169,10 @@ def _read_config(record: Mapping[str, Any], where: str) -> TemporalVAEConfig:
             f"{where} has format version {record.get('format_version')!r}, this library reads "
             f"{FORMAT_VERSION}: install a newer temporal-video-vae"
         )
+    return _read_model(record, where)
+
+
+def _read_model(record: Mapping[str, Any], where: str) -> TemporalVAEConfig:
     if not isinstance(record.get("model"), dict):
         raise ValueError(f"{where} has no configuration under 'model'")
     return TemporalVAEConfig.from_dict(record["model"])

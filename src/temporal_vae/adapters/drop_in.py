@@ -1,0 +1,232 @@
+"""`DiffusersTemporalVAE`: a `TemporalVAE` that diffusers takes for one of its own VAEs.
+
+Letters as in model.py. diffusers folds the frames of clips into the batch: N = B*T images
+(N, C, H, W) with pixels in [-1, 1], and latents (N, L, H/f, W/f) that are not scaled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import FrozenDict, register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor, nn
+
+from temporal_vae.config import TemporalVAEConfig
+from temporal_vae.model import TemporalVAE
+from temporal_vae.walks.available import available_bytes
+from temporal_vae.walks.plan import Budget, parse_budget
+
+FORCE_UPCAST = True
+"""Whether pipelines are to run a float16 model in float32 where they can, as diffusers' own VAEs
+ask: float16 overflows in the wide layers of SDXL's and SVD's."""
+
+
+class DiffusersTemporalVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
+    """A drop-in for diffusers' `AutoencoderKL` and `AutoencoderKLTemporalDecoder`.
+
+    Made by `temporal_vae.to_diffusers`. `vae` is the `TemporalVAE` that does the work; it shares
+    every weight, so moving or converting one does it to both. `config` has what pipelines read.
+
+    Pipelines save and load it, where the program that loads has imported `temporal_vae`: diffusers
+    imports no library because a file names it.
+
+    Args:
+        model: the fields of a `TemporalVAEConfig`.
+        force_upcast: whether pipelines are to run a float16 model in float32 where they can.
+    """
+
+    # the name in a saved pipeline: of a module that is there once the library is imported
+    __module__ = "temporal_vae"
+    _supports_group_offloading = False  # its hooks stand on layers, which our walks do not call
+
+    vae: TemporalVAE
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(self, model: dict[str, Any], force_upcast: bool = FORCE_UPCAST):
+        super().__init__()
+        with torch.device("meta" if _no_memory_wanted() else "cpu"):
+            self._hold(TemporalVAE.from_config(TemporalVAEConfig.from_dict(model)))
+
+    @classmethod
+    def around(cls, vae: TemporalVAE, force_upcast: bool = FORCE_UPCAST) -> DiffusersTemporalVAE:
+        """The drop-in of a model, which it holds, not copies."""
+        with torch.device("meta"):
+            module: DiffusersTemporalVAE = cls(
+                model=vae.config.to_dict(), force_upcast=force_upcast
+            )
+        module._hold(vae)
+        module.train(vae.training)
+        return module
+
+    def _hold(self, vae: TemporalVAE) -> None:
+        # The two lines are its submodules, so tensors have the names of our own files. The model
+        # itself stays out of the module tree, where it would name every tensor a second time.
+        self.encoder, self.decoder = vae.encoder, vae.decoder
+        object.__setattr__(self, "vae", vae)
+        self.memory: int | str | None = None
+        """A budget as of `TemporalVAE.plan`, or "auto"; None leaves it to the setters of `vae`."""
+
+    @property
+    def config(self) -> FrozenDict:
+        """What was given, and its values under diffusers' names."""
+        return FrozenDict({**_their_names(self.vae.config), **self._internal_dict})
+
+    @property
+    def quant_conv(self) -> nn.Module | None:
+        """The convolution on the moments: pipelines ask for its dtype."""
+        return self.vae.encoder.quant_conv
+
+    @property
+    def post_quant_conv(self) -> nn.Module | None:
+        """The convolution on the latent: pipelines ask for its dtype."""
+        return self.vae.decoder.post_quant_conv
+
+    @apply_forward_hook  # type: ignore[untyped-decorator]
+    def encode(self, x: Tensor, return_dict: bool = True, num_frames: int = 1) -> Any:
+        """Pixels (N, C, H, W) -> `.latent_dist` over latents (N, L, H/f, W/f), as diffusers' own.
+
+        Its `sample(generator)` draws what diffusers draws. `num_frames` consecutive frames are a
+        clip, where the encoder looks at other frames.
+
+        Raises `ValueError` as `TemporalVAE.encode`, for a wrong `num_frames`, and for a budget that
+        cannot be met, naming the least.
+        """
+        clips = self._clips(x, num_frames, self.vae.encode_reach)
+        with self._budget():
+            moments = self.vae.encode_with_distribution(clips, layout="BTCHW")
+        posterior = DiagonalGaussianDistribution(torch.cat(moments, 2).flatten(0, 1))
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    @apply_forward_hook  # type: ignore[untyped-decorator]
+    def decode(
+        self,
+        z: Tensor,
+        num_frames: int = 1,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> Any:
+        """Latents (N, L, h, w) -> `.sample`, pixels (N, C, f*h, f*w), not clamped.
+
+        `num_frames` consecutive frames are a clip; nothing is drawn from `generator`, which some
+        pipelines pass. Raises as `encode`.
+        """
+        clips = self._clips(z, num_frames, self.vae.decode_reach)
+        with self._budget():
+            if torch.is_grad_enabled():
+                pixels = self.vae.decode(clips, layout="BTCHW").flatten(0, 1)
+            else:  # frame by frame to its place: the result is there only once
+                f, (n, _, h, w) = self.vae.downsample_factor, z.shape
+                pixels = z.new_empty(n, self.vae.input_channels, f * h, f * w)
+                into = pixels.unflatten(0, clips.shape[:2])
+                self.vae.decode(clips, layout="BTCHW", out=into)
+        return DecoderOutput(sample=pixels) if return_dict else (pixels,)
+
+    def forward(
+        self,
+        sample: Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+        num_frames: int = 1,
+    ) -> Any:
+        """Pixels (N, C, H, W) -> `.sample`, their reconstruction; see `encode` and `decode`."""
+        posterior = self.encode(sample, num_frames=num_frames).latent_dist
+        z = posterior.sample(generator) if sample_posterior else posterior.mode()
+        return self.decode(z, num_frames=num_frames, return_dict=return_dict)
+
+    def enable_slicing(self) -> None:
+        """Walk clips one by one from now on; the result stays the same."""
+        self.vae.set_slicing_enabled(True)
+
+    def disable_slicing(self) -> None:
+        """Walk all clips of a batch at once again."""
+        self.vae.set_slicing_enabled(False)
+
+    def enable_tiling(self, *_: Any, **__: Any) -> None:
+        """Walk with the least memory from now on; the result stays the same, so sizes of tiles,
+        which diffusers' VAEs take here, mean nothing."""
+        self.vae.set_tiling_enabled(True)
+
+    def disable_tiling(self) -> None:
+        """Walk as before `enable_tiling` again."""
+        self.vae.set_tiling_enabled(False)
+
+    def _clips(self, frames: Tensor, num_frames: int, reach: int | None) -> Tensor:
+        """(N, C, H, W) -> clips (B, T, C, H, W), a view."""
+        if self.device.type == "meta":
+            raise ValueError(
+                "the weights are on no device; enable_sequential_cpu_offload moves them layer by "
+                "layer, which our walks do not support: take enable_model_cpu_offload, and a "
+                "memory budget for the activations"
+            )
+        if frames.ndim != 4:
+            raise ValueError(
+                f"diffusers' VAEs take frames as (B*T, C, H, W), got {tuple(frames.shape)}"
+            )
+        count = len(frames)
+        if isinstance(num_frames, bool) or num_frames < 1 or count % num_frames:
+            raise ValueError(
+                f"num_frames must be above 0 and divide the {count} frames, got {num_frames!r}"
+            )
+        if reach == 0 and not self.vae.slicing_enabled:
+            num_frames = count  # frames do not see each other: one clip has the better plans
+        clips: Tensor = frames.unflatten(0, (-1, num_frames))
+        return clips
+
+    @contextlib.contextmanager
+    def _budget(self) -> Iterator[None]:
+        if self.memory is None:
+            yield
+            return
+        before = self.vae.memory_budget
+        self.vae.set_memory_budget(affordable(self.memory, self.device))
+        try:
+            yield
+        finally:
+            self.vae.set_memory_budget(before)
+
+
+def affordable(memory: int | str, device: torch.device) -> Budget:
+    """A budget of so much, or of what is free where that is less or `memory` is "auto".
+
+    A pipeline has worked for minutes when its VAE's turn comes: a budget means "at most" here.
+    """
+    limit = sys.maxsize if memory == "auto" else parse_budget(memory)
+    free = available_bytes(device)
+    if not isinstance(limit, int) or (free is not None and limit <= free):
+        return memory
+    if free is None:
+        return None if memory == "auto" else memory
+    usable = free * 7 // 8  # for the caches of kernels, and others on the machine
+    unit = 1 << max(0, usable.bit_length() - 4)  # rounded, so that the next call finds its plan
+    return max(1, usable // unit * unit)
+
+
+def _no_memory_wanted() -> bool:
+    """Whether shapes alone are wanted, to be filled from a file: accelerate's way to say so."""
+    return nn.Linear(1, 1, bias=False).weight.is_meta
+
+
+def _their_names(config: TemporalVAEConfig) -> dict[str, Any]:
+    """The values of a configuration that pipelines read, under diffusers' names."""
+    return {
+        "in_channels": config.input_channels,
+        "out_channels": config.input_channels,
+        "latent_channels": config.latent_channels,
+        "block_out_channels": config.widths,
+        "layers_per_block": config.blocks_per_level,
+        "scaling_factor": config.latent_scale_factor,
+        "shift_factor": config.latent_shift_factor,
+        "latents_mean": None,
+        "latents_std": None,
+        "use_quant_conv": config.quant_conv,
+        "use_post_quant_conv": config.post_quant_conv,
+    }
