@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import awake
+from test_bounded import SVD_LIKE
 from test_video import audio_only, smooth, text_file, write
 from torch import Tensor
 
@@ -23,6 +25,7 @@ from temporal_vae import TemporalVAE, app, cli
 from temporal_vae.evaluate import reconstruct_frames
 from temporal_vae.metrics import psnr
 from temporal_vae.video import VideoError, VideoReader, VideoWriter, read_clip, to_bytes
+from temporal_vae.walks.plan import _Alive
 
 COMMAND = [sys.executable, "-c", "from temporal_vae.cli import main; main()"]
 
@@ -364,3 +367,108 @@ def test_memory_is_flat_in_the_length(tmp_path: Path) -> None:
         [sys.executable, root / "benchmarks/flat_memory.py"], capture_output=True, text=True
     ).stdout
     assert float(said.rsplit("ratio", 1)[1]) < 1.05, said
+
+
+# Memory and pipes ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"causal_mode": True}, SVD_LIKE], ids=str)
+@pytest.mark.parametrize("memory", ["64MiB", "least", "auto"])
+def test_a_budget_never_changes_the_file(
+    tmp_path: Path, options: dict[str, Any], memory: str
+) -> None:
+    model = awake(torch.float32, **options)
+    source = write(tmp_path / "in.mkv", smooth(11, 19, 30))
+    for name, budget in (("whole", None), ("bounded", memory)):
+        app.reconstruct(source, tmp_path / f"{name}.mkv", model, memory=budget)
+    whole, back = (read_clip(tmp_path / f"{name}.mkv") for name in ("whole", "bounded"))
+    assert whole.shape == back.shape == (11, 19, 30, 3)
+    assert np.abs(back.astype(int) - whole).max() <= 1 and (back != whole).mean() < 1e-3
+
+
+@torch.no_grad()
+def test_a_stream_is_planned_within_its_budget(tmp_path: Path) -> None:
+    """All that is alive while the command's walk runs, states and frames included."""
+    model = awake(torch.float32, base_channels=16, causal_mode=True)
+    frames = smooth(40, 64, 96)
+    for budget in (100 * 2**20, 50 * 2**20):
+        plans = app.stream_plans(model, (64, 96), budget)
+        assert plans.encode.stream and plans.decode.stream and plans.peak_bytes <= budget
+        cut = (frames[i : i + plans.frames] for i in range(0, 40, plans.frames))
+        with _Alive() as alive:
+            walk = app._walk_stream(cut, model, plans.encode, plans.decode)
+            given = [len(images) for images in walk]
+        assert sum(given) == 40
+        assert 0.6 * plans.peak_bytes < alive.most <= plans.peak_bytes
+    with pytest.raises(ValueError, match="below the least that a stream of 96x64") as error:
+        app.stream_plans(model, (64, 96), 2**20)
+    least = int(re.findall(r"with: (\d+) bytes", str(error.value))[0])
+    assert app.stream_plans(model, (64, 96), least).peak_bytes <= least
+
+
+def test_memory_is_reserved_before_the_first_frame(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(size: int, device: object) -> None:
+        raise torch.OutOfMemoryError(f"{size}")
+
+    monkeypatch.setattr(app, "_reserve", none_left)
+    source = write(tmp_path / "in.mkv", smooth(3, 16, 16))
+    seen: list[int] = []
+    with pytest.raises(torch.OutOfMemoryError, match=r"^\d+$"):
+        app.reconstruct(
+            source, tmp_path / "out.mkv", awake(torch.float32), None, lambda *n: seen.append(n[0]),
+            "64MiB",
+        )  # fmt: skip
+    assert not seen and not (tmp_path / "out.mkv").exists()
+
+
+@pytest.mark.parametrize(
+    ("memory", "message"),
+    [
+        ("much", "a budget is"),
+        ("900TiB", "above the memory that is free"),
+        ("1MiB", "below the least"),
+    ],
+)
+def test_memory_that_cannot_be(
+    tmp_path: Path, small_model: Path, memory: str, message: str
+) -> None:
+    source = write(tmp_path / "in.mkv", smooth(3, 64, 64))
+    result = tvae(
+        "reconstruct", source, tmp_path / "out.mkv", "--model", small_model, "--memory", memory
+    )
+    assert_one_line_error(result, message)
+    assert {p.name for p in tmp_path.iterdir()} == {"in.mkv"}
+
+
+def test_pipes(tmp_path: Path, small_model: Path) -> None:
+    """From a file that flows in to one that flows out: the same frames as with names."""
+    source = write(tmp_path / "in.mkv", smooth(7, 19, 30))
+    named = tvae("reconstruct", source, tmp_path / "named.mkv", "--model", small_model)
+    assert named.returncode == 0, named.stderr
+    command = [*COMMAND, "reconstruct", "-", "-", "--model", str(small_model)]
+    with subprocess.Popen(["cat", source], stdout=subprocess.PIPE) as feed:  # cannot be rewound
+        piped = subprocess.run(command, stdin=feed.stdout, capture_output=True, check=False)
+    assert piped.returncode == 0, piped.stderr
+    assert b"7 frames" in piped.stderr
+    (tmp_path / "piped.mkv").write_bytes(piped.stdout)
+    assert np.array_equal(read_clip(tmp_path / "piped.mkv"), read_clip(tmp_path / "named.mkv"))
+    assert times(tmp_path / "piped.mkv") == times(tmp_path / "named.mkv")
+
+
+def test_a_pipe_that_ends_early(tmp_path: Path, small_model: Path) -> None:
+    command = [*COMMAND, "reconstruct", "-", "-", "--model", str(small_model)]
+    nothing = subprocess.run(command, input=b"", capture_output=True, check=False)
+    assert nothing.returncode == 1 and b"not a video" in nothing.stderr
+    assert b"Traceback" not in nothing.stderr
+    source = write(tmp_path / "in.mkv", smooth(40, 64, 64))
+    pipe = subprocess.PIPE
+    with (
+        source.open("rb") as video,
+        subprocess.Popen(command, stdin=video, stdout=pipe, stderr=pipe) as walk,
+    ):
+        assert walk.stdout is not None and walk.stderr is not None
+        walk.stdout.close()  # nobody reads any more: the end, in silence, as of any filter
+        assert b"Traceback" not in walk.stderr.read()
+    assert walk.returncode == 1

@@ -174,21 +174,40 @@ def _pieces(frames: Iterator[Frame], length: int, stamps: deque[int]) -> Iterato
 
 def _memory(memory: Budget, model: TemporalVAE) -> int | Literal["least"] | None:
     """Bytes of a budget; "auto" is a share of what is free."""
-    if memory != "auto":
-        return parse_budget(memory)
     free = available_bytes(model.device)
+    if memory != "auto":
+        budget = parse_budget(memory)
+        if isinstance(budget, int) and free is not None and budget > free:
+            raise ValueError(f"{memory} is above the memory that is free, {free / 2**30:.3f} GiB")
+        return budget
     if free is None:
         raise ValueError(f"how much memory is free on {model.device} is not known: give it in GiB")
     return int(AUTO_SHARE * free)
 
 
+@dataclass(frozen=True, slots=True)
+class StreamPlans:
+    """How a video streams through encoder and decoder: pieces of `frames` frames."""
+
+    frames: int
+    encode: Plan
+    decode: Plan
+    beside: int
+    """Bytes of frames that lie about while a piece is walked."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """Largest memory in use: the state of one stream waits while a step of the other runs."""
+        encoding = self.encode.peak_bytes + self.decode.state_bytes
+        return self.beside + max(encoding, self.decode.peak_bytes + self.encode.state_bytes)
+
+
 def stream_plans(
     model: TemporalVAE, size: tuple[int, int], budget: int | Literal["least"]
-) -> tuple[int, Plan, Plan]:
-    """Frames of a piece, and plans to encode and decode it, within a budget for both streams.
+) -> StreamPlans:
+    """Plans for frames of (height, width), in whole cells, within a budget for both streams.
 
-    The state of one waits while a step of the other runs. Raises `ValueError` naming the smallest
-    budget that can be met.
+    Raises `ValueError` naming the smallest budget that can be met.
     """
     factor = model.downsample_factor
     cells = (size[0] // factor, size[1] // factor)
@@ -199,19 +218,18 @@ def stream_plans(
         shape = pixels if operation == "encode" else latents
         return model.plan(shape, operation, budget=budget, stream=True)
 
-    frames = PLANNED_PIECES[-1]
-    encode, decode = (plan(operation, frames, "least") for operation in ("encode", "decode"))
-    states = (encode.state_bytes, decode.state_bytes)
-    needed = _beside(model, frames, size) + max(
-        encode.peak_bytes + states[1], decode.peak_bytes + states[0]
-    )
+    encode, decode = plan("encode", 1, "least"), plan("decode", 1, "least")
+    least = StreamPlans(1, encode, decode, _beside(model, 1, size))
     if budget == "least":
-        return frames, encode, decode
+        return least
     for frames in PLANNED_PIECES:
-        left = budget - _beside(model, frames, size)
+        beside = _beside(model, frames, size)
+        left = budget - beside
         with suppress(ValueError):
-            encode = plan("encode", frames, left - states[1])
-            return frames, encode, plan("decode", frames, left - states[0])
+            encode = plan("encode", frames, left - least.decode.state_bytes)
+            decode = plan("decode", frames, left - least.encode.state_bytes)
+            return StreamPlans(frames, encode, decode, beside)
+    needed = least.peak_bytes
     raise ValueError(
         f"{budget} bytes ({budget / 2**30:.3f} GiB) are below the least that a stream of "
         f"{size[1]}x{size[0]} can do with: {needed} bytes ({needed / 2**30:.3f} GiB)"
@@ -256,11 +274,10 @@ def _walk(
     if budget is None:
         piece = max(1, min(PIECE_FRAMES, PIECE_PIXELS // (size[0] * size[1])))
         return Walk(_walk_stream(_pieces(frames, piece, stamps), model, None, None), stamps)
-    piece, encode, decode = stream_plans(model, padded, budget)
-    if isinstance(budget, int):
-        _reserve(budget, model.device)
-    pieces = _pieces(frames, piece, stamps)
-    return Walk(_walk_stream(pieces, model, encode, decode), stamps)
+    plans = stream_plans(model, padded, budget)
+    _reserve(plans.peak_bytes, model.device)
+    pieces = _pieces(frames, plans.frames, stamps)
+    return Walk(_walk_stream(pieces, model, plans.encode, plans.decode), stamps)
 
 
 @torch.no_grad()
@@ -272,7 +289,7 @@ def _walk_clips(
         video = _padded_pixels(clip, model)
         left = budget
         if isinstance(left, int):
-            left = max(1, left - _beside(model, *video.shape[2:]))
+            left = max(1, left - _beside(model, video.shape[2], (video.shape[3], video.shape[4])))
         plan = None if left is None else model.plan(video.shape, "encode", budget=left)
         latents = model.encode(video, sample_mode=False, plan=plan)
         del video
