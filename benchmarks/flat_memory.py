@@ -23,11 +23,11 @@ import numpy as np
 from temporal_vae.video import VideoWriter
 
 
-def make_video(path: Path, frames: int) -> None:
-    """A moving gradient with noise, 128x96."""
+def make_video(path: Path, frames: int, height: int = 96, width: int = 128) -> None:
+    """A moving gradient with noise."""
     rng = np.random.default_rng(0)
-    y, x = np.mgrid[0:96, 0:128]
-    with VideoWriter(path, 96, 128, Fraction(25)) as writer:
+    y, x = np.mgrid[0:height, 0:width]
+    with VideoWriter(path, height, width, Fraction(25)) as writer:
         for t in range(frames):
             ramp = np.stack([x + 3 * t, y + t, x + y], -1) % 256
             writer.write((ramp * 0.9 + rng.integers(0, 25, ramp.shape)).astype(np.uint8), t)
@@ -43,7 +43,7 @@ def anonymous_memory(process: int) -> int:
     return int(lines[0].split()[1]) * 1024 if lines else 0
 
 
-def peak(source: Path, target: Path, model: str) -> int:
+def peak(source: Path, target: Path, model: str, *options: str) -> int:
     """Peak anonymous memory of the command, in bytes."""
     code = "from temporal_vae.cli import main; main()"
     command = [
@@ -55,6 +55,7 @@ def peak(source: Path, target: Path, model: str) -> int:
         str(target),
         "--model",
         model,
+        *options,
     ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     most = 0

@@ -1,9 +1,10 @@
 """Peak memory of a walk beside diffusers', the same weights in both; a fresh process for every row.
 
-    python benchmarks/memory.py [--rows svd14 svd4 image] [--repeats 1]
+    python benchmarks/memory.py [--rows svd14 svd4 image] [--sides diffusers whole least file]
 
 On Linux. The peak is anonymous resident memory, sampled from /proc, over what the process had with
 the weights and the input made; file-backed bytes (libraries, an arena in a file) stand apart.
+"foreseen" is what the plan promised, over what was measured; no row was used to make the model.
 """
 
 from __future__ import annotations
@@ -17,20 +18,33 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 WIDTHS = (128, 256, 512, 512)
-ROWS: dict[str, tuple[str, tuple[int, ...]]] = {
-    "svd14": ("svd", (1, 4, 14, 72, 128)),
-    "svd4": ("svd", (1, 4, 4, 72, 128)),
-    "small": ("svd", (1, 4, 14, 32, 56)),
-    "image": ("sd", (1, 4, 1, 256, 256)),
+
+
+class Row(NamedTuple):
+    """One thing to do."""
+
+    layout: str
+    operation: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.bfloat16
+
+
+ROWS = {
+    "svd14": Row("svd", "decode", (1, 4, 14, 72, 128)),
+    "svd4": Row("svd", "decode", (1, 4, 4, 72, 128)),
+    "small": Row("svd", "decode", (1, 4, 14, 32, 56)),
+    "image": Row("sd", "decode", (1, 4, 1, 256, 256)),
+    "narrow": Row("narrow", "decode", (1, 4, 9, 40, 72), torch.float32),
+    "pair": Row("narrow", "decode", (2, 4, 7, 32, 48), torch.float32),
+    "encode": Row("narrow", "encode", (1, 3, 9, 320, 576), torch.float32),
 }
-"""Layout and shape of the latent; all in bfloat16."""
-SIDES = ("diffusers", "whole", "least", "file")
+SIDES = ("diffusers", "whole", "half", "least", "file")
 
 
 def anonymous_memory(process: int) -> tuple[int, int]:
@@ -46,8 +60,9 @@ def anonymous_memory(process: int) -> tuple[int, int]:
     return found["RssAnon"], found["RssFile"] + found["RssShmem"]
 
 
-def theirs(layout: str, shape: tuple[int, ...]) -> Callable[[], Any]:
+def theirs(row: Row) -> Callable[[], Any]:
     """diffusers' decode of a random latent."""
+    layout, _, shape, _ = row
     from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder
 
     blocks: dict[str, Any] = {"down_block_types": ("DownEncoderBlock2D",) * 4}
@@ -62,28 +77,35 @@ def theirs(layout: str, shape: tuple[int, ...]) -> Callable[[], Any]:
     return lambda: vae.decode(cells, num_frames=shape[2]).sample
 
 
-def ours(layout: str, shape: tuple[int, ...], side: str, folder: str) -> Callable[[], Any]:
-    """Our decode of a random latent, walked as `side` says."""
+def ours(row: Row, side: str, folder: str) -> Callable[[], Any]:
+    """Ours on random input, walked as `side` says: "half" is half of what the whole walk takes."""
+    layout, operation, shape, dtype = row
     from temporal_vae import TemporalVAE, TemporalVAEConfig
 
     if layout == "svd":
         vae = TemporalVAE.from_config(TemporalVAEConfig.svd())
-    else:
+    elif layout == "sd":
         vae = TemporalVAE(num_temporal_layers=0, norm_groups=32)
-    vae = vae.to(torch.bfloat16).eval()
-    latent = torch.randn(shape, dtype=torch.bfloat16)
-    plan = None
+    else:
+        vae = TemporalVAE(base_channels=64)
+    vae = vae.to(dtype).eval()
+    x = torch.randn(shape, dtype=dtype)
+    plan = vae.plan(shape, operation)  # type: ignore[arg-type]
     if side != "whole":
+        budget: int | str = plan.peak_bytes // 2 if side == "half" else "least"
         options: dict[str, Any] = {"offload": folder} if side == "file" else {}
-        plan = vae.plan(shape, budget="least", **options)
-        print(plan.explain(), flush=True)
-        print(f"predicted {plan.peak_bytes}", flush=True)
-    return lambda: vae.decode(latent, plan=plan)
+        plan = vae.plan(shape, operation, budget=budget, **options)  # type: ignore[arg-type]
+    print(plan.explain(), flush=True)
+    print(f"predicted {plan.peak_bytes}", flush=True)
+    print(f"expected {plan.seconds}", flush=True)
+    if operation == "decode":
+        return lambda: vae.decode(x, plan=plan)
+    return lambda: vae.encode(x, sample_mode=False, plan=plan)
 
 
-def work(layout: str, shape: tuple[int, ...], side: str, folder: str) -> None:
-    """The child: make everything, say so, wait for the word, decode, say so."""
-    step = theirs(layout, shape) if side == "diffusers" else ours(layout, shape, side, folder)
+def work(row: Row, side: str, folder: str) -> None:
+    """The child: make everything, say so, wait for the word, walk, say so."""
+    step = theirs(row) if side == "diffusers" else ours(row, side, folder)
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
     print("ready", flush=True)
@@ -104,13 +126,13 @@ def measure(row: str, side: str, verbose: bool) -> dict[str, float]:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         assert child.stdin is not None and child.stdout is not None
-        found: dict[str, float] = {"predicted": 0.0}
+        found: dict[str, float] = {"predicted": 0.0, "expected": 0.0}
 
         def read_until(word: str) -> None:
             assert child.stdout is not None
             for line in child.stdout:
                 name, _, value = line.strip().partition(" ")
-                if name in ("predicted", "seconds"):
+                if name in ("predicted", "expected", "seconds"):
                     found[name] = float(value)
                 elif verbose and name not in ("ready", "done"):
                     print("   ", line.rstrip())
@@ -142,21 +164,24 @@ def main() -> None:
     options = parser.parse_args()
     if options.child:
         row, side, folder = options.child
-        return work(*ROWS[row], side, folder)
-    print(
-        f"{datetime.date.today()}  torch {torch.__version__}, bfloat16, decode, peak over weights"
-    )
-    print(f"{'':24}{'peak GiB':>10}{'of diff.':>10}{'file GiB':>10}{'foreseen':>10}{'s':>8}")
+        return work(ROWS[row], side, folder)
+    print(f"{datetime.date.today()}  torch {torch.__version__}, peak over weights and input")
+    heads = ("peak GiB", "of diff.", "file GiB", "foreseen", "s", "foreseen")
+    print(f"{'':24}" + "".join(f"{head:>10}" for head in heads))
     for row in options.rows:
+        print(f"{row}: {ROWS[row]}")
         base = 0.0
         for side in options.sides:
+            if side == "diffusers" and ROWS[row].layout == "narrow":
+                continue  # has no counterpart there
             m = measure(row, side, options.verbose)
             base = m["peak"] if side == "diffusers" else base
             share = f"{m['peak'] / base:10.3f}" if base else f"{'':10}"
             foreseen = f"{m['predicted'] / m['peak']:10.2f}" if m["predicted"] else f"{'':10}"
+            expected = f"{m['expected'] / m['seconds']:10.2f}" if m["expected"] else ""
             print(
                 f"{row + ' ' + side:24}{m['peak'] / 2**30:10.2f}{share}{m['files'] / 2**30:10.2f}"
-                f"{foreseen}{m['seconds']:8.1f}", flush=True,
+                f"{foreseen}{m['seconds']:10.1f}{expected}", flush=True,
             )  # fmt: skip
 
 

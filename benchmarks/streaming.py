@@ -1,0 +1,87 @@
+"""The command on a long video within a budget: its peak against a short one's, and its speed.
+
+    python benchmarks/streaming.py [--frames 1000] [--memory 512MiB] [--repeats 3]
+
+256x144, `tiny`. Peaks: largest anonymous resident memory of the command, sampled from /proc
+(Linux), for 50 frames and for many. Speed: frames a second of the streamed walk, in the pieces and
+plans that the command makes for the budget, against the whole walk, interleaved in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from flat_memory import make_video, peak
+
+from temporal_vae import TemporalVAE, app
+from temporal_vae.video import Bytes
+from temporal_vae.walks.plan import parse_budget
+
+HEIGHT, WIDTH = 144, 256
+WHOLE_FRAMES = 64
+"""Frames of the whole walk, which must fit in memory."""
+
+
+def streamed(model: TemporalVAE, frames: Bytes, plans: app.StreamPlans) -> int:
+    """The stream of the command, without the codec."""
+    pieces = (frames[i : i + plans.frames] for i in range(0, len(frames), plans.frames))
+    return sum(len(x) for x in app._walk_stream(pieces, model, plans.encode, plans.decode))
+
+
+def speeds(budget: str, repeats: int, frames: int) -> tuple[float, float]:
+    """Median frames a second: streamed and whole."""
+    model = TemporalVAE.from_pretrained("tiny")
+    limit = parse_budget(budget)
+    assert isinstance(limit, int)
+    plans = app.stream_plans(model, (HEIGHT, WIDTH), limit)
+    print(f"pieces of {plans.frames} frames, {plans.peak_bytes / 2**20:.0f} MiB", flush=True)
+    print(plans.encode.explain(), plans.decode.explain(), sep="\n", flush=True)
+    rng = np.random.default_rng(0)
+    clip = rng.integers(0, 256, (frames, HEIGHT, WIDTH, 3), dtype=np.uint8)
+    seconds: dict[str, list[float]] = {"streamed": [], "whole": []}
+    for _ in range(repeats):
+        start = time.perf_counter()
+        streamed(model, clip, plans)
+        seconds["streamed"].append((time.perf_counter() - start) / len(clip))
+        start = time.perf_counter()
+        list(app._walk_clips(iter([clip[:WHOLE_FRAMES]]), model, None))
+        seconds["whole"].append((time.perf_counter() - start) / WHOLE_FRAMES)
+    return tuple(1 / statistics.median(times) for times in seconds.values())  # type: ignore[return-value]
+
+
+def main() -> None:
+    """Print both ratios."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--frames", type=int, default=1000)
+    parser.add_argument("--memory", default="512MiB")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--speed-frames", type=int, default=256)
+    parser.add_argument("--only-speed", action="store_true")
+    options = parser.parse_args()
+    print(f"{datetime.date.today()}  torch {torch.__version__}, tiny, {WIDTH}x{HEIGHT}", flush=True)
+    stream, whole = speeds(options.memory, options.repeats, options.speed_frames)
+    print(
+        f"streamed {stream:.2f} frames/s, whole {whole:.2f}: ratio {stream / whole:.3f}", flush=True
+    )
+    if options.only_speed:
+        return
+    peaks = []
+    with tempfile.TemporaryDirectory() as folder:
+        for frames in (50, options.frames):
+            source = Path(folder) / f"{frames}.mkv"
+            make_video(source, frames, HEIGHT, WIDTH)
+            out = Path(folder) / "out.mp4"
+            peaks.append(peak(source, out, "tiny", "--memory", options.memory))
+            print(f"{frames:5} frames: peak {peaks[-1] / 2**20:.1f} MiB", flush=True)
+    print(f"ratio {peaks[1] / peaks[0]:.3f}")
+
+
+if __name__ == "__main__":
+    main()
