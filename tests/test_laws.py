@@ -399,7 +399,7 @@ FLOORS = {
     "config": 1, "geometry": 1, "video": 1, "files": 1, "hub": 1,
     "kernels.conv": 1, "kernels.norm": 1,
     "layers": 2, "latents": 2, "losses": 2, "metrics": 2, "pictures": 2,
-    "network": 3, "checkpoint": 3, "foreign": 3,
+    "half": 3, "network": 3, "checkpoint": 3, "foreign": 3,
     "walks.available": 4, "walks.bounded": 4, "walks.plan": 4, "walks.streamed": 4,
     "model": 5,
     "training.data": 6, "training.loop": 6,
@@ -409,6 +409,7 @@ FLOORS = {
 SAME_FLOOR = {
     ("checkpoint", "foreign"),
     ("cli", "app"),
+    ("network", "half"),
     ("training.loop", "training.data"),
     ("video", "geometry"),
     ("walks.plan", "walks.bounded"),
