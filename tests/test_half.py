@@ -117,6 +117,19 @@ def test_where_diffusers_overflows_the_error_is_that_of_a_quiet_model(
         assert rms(results[i], exact_loud[i]) <= 2 * rms(undisturbed[i], exact_quiet[i])
 
 
+@pytest.mark.parametrize("family", ["svd", "image"])
+@torch.no_grad()
+def test_black_frames_and_far_latents_stay_finite(family: str) -> None:
+    loud = theirs(family)
+    make_loud(loud)
+    model = ours(loud).half()
+    video, latent = inputs()
+    for pixels in (torch.zeros_like(video), -torch.ones_like(video), video.sign()):
+        assert model.encode(pixels.half(), sample_mode=False).isfinite().all()
+    for cells in (torch.zeros_like(latent), torch.full_like(latent, 30.0), latent * 30):
+        assert model.decode(cells.half()).isfinite().all()
+
+
 @torch.no_grad()
 def test_a_stream_that_swells_on_the_way() -> None:
     """As in trained models: the last blocks are the loudest."""
