@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from fractions import Fraction
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,31 @@ def silu(x: Tensor) -> Tensor:
     return y
 
 
+class Scales(NamedTuple):
+    """What a linear layer finds its input multiplied by, and gives its result multiplied by.
+
+    Powers of two, other than 1 only where float16 would overflow; `half` finds them. Norms undo
+    them: one that reads x * s gives what it gives for x, if its eps is multiplied by s * s.
+    """
+
+    before: float = 1.0
+    after: float = 1.0
+
+    def enter(self, x: Tensor) -> Tensor:
+        """What to apply the weight to: x, overwritten where no gradient needs it.
+
+        The weight itself stays as it is: small ones would lose digits, or vanish.
+        """
+        gain = self.after / self.before
+        if gain == 1.0:
+            return x
+        return x * gain if x.requires_grad else x.mul_(gain)
+
+    def shift(self, bias: Tensor) -> Tensor:
+        """What to add."""
+        return bias if self.after == 1.0 else bias * self.after
+
+
 class GroupNorm(nn.GroupNorm):
     """Group norm over all that a sample holds: a frame (N, C, H, W), or a clip (B, C, T, P)."""
 
@@ -55,8 +80,20 @@ class GroupNorm(nn.GroupNorm):
 class Conv2d(nn.Conv2d):
     """torch's convolution, by our kernel where that is the more exact one."""
 
+    scales = Scales()
+
     def forward(self, x: Tensor) -> Tensor:
-        return conv2d(x, self.weight, self.bias, int(self.stride[0]), int(self.padding[0]))
+        x, bias = self.scales.enter(x), self.scales.shift(cast(Tensor, self.bias))
+        return conv2d(x, self.weight, bias, int(self.stride[0]), int(self.padding[0]))
+
+
+class Linear(nn.Linear):
+    """torch's linear layer, between scales."""
+
+    scales = Scales()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.scales.enter(x), self.weight, self.scales.shift(self.bias))
 
 
 Norm = Callable[[nn.Module, Tensor], Tensor]
@@ -96,6 +133,13 @@ class Framewise(nn.Module):
         """Output channels for input channels: the same unless a layer says otherwise."""
         return channels
 
+    def carry(self, stream: float, branch: float = 1.0) -> None:
+        """From now on find and leave the residual stream multiplied by `stream`.
+
+        What is between the two norms of the layer's own branch, if it has one, is multiplied by
+        `branch`. Nothing happens in a layer beside the stream.
+        """
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) -> (B, C', T, H', W')."""
         y = self.frames(x.movedim(1, -1).flatten(0, 1).movedim(-1, 1))
@@ -121,6 +165,21 @@ class FrameConv(Framewise):
         return self.weight.shape[0]
 
 
+class FirstConv(FrameConv):
+    """The convolution that the residual stream begins with."""
+
+    scales = Scales()
+
+    def frames(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
+        if self.scales.after != 1.0:
+            x = x.clone()  # it is the caller's, not to be overwritten
+        x, bias = self.scales.enter(x), self.scales.shift(self.bias)
+        return conv2d(x, self.weight, bias, padding=self.padding)
+
+    def carry(self, stream: float, branch: float = 1.0) -> None:
+        self.scales = Scales(1.0, stream)
+
+
 class FrameNormSiLU(Framewise):
     """Group norm over each frame, then SiLU."""
 
@@ -137,6 +196,9 @@ class FrameNormSiLU(Framewise):
 
     def norms(self) -> tuple[nn.Module, ...]:
         return (self,)
+
+    def carry(self, stream: float, branch: float = 1.0) -> None:
+        self.eps = SPATIAL_EPS * stream**2
 
 
 class ResidualBlock(Framewise):
@@ -166,6 +228,14 @@ class ResidualBlock(Framewise):
     def channels(self, channels: int) -> int:
         return self.conv2.out_channels
 
+    def carry(self, stream: float, branch: float = 1.0) -> None:
+        self.norm1.eps = SPATIAL_EPS * stream**2
+        self.conv1.scales = Scales(1.0, branch)
+        self.norm2.eps = SPATIAL_EPS * branch**2
+        self.conv2.scales = Scales(1.0, stream)
+        if self.conv_shortcut is not None:
+            self.conv_shortcut.scales = Scales(stream, stream)
+
 
 class SpatialAttention(Framewise):
     """Single-head attention among the pixels of each frame, joined to its input."""
@@ -178,7 +248,7 @@ class SpatialAttention(Framewise):
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.Sequential(nn.Linear(channels, channels))
+        self.to_out = nn.Sequential(Linear(channels, channels))
 
     def frames(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
         tokens = norm(self.group_norm, x).flatten(2).transpose(1, 2)  # (N, P, C)
@@ -195,6 +265,10 @@ class SpatialAttention(Framewise):
         y: Tensor = self.to_out(F.scaled_dot_product_attention(q, k, v).squeeze(1))
         return y
 
+    def carry(self, stream: float, branch: float = 1.0) -> None:
+        self.group_norm.eps = SPATIAL_EPS * stream**2
+        cast(Linear, self.to_out[0]).scales = Scales(1.0, stream)
+
 
 class Downsample(Framewise):
     """Halve height and width: 3x3, stride 2, padded below and on the right only, as in SD."""
@@ -210,6 +284,9 @@ class Downsample(Framewise):
         y: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
         return y
 
+    def carry(self, stream: float, branch: float = 1.0) -> None:
+        self.conv.scales = Scales(stream, stream)
+
 
 class Upsample(Framewise):
     """Double height and width: each pixel four times, then 3x3."""
@@ -224,6 +301,9 @@ class Upsample(Framewise):
     def frames(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
         y: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         return y
+
+    def carry(self, stream: float, branch: float = 1.0) -> None:
+        self.conv.scales = Scales(stream, stream)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -266,6 +346,9 @@ class Timewise(nn.Module):
     def norms(self) -> tuple[nn.Module, ...]:
         """The norms over the clip, in order of application."""
         return ()
+
+    def carry(self, stream: float, branch: float = 1.0) -> None:
+        """See `Framewise.carry`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) -> (B, C', T, H, W)."""
@@ -370,6 +453,7 @@ class TimeConv(Timewise):
 
     past: int
     future: int
+    scales = Scales()
 
     def __init__(self, channels: int, kernel: int, causal: bool):
         super().__init__()
@@ -385,6 +469,7 @@ class TimeConv(Timewise):
     def scaled(self, x: Tensor, gain: Tensor | None) -> Tensor:
         """The convolution times `gain`, which costs nothing: it goes into the weights."""
         weight, bias = self._weights(gain)
+        x = self.scales.enter(x)
         if self.past == self.future:
             return F.conv2d(x, weight, bias, padding=(self.past, 0))
         return F.conv2d(F.pad(x, (0, 0, self.past, self.future)), weight, bias)
@@ -415,10 +500,11 @@ class TimeConv(Timewise):
         if self.future:
             kept = torch.cat([tail, x], 2)
             unborn = max(0, tail.shape[2] - age)
-            u = F.pad(before(kept[:, :, unborn:]), (0, 0, unborn, self.future if last else 0))
+            u = self.scales.enter(before(kept[:, :, unborn:]))
+            u = F.pad(u, (0, 0, unborn, self.future if last else 0))
             early = max(0, self.future - age)
         else:
-            u = kept = torch.cat([tail, before(x)], 2)
+            u = kept = torch.cat([tail, self.scales.enter(before(x))], 2)
             early = 0
         y = (
             F.conv2d(u, weight, bias)[:, :, early:]
@@ -429,7 +515,7 @@ class TimeConv(Timewise):
 
     def _weights(self, gain: Tensor | None) -> tuple[Tensor, Tensor]:
         weight: Tensor = self.weight.squeeze(-1)
-        bias: Tensor = self.bias
+        bias = self.scales.shift(self.bias)
         return (weight, bias) if gain is None else (weight * gain, bias * gain)
 
 
@@ -440,10 +526,11 @@ class PositionNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
+        self.eps = TEMPORAL_EPS
 
     def forward(self, x: Tensor) -> Tensor:
         positions = x.movedim(1, -1)
-        y = F.layer_norm(positions, self.weight.shape, self.weight, self.bias, TEMPORAL_EPS)
+        y = F.layer_norm(positions, self.weight.shape, self.weight, self.bias, self.eps)
         return y.movedim(-1, 1)
 
 
@@ -484,6 +571,12 @@ class TemporalBlock(Timewise):
         both = (self.norm1, self.norm2)
         return tuple(norm for norm in both if isinstance(norm, GroupNorm))
 
+    def carry(self, stream: float, branch: float = 1.0) -> None:
+        cast(PositionNorm | GroupNorm, self.norm1).eps = TEMPORAL_EPS * stream**2
+        self.conv1.scales = Scales(1.0, branch)
+        cast(PositionNorm | GroupNorm, self.norm2).eps = TEMPORAL_EPS * branch**2
+        self.conv2.scales = Scales(1.0, stream)
+
     def tails(self) -> tuple[int, ...]:
         return self.conv1.tails() + self.conv2.tails()
 
@@ -523,13 +616,17 @@ class TemporalAttention(Timewise):
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels, bias=False)  # softmax would cancel a bias
         self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.Sequential(nn.Linear(channels, channels))
+        self.to_out = nn.Sequential(Linear(channels, channels))
         self.distance_bias = nn.Parameter(torch.zeros(self.heads, self.past + self.future + 1))
 
     def pixels(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
         u = self.norm(x)
         q, k, v = (self._project(u, to) for to in (self.to_q, self.to_k, self.to_v))
         return self._mix(q, k, v, self.past, None).add_(x)
+
+    def carry(self, stream: float, branch: float = 1.0) -> None:
+        self.norm.eps = TEMPORAL_EPS * stream**2
+        cast(Linear, self.to_out[0]).scales = Scales(1.0, stream)
 
     def tails(self) -> tuple[int, ...]:
         seen = self.past + self.future

@@ -320,6 +320,14 @@ class TemporalVAE(nn.Module):
         return self.encoder.conv_in.weight.dtype
 
     @property
+    def stream_scales(self) -> dict[str, float]:
+        """What encoder and decoder carry their residual stream multiplied by.
+
+        1.0, or in float16 the power of two that a probe of the weights found to keep it finite.
+        """
+        return {"encoder": self.encoder.stream_scale, "decoder": self.decoder.stream_scale}
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.encoder.conv_in.weight.device

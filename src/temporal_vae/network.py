@@ -13,16 +13,18 @@ by frame. Parameter names follow diffusers' where it has a counterpart.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import cast
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
 
+from temporal_vae import half
 from temporal_vae.config import TemporalVAEConfig
 from temporal_vae.layers import (
     Downsample,
+    FirstConv,
     FrameConv,
     FrameNormSiLU,
     Framewise,
@@ -39,7 +41,23 @@ Layer = Framewise | Timewise
 
 
 class Line(nn.Module):
-    """Layers in a row, applied to the whole clip; how else to walk them is not their business."""
+    """Layers in a row, applied to the whole clip; how else to walk them is not their business.
+
+    In float16 the residual stream between them is carried scaled where it would overflow: see
+    `half`.
+    """
+
+    stream_scale = 1.0
+    """What the residual stream is carried multiplied by."""
+
+    def __init__(self, config: TemporalVAEConfig):
+        super().__init__()
+        self.config = config
+        self.register_load_state_dict_post_hook(_fit_after_loading)  # type: ignore[no-untyped-call]
+
+    def typical_frames(self) -> Tensor:
+        """A few small frames (T, C, H, W) such as the line is made for."""
+        raise NotImplementedError
 
     def layers(self) -> Iterator[Layer]:
         """Every layer in the order of application."""
@@ -52,6 +70,26 @@ class Line(nn.Module):
             x = layer(x)
         return x
 
+    def fit_scales(self) -> None:
+        """Carry the stream so that it fits float16, if the weights are float16, else as it is.
+
+        Conversion and `load_state_dict` see to it. Who writes into float16 weights in another way
+        calls it afterwards.
+        """
+        weight = next(self.parameters())
+        if weight.dtype == torch.float16 and not weight.is_meta:
+            frames = self.typical_frames().to(weight.device)
+            self.stream_scale = half.fit_scales(self.layers(), frames)
+        else:
+            self.stream_scale = half.carry_plainly(self.layers())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = next(self.parameters()).dtype
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if next(self.parameters()).dtype != before:
+            self.fit_scales()
+        return self
+
     @property
     def reach(self) -> tuple[int, int] | None:
         """Frames (back, ahead) that an output depends on; None when it is the whole clip."""
@@ -61,6 +99,10 @@ class Line(nn.Module):
                 return None
             past, future = past + layer.past, future + layer.future
         return past, future
+
+
+def _fit_after_loading(line: nn.Module, keys: object) -> None:
+    cast(Line, line).fit_scales()
 
 
 def _each(modules: nn.Module) -> Iterator[Layer]:
@@ -136,10 +178,10 @@ class Encoder(Line):
     """Pixels (B, C, T, H, W) -> moments (B, 2*L, T, H/f, W/f): mean and log-variance."""
 
     def __init__(self, config: TemporalVAEConfig):
-        super().__init__()
+        super().__init__(config)
         widths, moments = config.widths, 2 * config.latent_channels
         temporal = config.num_temporal_layers if config.temporal_encoder else 0
-        self.conv_in = FrameConv(config.input_channels, widths[0], 3)
+        self.conv_in = FirstConv(config.input_channels, widths[0], 3)
         self.down_blocks = nn.ModuleList()
         for before, width in pairwise((widths[0], *widths)):
             if self.down_blocks:
@@ -150,6 +192,11 @@ class Encoder(Line):
         self.conv_norm_out = FrameNormSiLU(config.groups(widths[-1]), widths[-1])
         self.conv_out = FrameConv(widths[-1], moments, 3)
         self.quant_conv = FrameConv(moments, moments, 1) if config.quant_conv else None
+
+    def typical_frames(self) -> Tensor:
+        """A few small frames of pixels."""
+        size = half.PROBE_CELLS * self.config.downsample_factor
+        return half.probe_frames(self.config.input_channels, size)
 
     def layers(self) -> Iterator[Layer]:
         """Every layer in the order of application."""
@@ -167,11 +214,11 @@ class Decoder(Line):
     """Latents (B, L, T, H/f, W/f) -> pixels (B, C, T, H, W), not clamped."""
 
     def __init__(self, config: TemporalVAEConfig):
-        super().__init__()
+        super().__init__(config)
         latent, pixel = config.latent_channels, config.input_channels
         widths, temporal = config.widths[::-1], config.num_temporal_layers
         self.post_quant_conv = FrameConv(latent, latent, 1) if config.post_quant_conv else None
-        self.conv_in = FrameConv(latent, widths[0], 3)
+        self.conv_in = FirstConv(latent, widths[0], 3)
         self.mid_block = MidBlock(widths[0], temporal, config)
         self.up_blocks = nn.ModuleList()
         for before, width in pairwise((widths[0], *widths)):
@@ -186,6 +233,11 @@ class Decoder(Line):
             if config.time_conv_out
             else None
         )
+
+    def typical_frames(self) -> Tensor:
+        """A few small frames of latents, as a diffusion model would hand them over, unscaled."""
+        frames = half.probe_frames(self.config.latent_channels, half.PROBE_CELLS)
+        return frames / self.config.latent_scale_factor + self.config.latent_shift_factor
 
     def layers(self) -> Iterator[Layer]:
         """Every layer in the order of application."""

@@ -39,9 +39,27 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float)
     x (N, C, H, W), any floating dtype. The result is a new tensor in the memory order of x. Our
     kernel serves channels-last float32 on the CPU where no gradient is wanted, torch all else.
     """
+    if x.dtype == torch.float16 and x.device.type != "cpu":
+        return group_norm_in_float32(x, groups, weight, bias, eps)
     if not _has_kernel(x, weight):
         return group_norm_reference(x, groups, weight, bias, eps)
     return normalise(x, Moments.of(x, groups), weight, bias, eps)
+
+
+def group_norm_in_float32(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float
+) -> Tensor:
+    """`group_norm` of float16 input, one sample at a time.
+
+    torch's kernel for CUDA takes eps in the dtype of x, and in float16 nothing below 6e-8 is left
+    of it: the eps of a scaled input would be 0, and a group of equal values NaN.
+    """
+    weight, bias = weight.float(), bias.float()
+    parts = []
+    for part in x.split(1):
+        y = group_norm_reference(part.float(), groups, weight, bias, eps)
+        parts.append(y.to(x.dtype, memory_format=torch.channels_last))
+    return torch.cat(parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +76,10 @@ class Moments:
         samples, channels = x.shape[:2]
         pixels = x.permute(0, 2, 3, 1).reshape(samples, 1, -1, channels).permute(0, 3, 1, 2)
         runs = pixels.split(RUN_PIXELS, dim=3)
+        # float16 cannot hold the variance of what it can hold: 256 squared is beyond its end
+        wide = torch.float32 if x.dtype == torch.float16 else x.dtype
         found = [
-            torch.batch_norm_update_stats(run[n : n + 1], None, None, 0.0)
+            torch.batch_norm_update_stats(run[n : n + 1].to(wide), None, None, 0.0)
             for n in range(samples)
             for run in runs
         ]
