@@ -75,11 +75,8 @@ def upgrade(pipe: Any, memory: int | str | None = "6GiB") -> Upgrade:
         previous.undo()
     _refuse_hooks(pipe)
     stock = pipe.vae
-    if isinstance(stock, drop_in):
-        vae, force_upcast = stock.vae, stock.config.force_upcast
-    else:
-        vae, force_upcast = _with_weights_of(stock), stock.config.force_upcast
-    module = drop_in.around(vae, force_upcast)
+    vae = stock.vae if isinstance(stock, drop_in) else _with_weights_of(stock)
+    module = drop_in.around(vae)
     module.memory = memory
     done = Upgrade(pipe, vae, module, stock, pipe.__dict__.get("decode_latents"), takeover)
     done._apply()

@@ -6,9 +6,7 @@ Letters as in model.py. diffusers folds the frames of clips into the batch: N = 
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,11 +20,11 @@ from torch import Tensor, nn
 from temporal_vae.config import TemporalVAEConfig
 from temporal_vae.model import TemporalVAE
 from temporal_vae.walks.available import available_bytes
-from temporal_vae.walks.plan import Budget, parse_budget
+from temporal_vae.walks.plan import Budget, Operation, Plan, parse_budget
 
-FORCE_UPCAST = True
-"""Whether pipelines are to run a float16 model in float32 where they can, as diffusers' own VAEs
-ask: float16 overflows in the wide layers of SDXL's and SVD's."""
+FORCE_UPCAST = False
+"""Whether pipelines are to run a float16 model in float32, as diffusers' own VAEs ask, which
+overflow in the wide layers of SDXL's and SVD's. Ours does not: it carries its stream scaled."""
 
 
 class DiffusersTemporalVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
@@ -100,8 +98,8 @@ class DiffusersTemporalVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
         cannot be met, naming the least.
         """
         clips = self._clips(x, num_frames, self.vae.encode_reach)
-        with self._budget():
-            moments = self.vae.encode_with_distribution(clips, layout="BTCHW")
+        plan = self._plan("encode", clips)
+        moments = self.vae.encode_with_distribution(clips, layout="BTCHW", plan=plan)
         posterior = DiagonalGaussianDistribution(torch.cat(moments, 2).flatten(0, 1))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
@@ -119,14 +117,14 @@ class DiffusersTemporalVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
         pipelines pass. Raises as `encode`.
         """
         clips = self._clips(z, num_frames, self.vae.decode_reach)
-        with self._budget():
-            if torch.is_grad_enabled():
-                pixels = self.vae.decode(clips, layout="BTCHW").flatten(0, 1)
-            else:  # frame by frame to its place: the result is there only once
-                f, (n, _, h, w) = self.vae.downsample_factor, z.shape
-                pixels = z.new_empty(n, self.vae.input_channels, f * h, f * w)
-                into = pixels.unflatten(0, clips.shape[:2])
-                self.vae.decode(clips, layout="BTCHW", out=into)
+        plan = self._plan("decode", clips)
+        if torch.is_grad_enabled():
+            pixels = self.vae.decode(clips, layout="BTCHW", plan=plan).flatten(0, 1)
+        else:  # frame by frame to its place: the result is there only once
+            f, (n, _, h, w) = self.vae.downsample_factor, z.shape
+            pixels = z.new_empty(n, self.vae.input_channels, f * h, f * w)
+            into = pixels.unflatten(0, clips.shape[:2])
+            self.vae.decode(clips, layout="BTCHW", plan=plan, out=into)
         return DecoderOutput(sample=pixels) if return_dict else (pixels,)
 
     def forward(
@@ -181,17 +179,22 @@ class DiffusersTemporalVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
         clips: Tensor = frames.unflatten(0, (-1, num_frames))
         return clips
 
-    @contextlib.contextmanager
-    def _budget(self) -> Iterator[None]:
-        if self.memory is None:
-            yield
-            return
-        before = self.vae.memory_budget
-        self.vae.set_memory_budget(affordable(self.memory, self.device))
-        try:
-            yield
-        finally:
-            self.vae.set_memory_budget(before)
+    def _plan(self, operation: Operation, clips: Tensor) -> Plan | None:
+        """How to walk clips (B, T, C, H, W); None leaves it to the setters of `vae`."""
+        if self.memory is None or self.vae.tiling_enabled:
+            return None
+        budget = affordable(self.memory, self.device)
+        b, t, *frame = clips.shape
+        shape = (b, frame[0], t, *frame[1:])
+        return self.vae.plan(shape, operation, clips.dtype, budget)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **options: Any) -> DiffusersTemporalVAE:
+        """As of every `ModelMixin`."""
+        module: DiffusersTemporalVAE = super().from_pretrained(*args, **options)
+        for line in (module.encoder, module.decoder):
+            line.fit_scales()  # the weights were set one by one, which they could not see
+        return module
 
 
 def affordable(memory: int | str, device: torch.device) -> Budget:
