@@ -87,6 +87,7 @@ def walk(line: Line, x: Tensor, bounds: Bounds, out: Tensor | None = None) -> Te
         for piece in _walk_sample(layers, sample, room, _in_place(room)):
             result[:, :, start : start + piece.shape[2]] = piece
             start += piece.shape[2]
+            del piece  # or it would be there while the next one is made; so below
     return out
 
 
@@ -372,11 +373,13 @@ def _walk_sample(
     elif room.bounds.rows is None:
         for _, frames in _groups(last, clip, room):
             yield frames.movedim(0, 1).unsqueeze(0)
+            del frames
     else:
         for frame in clip.split(1, 2):
             whole = _clip(frame, shape_after(last, tuple(frame.shape)), room.device)
             _in_bands(last, frame, whole, room)
             yield whole
+            del whole
 
 
 # Frames --------------------------------------------------------------------------------------
@@ -391,6 +394,7 @@ def _walk_frames(run: list[Framewise], clip: Tensor, room: Room) -> Tensor:
     if room.bounds.rows is None:
         for (start, stop), frames in _groups(run, clip, room):
             target[0, :, start:stop] = frames.movedim(1, 0)
+            del frames
     else:
         for before, after in zip(clip.split(1, 2), target.split(1, 2), strict=True):
             _in_bands(run, before, after, room)
@@ -404,6 +408,7 @@ def _groups(run: list[Framewise], clip: Tensor, room: Room) -> Iterator[tuple[Sp
         for layer in run:
             frames = layer.frames(frames)
         yield (start, stop), frames
+        del frames
 
 
 def _in_bands(run: list[Framewise], source: Tensor, target: Tensor, room: Room) -> None:
@@ -549,7 +554,8 @@ def _input_of(
 
 def _moments(norm: nn.Module, inputs: Iterable[Tensor]) -> Moments:
     """Moments of a norm's input over all pieces of it."""
-    return Moments.join([Moments.of(x, cast(int, norm.num_groups)) for x in inputs])
+    # by map, which holds on to no input while the next one is computed
+    return Moments.join(list(map(partial(Moments.of, groups=cast(int, norm.num_groups)), inputs)))
 
 
 def _with(known: dict[nn.Module, Moments]) -> Norm:

@@ -32,7 +32,9 @@ from temporal_vae.walks import bounded
 from temporal_vae.walks.bounded import Bounds
 
 MARGIN = 0.08
-"""Share of the count that is added for what it does not see: sums, slices, kernels' own memory."""
+"""Share of the count that is added for what it does not see: sums, slices, copies in kernels."""
+KERNELS_BYTES = 32 * 2**20
+"""What kernels and their threads keep for themselves, however small the walk."""
 NEARLY_LEAST = 1.05
 """The least memory may be exceeded by so much for the sake of speed."""
 CHUNK_BYTES = 8 * 2**20
@@ -150,7 +152,8 @@ def _fastest(line: Line, asked: Question) -> Plan:
     for bounds in _candidates(line, asked, limit):
         count = _Count(line, asked, bounds, tracer)
         parts, work = count.parts(), count.work
-        parts.append(("margin", math.ceil(MARGIN * sum(size for _, size in parts))))
+        margin = math.ceil(MARGIN * sum(size for _, size in parts))
+        parts += [("margin", margin), ("the kernels' own", KERNELS_BYTES)]
         plan = Plan(
             operation=asked.operation, shape=asked.shape, dtype=asked.dtype, stream=asked.stream,
             bounds=bounds, parts=tuple(parts), peak_bytes=sum(size for _, size in parts),
