@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from temporal_vae import TemporalVAE
+from temporal_vae import TemporalVAE, layers
 from temporal_vae.kernels.norm import Moments
 from temporal_vae.layers import Framewise, ResidualBlock, Upsample
 from temporal_vae.walks import bounded
@@ -145,6 +145,27 @@ def test_autograd_is_refused() -> None:
         bounded.walk(model.decoder, inputs(model, 1, 2, (2, 2))[1], Bounds())
 
 
+@torch.no_grad()
+def test_attention_in_blocks_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for a 4K image, whose pixels are too many to be asked at once."""
+    model = MODELS[str({})]
+    x = inputs(model, 1, 3, (5, 6))[1]
+    whole = model.decode(x)
+    monkeypatch.setattr(layers, "ATTENTION_SCORES", 1)
+    monkeypatch.setattr(layers, "LEAST_QUERIES", 7)
+    assert difference(model.decode(x), whole) < 1e-10
+    assert_bounded_equals_whole(model, Bounds(rows=2), (1, 2, (5, 6)))
+
+
+GROWS_A_LITTLE = awake(channel_multipliers=(1, 3))
+
+
+def test_an_arena_moves_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a clip grows by less than twice, source and target of the move overlap."""
+    monkeypatch.setattr(bounded, "MOVED_AT_A_TIME", 37)
+    assert_bounded_equals_whole(GROWS_A_LITTLE, Bounds(frames=1, pixels=9), (1, 5, (3, 4)))
+
+
 # Mutations -----------------------------------------------------------------------------------
 
 
@@ -178,3 +199,10 @@ def test_law_1_sees_halo_rows_summed_twice(monkeypatch: pytest.MonkeyPatch) -> N
     everything = lambda rows, scale: (int(rows[0] / scale), 10**6)  # noqa: E731
     monkeypatch.setattr(bounded, "rows_owned", everything)
     assert_red(str({}), Bounds(rows=3))
+
+
+def test_law_1_sees_an_arena_moved_first_part_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded, "MOVED_AT_A_TIME", 37)
+    monkeypatch.setattr(bounded, "reversed", list, raising=False)
+    with pytest.raises(AssertionError):
+        assert_bounded_equals_whole(GROWS_A_LITTLE, Bounds(frames=1, pixels=9), (1, 5, (3, 4)))

@@ -172,12 +172,21 @@ def test_the_plan_of_a_stream_foresees_its_peak(options: dict[str, Any], share: 
     size = sum(t.nbytes for layer in state for t in layer[1:])
     assert plan.state_bytes == size
     piece = latent[:, :, 70:].contiguous()
-    with _Alive() as alive:
-        for tensor in (piece, *(t for layer in state for t in layer)):
-            alive.leave_out(tensor)
-        model.decode_step(piece, state, plan)
-    assert alive.most + size == pytest.approx(plan.peak_bytes, rel=0.15)
-    assert alive.most + size <= plan.peak_bytes
+    peaks = []
+    for step in (
+        lambda: model.decode_step(piece, state, plan),
+        lambda: list(model._owed_frames(state, plan)),
+    ):
+        with _Alive() as alive:
+            known = (piece, *model.parameters(), *(t for layer in state for t in layer))
+            for tensor in known:
+                alive.leave_out(tensor)
+            step()
+        peaks.append(alive.most + size)
+    frames = 0 if model.is_causal else model.decode_reach or 0
+    peaks[1] -= frames * 3 * 48 * 64 * 8  # what was listed here
+    assert max(peaks) <= plan.peak_bytes
+    assert max(peaks) == pytest.approx(plan.peak_bytes, rel=0.25)
 
 
 @torch.no_grad()
@@ -223,6 +232,12 @@ def test_a_plan_for_a_stream_is_for_its_steps() -> None:
             model.decode(latent, plan=steps)
     with pytest.raises(ValueError, match="no_grad"):
         model.decode_step(latent, plan=replace(steps, bounds=Bounds()))
+    with torch.no_grad():
+        _, state = model.decode_step(latent)
+        for plan in (whole, model.plan((1, 4, 1, 3, 2), budget="least", stream=True)):
+            with pytest.raises(ValueError, match="the plan is for"):
+                model.decode_finish(state, plan)
+        assert model.decode_step(latent, None)[0] is None and model.decode_finish(None) is None
     clipped = awake(temporal_norm="clip", clip_frames=4, temporal_encoder=False)
     with pytest.raises(ValueError, match="cannot decode a stream"):
         clipped.plan(latent.shape, stream=True)
@@ -235,14 +250,15 @@ def test_a_stored_budget_holds_for_steps_too(monkeypatch: pytest.MonkeyPatch) ->
     exact, honest, seen = model.decode(latent), bounded.advance, []
 
     def watched(*args: Any) -> Tensor | None:
-        seen.append(args)
+        seen.append(args[3])
         return honest(*args)
 
     monkeypatch.setattr(bounded, "advance", watched)
     model.set_tiling_enabled(True)
     frames = model.decode_stream()
     assert difference(torch.cat(list(frames.pull(latent.split(8, 2))), 2), exact) < 1e-10
-    assert len(seen) >= 5
+    assert len(seen) >= 5 and all(bounds == seen[0] for bounds in seen)
+    assert seen[0] == model.plan((1, 4, 8, 8, 8), budget="least", stream=True).bounds
 
 
 # Results -------------------------------------------------------------------------------------
@@ -282,6 +298,9 @@ def test_frames_as_they_are_made(layout: str) -> None:
         with pytest.raises(ValueError, match="one clip"):
             model.iter_decode(clip(5, 4, 2, batch=2))
         frames = model.iter_decode(latent, plan=plan)
+    with torch.inference_mode():
+        others = model.iter_decode(latent, plan=plan)
+    assert difference(torch.cat(list(others), 2), exact) < 1e-10
     assert difference(torch.cat(list(frames), 2), exact) < 1e-10  # pulled where gradients are on
     with pytest.raises(ValueError, match="no_grad"):
         model.iter_decode(latent, plan=plan)
@@ -363,10 +382,59 @@ def test_a_full_disk_is_said_before_work(tmp_path: Path, monkeypatch: pytest.Mon
 def test_seconds_follow_the_work() -> None:
     model = MODELS[str({})]
     few, many = (model.plan((1, 4, t, 40, 60)) for t in (4, 16))
-    assert few.seconds is not None and many.seconds is not None
     assert 3 < many.seconds / few.seconds < 5
     fused = replace(many, bounds=Bounds(rows=16, fused=True))
     assert "never stored" in fused.explain() and "expected here" in fused.explain()
+
+
+@torch.no_grad()
+def test_an_end_that_fails_can_be_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, latent = awake(), clip(70, 4, 2)
+    stream = model.decode_stream()
+    given = [stream.push(latent)]
+    honest = TemporalBlock.advance
+
+    def failing(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("as if")
+
+    monkeypatch.setattr(TemporalBlock, "advance", failing)
+    with pytest.raises(RuntimeError, match="as if"):
+        stream.finish()
+    monkeypatch.setattr(TemporalBlock, "advance", honest)
+    assert difference(join([*given, stream.finish()]), model.decode(latent)) < 1e-10
+    with pytest.raises(ValueError, match="has ended"):
+        stream.drain()
+
+
+@torch.no_grad()
+def test_a_step_out_of_memory_is_planned_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, latent = awake(base_channels=16, causal_mode=True), clip(6, 4, 24)
+    plan = model.plan(latent.shape, budget=10**9, stream=True)
+    honest, bounds = streamed.step, []
+
+    def failing(line: Any, x: Tensor, state: Any, bound: Any) -> Any:
+        bounds.append(bound)
+        if len(bounds) == 1:
+            raise torch.OutOfMemoryError("as if")
+        return honest(line, x, state, bound)
+
+    monkeypatch.setattr(streamed, "step", failing)
+    frames, _ = model.decode_step(latent, plan=plan)
+    assert frames is not None and difference(frames, model.decode(latent)) < 1e-10
+    assert len(bounds) == 2 and bounds[0] != bounds[1]
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_stream_with_its_activation_on_the_host() -> None:
+    model = awake().cuda()
+    latent = clip(70, 4, 2).cuda()
+    plan = model.plan((1, 4, 8, 2, 2), budget="least", stream=True, offload="host")
+    stream = model.decode_stream(plan)
+    back = torch.cat(list(stream.pull(latent.split(8, 2))), 2)
+    assert difference(back, model.decode(latent)) < 1e-10
+    whole = model.plan(latent.shape, offload="host")
+    assert difference(model.decode(latent, plan=whole), model.decode(latent)) < 1e-10
 
 
 # Mutations -----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -42,7 +43,7 @@ def test_budgets(words: str | int | None, number: object) -> None:
     assert parse_budget(words) == number
 
 
-@pytest.mark.parametrize("words", ["", "much", "-1GiB", "6 giraffes", 0, -5, True, 1.5])
+@pytest.mark.parametrize("words", ["", "much", "-1GiB", "6 giraffes", 0, "0GiB", -5, True, 1.5])
 def test_what_is_no_budget(words: Any) -> None:
     with pytest.raises(ValueError, match="a budget is"):
         parse_budget(words)
@@ -152,6 +153,8 @@ def test_a_plan_is_for_one_input() -> None:
         model.decode(latent(model, frames=5), plan=plan)
     with pytest.raises(ValueError, match="the plan is for"):
         model.encode(pixels(), plan=plan)
+    with pytest.raises(ValueError, match="plan must be what plan"):
+        model.encode(pixels(), plan="least")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="operation must be"):
         model.plan((1, 4, 2, 2, 2), "recode")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="shape must be"):
@@ -188,10 +191,14 @@ def test_offload_is_not_counted_and_changes_nothing(tmp_path: Path) -> None:
         y = model.decode(z, plan=outside)
     assert difference(y, model.decode(z)) < 1e-10
     assert not list(tmp_path.iterdir())
-    for plan in (model.plan(z.shape, offload="host"), model.plan(z.shape, offload=tmp_path)):
-        assert plan.walk == "bounded" and difference(model.decode(z, plan=plan), y) < 1e-10
+    plan = model.plan(z.shape, offload=tmp_path)
+    assert plan.walk == "bounded" and difference(model.decode(z, plan=plan), y) < 1e-10
+    with pytest.raises(ValueError, match="this one is on the CPU"):
+        model.plan(z.shape, offload="host")
     with pytest.raises(ValueError, match="'host' or a folder"):
         model.plan(z.shape, offload=tmp_path / "missing")
+    with pytest.raises(ValueError, match="'host' or a folder, got 3"):
+        model.plan(z.shape, offload=3)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -238,3 +245,27 @@ def test_two_threads_may_use_one_model() -> None:
         thread.join()
     for i, z in enumerate(inputs):
         assert difference(results[i], model.decode(z)) < 1e-10
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@torch.no_grad()
+def test_what_is_made_of_a_result_is_in_the_plan(batch: int) -> None:
+    """Moments, noise and copies in another layout, where they are more than the walk itself."""
+    model = awake(num_temporal_layers=0)
+    video = pixels(90, 8, 8, batch=batch)
+    plan = model.plan(video.shape, "encode", budget="least")
+    z = model.encode(video, False)
+    back = model.plan(z.shape, budget="least")
+    swapped = z.transpose(1, 2)
+    steps: list[tuple[int, Callable[[], Tensor]]] = [
+        (plan.peak_bytes, lambda: model.encode(video, plan=plan)),
+        (plan.peak_bytes, lambda: model.encode(video, False, plan=plan)),
+        (back.peak_bytes, lambda: model.decode(z, plan=back)),
+        (back.peak_bytes, lambda: model.decode(swapped, layout="BTCHW", plan=back)),
+    ]
+    for peak, step in steps:
+        with _Alive() as alive:
+            for x in (video, z, *model.parameters()):
+                alive.leave_out(x)
+            step()
+        assert 0.5 * peak < alive.most <= peak

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -242,9 +243,41 @@ def _beside(model: TemporalVAE, frames: int, size: tuple[int, int]) -> int:
     return pixels * (3 + 4 + 2 * model.dtype.itemsize)
 
 
+def clip_plans(
+    model: TemporalVAE, shape: tuple[int, ...], budget: int | Literal["least"]
+) -> tuple[Plan, Plan, int]:
+    """Plans to encode and decode a clip (1, C, T, H, W), and the bytes for both, one at a time.
+
+    Raises `ValueError` naming the smallest budget that can be met.
+    """
+    factor = model.downsample_factor
+    latents = (1, model.latent_channels, shape[2], shape[3] // factor, shape[4] // factor)
+    beside = _beside(model, shape[2], (shape[3], shape[4]))
+    beside += math.prod(latents) * model.dtype.itemsize
+    least = [model.plan(shape, "encode", budget="least"), model.plan(latents, budget="least")]
+    needed = beside + max(plan.peak_bytes for plan in least)
+    if isinstance(budget, int):
+        if budget < needed:
+            raise ValueError(
+                f"{budget} bytes ({budget / 2**30:.3f} GiB) are below the least that a clip of "
+                f"{shape[2]} frames of {shape[4]}x{shape[3]} can do with: {needed} bytes "
+                f"({needed / 2**30:.3f} GiB)"
+            )
+        left = budget - beside
+        least = [model.plan(shape, "encode", budget=left), model.plan(latents, budget=left)]
+    encode, decode = least
+    return encode, decode, beside + max(encode.peak_bytes, decode.peak_bytes)
+
+
 def _reserve(size: int, device: torch.device) -> None:
     """Take memory and let it go: what cannot be had is missed now, not in the middle."""
-    torch.empty(max(0, size), dtype=torch.uint8, device=device).fill_(0)
+    try:
+        torch.empty(max(0, size), dtype=torch.uint8, device=device).fill_(0)
+    except RuntimeError as error:  # torch's own for the CPU; for a GPU a kind of it
+        raise ValueError(
+            f"the walk needs {size} bytes ({size / 2**30:.3f} GiB), which cannot be had: give "
+            "--memory less"
+        ) from error
 
 
 # Walks ---------------------------------------------------------------------------------------
@@ -285,16 +318,16 @@ def _walk_clips(
     clips: Iterator[Bytes], model: TemporalVAE, budget: int | Literal["least"] | None
 ) -> Iterator[Bytes]:
     """Each clip on its own, its frames as they are decoded."""
+    encode: Plan | None = None
+    decode: Plan | None = None
     for clip in clips:
         video = _padded_pixels(clip, model)
-        left = budget
-        if isinstance(left, int):
-            left = max(1, left - _beside(model, video.shape[2], (video.shape[3], video.shape[4])))
-        plan = None if left is None else model.plan(video.shape, "encode", budget=left)
-        latents = model.encode(video, sample_mode=False, plan=plan)
+        if budget is not None and (encode is None or encode.shape != tuple(video.shape)):
+            encode, decode, needed = clip_plans(model, tuple(video.shape), budget)
+            _reserve(needed, model.device)
+        latents = model.encode(video, sample_mode=False, plan=encode)
         del video
-        plan = None if left is None else model.plan(latents.shape, "decode", budget=left)
-        yield from map(to_bytes, model.iter_decode(latents, plan=plan))
+        yield from map(to_bytes, model.iter_decode(latents, plan=decode))
 
 
 @torch.no_grad()

@@ -201,8 +201,10 @@ def main() -> None:
         command()
     except (VideoError, ValueError, OSError) as error:
         _fail(str(error))
-    except torch.OutOfMemoryError:
-        _fail("out of memory: take --dtype bfloat16, or --clip-frames where a model cannot stream")
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        _fail("out of memory: give --memory a bound, or take --dtype bfloat16")
 
 
 def _keep_freed_memory() -> None:

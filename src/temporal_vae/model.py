@@ -11,6 +11,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
+from fractions import Fraction
 from functools import lru_cache, partial
 from typing import Literal, Self, Unpack
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from temporal_vae import checkpoint, geometry, losses
 from temporal_vae.config import NormScope, TemporalOptions, TemporalVAEConfig
 from temporal_vae.latents import LatentDistribution
-from temporal_vae.layers import draw_parameters, start_as_identity
+from temporal_vae.layers import Timewise, draw_parameters, start_as_identity
 from temporal_vae.network import Decoder, Encoder
 from temporal_vae.walks import bounded, streamed
 from temporal_vae.walks.available import available_bytes
@@ -33,7 +34,6 @@ from temporal_vae.walks.plan import (
     Question,
     make_plan,
     parse_budget,
-    with_seconds,
 )
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -357,26 +357,10 @@ class TemporalVAE(nn.Module):
             offload: where the clip's activation is to lie: "host" for the memory of the CPU, or a
                 folder on disk. On CUDA "host" is taken by itself where nothing else fits.
 
-        The first plan for a device and dtype runs a probe of a fraction of a second, for `seconds`.
-
         Raises:
             ValueError: for a budget that cannot be met, naming the smallest that can, and on the CPU
                 for one above the memory that is free.
         """
-        plan = self._plan(shape, operation, dtype, budget, stream=stream, offload=offload)
-        return with_seconds(plan, self.device)
-
-    def _plan(
-        self,
-        shape: Sequence[int],
-        operation: Operation,
-        dtype: torch.dtype | None,
-        budget: Budget,
-        *,
-        stream: bool = False,
-        offload: Offload = None,
-    ) -> Plan:
-        """`plan` without seconds."""
         if operation not in ("encode", "decode"):
             raise ValueError(f"operation must be 'encode' or 'decode', got {operation!r}")
         if len(shape) not in (4, 5):
@@ -400,8 +384,11 @@ class TemporalVAE(nn.Module):
             )
         places: tuple[Offload, ...] = (None,)
         if offload is not None:
-            if offload != "host" and not os.path.isdir(offload):
-                raise ValueError(f"offload must be 'host' or a folder, got {os.fspath(offload)!r}")
+            if offload == "host" and self.device.type == "cpu":
+                raise ValueError("offload='host' is for a model on a GPU; this one is on the CPU")
+            known = offload == "host" or isinstance(offload, (str, os.PathLike))
+            if not known or (offload != "host" and not os.path.isdir(offload)):
+                raise ValueError(f"offload must be 'host' or a folder, got {offload!r}")
             if offload != "host" and self.device.type != "cpu":
                 raise ValueError(
                     f"offload to a folder needs the model on the CPU, it is on {self.device}: "
@@ -410,7 +397,7 @@ class TemporalVAE(nn.Module):
             places = (offload,)
         elif self.device.type == "cuda" and budget is not None:
             places = (None, "host")
-        asked = Question(operation, full, dtype or self.dtype, budget, stream, places)
+        asked = Question(operation, full, dtype or self.dtype, budget, stream, places, self.device)
         return _make_plan(self.config, asked)
 
     def _check_budget(self, budget: Budget) -> None:
@@ -440,8 +427,9 @@ class TemporalVAE(nn.Module):
     def set_memory_budget(self, budget: Budget) -> None:
         """Plan every encode and decode for this budget from now on, see `plan`; None ends it.
 
-        The steps of a stream are planned as well, each piece as it comes. Raises `ValueError` for
-        what is no budget.
+        The steps of a stream are planned as well, each piece as it comes. A budget counts walks
+        without gradients: under autograd the graph comes on top, and a bounded walk is refused.
+        Raises `ValueError` for what is no budget.
         """
         parse_budget(budget)
         self._budget = budget
@@ -492,7 +480,9 @@ class TemporalVAE(nn.Module):
         if plan is None:
             if budget is None or (stream and self._line(operation).reach is None):
                 return None
-            return self._plan(shape, operation, clip.dtype, budget, stream=stream)
+            return self.plan(shape, operation, clip.dtype, budget, stream=stream)
+        if not isinstance(plan, Plan):
+            raise ValueError(f"plan must be what plan(...) gives, got {plan!r}")
         fits = (plan.operation, plan.dtype, plan.stream) == (operation, clip.dtype, stream)
         if stream:  # a shorter piece takes less
             fits = fits and shape[2] <= plan.shape[2]
@@ -510,7 +500,9 @@ class TemporalVAE(nn.Module):
         """A plan for the same with a third less memory, or as much less as can be."""
         for budget in (plan.peak_bytes * 2 // 3, "least"):
             with contextlib.suppress(ValueError):
-                smaller = self._plan(plan.shape, plan.operation, plan.dtype, budget)
+                smaller = self.plan(
+                    plan.shape, plan.operation, plan.dtype, budget, stream=plan.stream
+                )
                 if smaller.peak_bytes < plan.peak_bytes:
                     return smaller
         return None
@@ -633,7 +625,7 @@ class TemporalVAE(nn.Module):
         plan = self._plan_for("decode", clip, plan)
         if plan is None or plan.bounds is None:
             return iter([self._walk("decode", clip, plan).contiguous()])
-        return bounded.pieces(self.decoder, clip, plan.bounds)
+        return bounded.pieces(self.decoder, clip.clone(), plan.bounds)
 
     def _trains(self, module: nn.Module) -> bool:
         return any(parameter.requires_grad for parameter in module.parameters())
@@ -643,7 +635,7 @@ class TemporalVAE(nn.Module):
     def encode_step(
         self,
         frames: Tensor,
-        state: StreamState = (),
+        state: StreamState | None = None,
         sample_mode: bool = True,
         generator: torch.Generator | None = None,
         plan: Plan | None = None,
@@ -666,7 +658,7 @@ class TemporalVAE(nn.Module):
 
     def encode_finish(
         self,
-        state: StreamState,
+        state: StreamState | None,
         sample_mode: bool = True,
         generator: torch.Generator | None = None,
         plan: Plan | None = None,
@@ -676,7 +668,7 @@ class TemporalVAE(nn.Module):
         return torch.cat(owed, 2) if owed else None
 
     def decode_step(
-        self, latents: Tensor, state: StreamState = (), plan: Plan | None = None
+        self, latents: Tensor, state: StreamState | None = None, plan: Plan | None = None
     ) -> tuple[Tensor | None, StreamState]:
         """The next latents of a stream (B, L, n, h, w) -> frames that are certain, and the state.
 
@@ -686,7 +678,7 @@ class TemporalVAE(nn.Module):
         frames, state = self._step("decode", clip, state, plan)
         return None if frames is None else frames.contiguous(), state
 
-    def decode_finish(self, state: StreamState, plan: Plan | None = None) -> Tensor | None:
+    def decode_finish(self, state: StreamState | None, plan: Plan | None = None) -> Tensor | None:
         """The frames that an ended stream still owes; None if it owes none."""
         owed = list(self._owed_frames(state, plan))
         return torch.cat(owed, 2) if owed else None
@@ -709,14 +701,20 @@ class TemporalVAE(nn.Module):
         return Stream(partial(self.decode_step, plan=plan), partial(self._owed_frames, plan=plan))
 
     def _step(
-        self, operation: Operation, clip: Tensor, state: StreamState, plan: Plan | None
+        self, operation: Operation, clip: Tensor, state: StreamState | None, plan: Plan | None
     ) -> tuple[Tensor | None, StreamState]:
         plan = self._plan_for(operation, clip, plan, stream=True)
-        return streamed.step(self._line(operation), clip, state, _bounds(plan))
+        while True:
+            try:
+                return streamed.step(self._line(operation), clip, state, _bounds(plan))
+            except torch.OutOfMemoryError:
+                if plan is None or (smaller := self._smaller(plan)) is None:
+                    raise
+                plan = smaller
 
     def _owed_latents(
         self,
-        state: StreamState,
+        state: StreamState | None,
         sample_mode: bool,
         generator: torch.Generator | None,
         plan: Plan | None,
@@ -724,17 +722,30 @@ class TemporalVAE(nn.Module):
         for moments in self._owed("encode", state, plan):
             yield self._latents(moments, sample_mode, generator)
 
-    def _owed_frames(self, state: StreamState, plan: Plan | None) -> Iterator[Tensor]:
+    def _owed_frames(self, state: StreamState | None, plan: Plan | None) -> Iterator[Tensor]:
         for frames in self._owed("decode", state, plan):
             yield frames.contiguous()
 
     def _owed(
-        self, operation: Operation, state: StreamState, plan: Plan | None
+        self, operation: Operation, state: StreamState | None, plan: Plan | None
     ) -> Iterator[Tensor]:
-        line, bounds = self._line(operation), _bounds(plan)
-        if plan is None and (self._tiling or self._budget is not None):
-            bounds = Bounds()
-        return streamed.finish(line, state, bounds)
+        line = self._line(operation)
+        first = next((memory for memory in state or () if memory), None)
+        if first is not None:  # the end is walked frame by frame
+            plan = self._plan_for(operation, self._frame_of(line, first), plan, stream=True)
+        return streamed.finish(line, state, _bounds(plan))
+
+    def _frame_of(self, line: Encoder | Decoder, memory: tuple[Tensor, ...]) -> Tensor:
+        """A frame that stands for a stream's input, by the memory of its first timewise layer."""
+        scale = Fraction(1)
+        for layer in line.layers():
+            if isinstance(layer, Timewise):
+                break
+            scale *= layer.scale
+        tail = memory[-1]
+        channels = self.input_channels if line is self.encoder else self.latent_channels
+        size = (int(side / scale) for side in tail.shape[3:])
+        return tail.new_empty(1).expand(len(tail), channels, 1, *size)
 
     def _latents(
         self, moments: Tensor, sample_mode: bool, generator: torch.Generator | None

@@ -94,9 +94,13 @@ def walk(line: Line, x: Tensor, bounds: Bounds, out: Tensor | None = None) -> Te
 def pieces(line: Line, x: Tensor, bounds: Bounds) -> Iterator[Tensor]:
     """The result of `walk` for one sample, a few frames at a time, each as soon as it is there."""
     refuse_autograd(line, x)
-    layers = list(line.layers())
-    room = Room(layers, x, bounds)
-    return _walk_sample(layers, x, room, _in_place(room))
+
+    def walked() -> Iterator[Tensor]:  # whose memory is made where it is used, as to inference mode
+        layers = list(line.layers())
+        room = Room(layers, x, bounds)
+        yield from _walk_sample(layers, x, room, _in_place(room))
+
+    return walked()
 
 
 def refuse_autograd(line: Line, x: Tensor) -> None:
@@ -119,17 +123,19 @@ def advance(
     `memories` has an entry for each timewise layer; each is replaced as soon as it has been read,
     so that the old one can be let go. A layer that nothing reaches yet keeps its own.
     """
-    room, batch, given = Room(layers, x, bounds), len(x), []
+    room, batch, frames = Room(layers, x, bounds), len(x), 0
+    out = x.new_empty(result_shape(layers, tuple(x.shape)))
     timewise = [layer for layer in layers if isinstance(layer, Timewise)]
     fresh: dict[int, LayerState] = {}
     for number, sample in enumerate(x.split(1)):
 
         def remember(layer: Timewise, clip: Tensor, number: int = number) -> Tensor | None:
             index = next(i for i, other in enumerate(timewise) if other is layer)
-            all_samples = clip.expand(batch, *clip.shape[1:])
-            old = memories[index] or layer.begin(all_samples)
+            # its size and dtype, where the model is: the clip itself may be offloaded
+            like = clip[:, :, :0].expand(batch, -1, -1, -1, -1).to(room.device)
+            old = memories[index] or layer.begin(like)
             if not number:
-                layer.check(all_samples, old)
+                layer.check(like, old)
                 fresh[index] = (old[0] + clip.shape[2], *map(_like, old[1:]))
             folded = fold_pixels(clip)
             y = _advance_pixels(
@@ -138,10 +144,12 @@ def advance(
             memories[index] = fresh[index] if number == batch - 1 else old
             return clip[:, :, : y.shape[2]] if y.shape[2] else None
 
-        given.append(list(_walk_sample(layers, sample, room, remember)))
-    if not given[0]:
-        return None
-    return torch.cat([torch.cat(frames, 2) for frames in given])
+        frames = 0
+        for piece in _walk_sample(layers, sample, room, remember):
+            out[number : number + 1, :, frames : frames + piece.shape[2]] = piece
+            frames += piece.shape[2]
+            del piece
+    return out[:, :, :frames] if frames else None
 
 
 def flush(layer: Timewise, memory: LayerState, bounds: Bounds) -> Tensor | None:
@@ -157,7 +165,7 @@ def flush(layer: Timewise, memory: LayerState, bounds: Bounds) -> Tensor | None:
 
         y = _advance_pixels(layer, fold_pixels(one), memory, None, number, bounds, place)
         samples.append(y)
-    held = torch.cat(samples)
+    held = torch.cat(samples) if len(samples) > 1 else samples[0]
     return unfold_pixels(held, size) if held.shape[2] else None
 
 

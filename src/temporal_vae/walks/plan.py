@@ -13,7 +13,7 @@ import re
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
 
@@ -83,8 +83,14 @@ class Plan:
     """What the peak is made of: (name, bytes)."""
     work: Work = field(repr=False, default=Work())
     """Operations counted."""
-    seconds: float | None = None
-    """About how long it takes here; None where nobody asked."""
+    device: torch.device
+    """Where the model is."""
+
+    @property
+    def seconds(self) -> float:
+        """About how long it takes; a probe of a fraction of a second tells, once a process."""
+        speed = probe(self.device, self.dtype)
+        return sum(n / each for n, each in zip(self.work, speed, strict=True))
 
     @property
     def walk(self) -> Literal["whole", "bounded"]:
@@ -114,8 +120,7 @@ class Plan:
             lines.append(f"  the clip's activation lies in {where}")
         lines += [f"  {size / 2**20:10.1f} MiB  {name}" for name, size in self.parts]
         lines.append(f"  {self.peak_bytes / 2**20:10.1f} MiB  peak over weights and input")
-        if self.seconds is not None:
-            lines.append(f"  {self.seconds:10.1f} s    expected here")
+        lines.append(f"  {self.seconds:10.1f} s    expected here")
         return "\n".join(lines)
 
 
@@ -129,6 +134,7 @@ class Question(NamedTuple):
     stream: bool
     offload: tuple[Offload, ...]
     """Where the activation may lie, in the order of preference."""
+    device: torch.device
 
 
 def make_plan(build: Callable[[], Line], asked: Question) -> Plan:
@@ -152,12 +158,14 @@ def _fastest(line: Line, asked: Question) -> Plan:
     for bounds in _candidates(line, asked, limit):
         count = _Count(line, asked, bounds, tracer)
         parts, work = count.parts(), count.work
+        if (rest := count.after_the_walk() - sum(size for _, size in parts)) > 0:
+            parts.append(("what is made of the result", rest))
         margin = math.ceil(MARGIN * sum(size for _, size in parts))
         parts += [("margin", margin), ("the kernels' own", KERNELS_BYTES)]
         plan = Plan(
             operation=asked.operation, shape=asked.shape, dtype=asked.dtype, stream=asked.stream,
             bounds=bounds, parts=tuple(parts), peak_bytes=sum(size for _, size in parts),
-            state_bytes=count.state, work=work,
+            state_bytes=count.state, work=work, device=asked.device,
         )  # fmt: skip
         if limit is None or (limit != "least" and plan.peak_bytes <= limit):
             return plan
@@ -186,7 +194,9 @@ def parse_budget(budget: Budget) -> int | Literal["least"] | None:
         if match:
             unit = match[2] or ""
             power = " kMGT".index(unit[:1] or " ")
-            return int(float(match[1]) * (1024 if unit.endswith("i") else 1000) ** power)
+            size = int(float(match[1]) * (1024 if unit.endswith("i") else 1000) ** power)
+            if size > 0:
+                return size
     elif isinstance(budget, int) and not isinstance(budget, bool) and budget > 0:
         return budget
     raise ValueError(
@@ -241,23 +251,37 @@ class _Count:
     def __init__(self, line: Line, asked: Question, bounds: Bounds | None, tracer: Tracer):
         self.layers, self.bounds, self.tracer = list(line.layers()), bounds, tracer
         self.shape, self.size, self.stream = asked.shape, asked.dtype.itemsize, asked.stream
-        self.work, self.state = Work(), 0
+        self.operation = asked.operation
+        self.work, self.state, self._held = Work(), 0, 0
         self._worst: tuple[str, int, int] = ("", 0, 0)
+        self._largest: Part = ("", 0)
 
     def parts(self) -> list[Part]:
         """The parts of the peak; `work` and `state` are known afterwards."""
         parts = self._whole() if self.bounds is None else self._bounded(self.bounds)
         name, size, after = self._worst
+        if self._held:  # at the end every layer has its next state, and one hands on what it held
+            (name, size), after = self._largest, self.state + 2 * self._held
         parts.append((name, size))
         if self.stream:
             parts = [("the state of the stream", self.state), ("the next state", after), *parts]
         return [(name, size) for name, size in parts if size]
+
+    def after_the_walk(self) -> int:
+        """Bytes when the layers are done: copies in the caller's layout, or moments and noise."""
+        result = self._bytes(bounded.result_shape(self.layers, self.shape))
+        if self.operation == "decode":
+            return 2 * result
+        noise = 2 * result // self.size * 4 // 2  # float32, drawn and stacked; of half the channels
+        return 3 * result + noise
 
     def _bytes(self, shape: Shape) -> int:
         return math.prod(shape) * self.size
 
     def _note(self, name: str, size: int) -> None:
         """A moment: what is alive for it, beside the layers' next states so far."""
+        if size > self._largest[1]:
+            self._largest = (name, size)
         if size + self.state > sum(self._worst[1:]):
             self._worst = (name, size, self.state)
 
@@ -265,6 +289,7 @@ class _Count:
         if self.stream:
             b, c, _, h, w = shape
             self.state += self._bytes((b, c, sum(layer.tails()), h, w))
+            self._held = max(self._held, self._bytes((b, c, layer.future or 0, h, w)))
 
     def _whole(self) -> list[Part]:
         shape = self.shape
@@ -294,8 +319,6 @@ class _Count:
                 now = bounded.shape_after(run, now)
         self.work = Work(*(batch * n for n in self.work))
         result = self._bytes((batch, *now[1:]))
-        if self.stream:
-            self._note("joining the result", result)
         clip, frame = bounded.arena_sizes(self.layers, self.shape, bounds)
         arenas = [] if bounds.offload is not None else [
             ("the clip's activation", clip * self.size), ("a frame's activation", frame * self.size)
@@ -511,13 +534,6 @@ def _operations(func: Any, args: Any, kwargs: Any, out: Any) -> float:
 
 
 # Seconds -------------------------------------------------------------------------------------
-
-
-def with_seconds(plan: Plan, device: torch.device) -> Plan:
-    """The plan with the time that its work takes on a device, as far as a probe can tell."""
-    speed = probe(device, plan.dtype)
-    seconds = sum(n / each for n, each in zip(plan.work, speed, strict=True))
-    return replace(plan, seconds=seconds)
 
 
 @lru_cache(maxsize=16)

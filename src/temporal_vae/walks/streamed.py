@@ -23,7 +23,7 @@ State = tuple[LayerState, ...]
 
 
 def step(
-    line: Line, x: Tensor, state: State, bounds: Bounds | None = None
+    line: Line, x: Tensor, state: State | None, bounds: Bounds | None = None
 ) -> tuple[Tensor | None, State]:
     """The next piece (B, C, n, H, W) through every layer -> what can be given so far, new state.
 
@@ -39,7 +39,7 @@ def step(
     return y, tuple(memories)
 
 
-def finish(line: Line, state: State, bounds: Bounds | None = None) -> Iterator[Tensor]:
+def finish(line: Line, state: State | None, bounds: Bounds | None = None) -> Iterator[Tensor]:
     """What an ended clip still owes, in pieces, in order.
 
     Layer after layer is told that its input has ended, and the few frames that it held back go
@@ -50,10 +50,11 @@ def finish(line: Line, state: State, bounds: Bounds | None = None) -> Iterator[T
         if not isinstance(layer, Timewise):
             continue
         memory, memories = memories[0], memories[1:]
-        if bounds is None or not memory:
+        if not memory or (bounds is None and torch.is_grad_enabled()):
             held, _ = layer.stream(None, memory, last=True)
-        else:
-            held = bounded.flush(layer, memory, bounds)
+        else:  # a few pixels at a time, or the end would take more than the steps
+            held = bounded.flush(layer, memory, bounds or Bounds())
+        del memory
         for frame in () if held is None else held.split(1, dim=2):
             x = _pass_on(layers[index + 1 :], frame, memories, bounds)
             if x is not None:
@@ -87,14 +88,16 @@ class Stream:
 
     def finish(self) -> Tensor | None:
         """End the clip; give what is still owed, or None. Raises `ValueError` after the end."""
-        owed = list(self.drain())
+        self._refuse_after_end()
+        owed = list(self._owed(self.state))
+        self._ended = True
         return torch.cat(owed, 2) if owed else None
 
     def drain(self) -> Iterator[Tensor]:
         """`finish`, in pieces: the more a model sees ahead, the more it owes."""
         self._refuse_after_end()
         self._ended = True
-        yield from self._owed(self.state)
+        return self._owed(self.state)
 
     def pull(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
         """Push all pieces and finish; gives what there is, as soon as it is."""
@@ -127,7 +130,7 @@ def _pass_on(
     return x
 
 
-def _memories(line: Line, state: State) -> list[LayerState]:
+def _memories(line: Line, state: State | None) -> list[LayerState]:
     """The state with an entry for each timewise layer, checked."""
     if line.reach is None:
         raise ValueError(
@@ -139,4 +142,4 @@ def _memories(line: Line, state: State) -> list[LayerState]:
         raise ValueError(
             f"the state is of another model: it has {len(state)} entries, this one needs {needed}"
         )
-    return list(state) or [()] * needed
+    return list(state or ()) or [()] * needed
