@@ -12,7 +12,7 @@ demo: $(VENV)/demo
 	$(BIN)/python examples/demo.py --out out
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 slow: $(VENV)/dev
 	$(BIN)/python -m pytest -q -m slow

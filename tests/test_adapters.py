@@ -371,6 +371,7 @@ def test_sdxl_in_float16_is_upcast_where_it_is_asked_and_comes_back() -> None:
     stock = picture(pipe)  # upcast: diffusers' VAE asks for it
     done = upgrade(pipe)
     assert pipe.vae.config.force_upcast is False and done.stock.config.force_upcast is True
+    assert difference(picture(pipe), stock) < 0.01  # latents come in float32
     pipe.vae.register_to_config(force_upcast=True)
     assert difference(picture(pipe), stock) < TOLERANCE
     assert pipe.vae.dtype is done.stock.dtype is torch.float16
@@ -391,8 +392,34 @@ def test_loud_weights_stay_finite_in_float16(tmp_path: Path) -> None:
     done.module.save_pretrained(tmp_path)
     loaded = temporal_vae.DiffusersTemporalVAE.from_pretrained(tmp_path, torch_dtype=torch.float16)
     for module in (done.module, loaded):
-        assert module.vae.stream_scales != (1.0, 1.0)
+        assert max(module.vae.stream_scales.values()) < 1.0
         assert difference(module.decode(latents).sample.double(), exact) < 0.02
+
+
+@torch.no_grad()
+def test_weights_that_others_convert_are_seen() -> None:
+    """Two pipelines with one VAE: the second's module learns of float16 when it is used."""
+    loud = image_vae()
+    for module in (loud.encoder.conv_in, loud.decoder.conv_in):
+        module.weight.mul_(2**13)
+    first, second = sd_pipeline(vae=loud), sd_pipeline(vae=loud)
+    upgrade(first)
+    other = upgrade(second)
+    first.vae.half()
+    assert other.module.dtype == torch.float16
+    assert other.module.decode(embeds(1, 4, 8, 8)).sample.isfinite().all()
+    assert max(other.vae.stream_scales.values()) < 1.0
+    first.vae.float()
+    assert other.vae.stream_scales == {"encoder": 1.0, "decoder": 1.0}
+
+
+def test_another_vae_after_an_upgrade_is_taken_as_it_is() -> None:
+    pipe = svd_pipeline()
+    upgrade(pipe)
+    pipe.vae = svd_pipeline().vae
+    latents = torch.zeros(1, 2, 4, 4, 4)
+    pixels = pipe.decode_latents(latents, 2, 1)
+    assert pixels.shape[:3] == (1, 3, 2)
 
 
 @pytest.mark.slow

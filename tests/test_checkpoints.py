@@ -281,10 +281,32 @@ def test_single_files(name: str, prefix: str, tmp_path: Path) -> None:
     model = FAMILIES[name]()
     other = "model.diffusion_model.out.2.bias" if prefix else "loss.logvar"
     file = save_single(model, tmp_path / "a.safetensors", prefix, **{other: torch.zeros(3)})
-    mine = TemporalVAE.from_pretrained(file, dtype=torch.float64, latent_scale_factor=0.5)
+    mine = TemporalVAE.from_pretrained(
+        file, dtype=torch.float64, latent_scale_factor=0.5, latent_shift_factor=0.0
+    )
     assert worst(model, mine, *given(mine)) < 1e-10
     assert mine.latent_scale_factor == 0.5
     assert mine.config.time_conv_out == (name == "SVD")
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "scale"),
+    [("SDXL", None, 0.18215), ("SDXL", "model.diffusion_model.label_emb.0.0.weight", 0.13025)],
+)
+def test_a_scale_that_is_guessed_is_said(
+    name: str, other: str | None, scale: float, tmp_path: Path
+) -> None:
+    extra = {other: torch.zeros(3)} if other else {}
+    file = save_single(FAMILIES[name](), tmp_path / "a.safetensors", "first_stage_model.", **extra)
+    with pytest.warns(UserWarning, match="does not say its latent scale"):
+        assert TemporalVAE.from_pretrained(file).latent_scale_factor == scale
+
+
+def test_half_of_an_answer_is_asked_again(tmp_path: Path) -> None:
+    file = save_single(FAMILIES["FLUX"](), tmp_path / "a.safetensors", "")
+    with pytest.warns(UserWarning, match="latent_scale_factor and latent_shift_factor"):
+        TemporalVAE.from_pretrained(file, latent_scale_factor=1.5305)
+    TemporalVAE.from_pretrained(file, latent_scale_factor=1.5305, latent_shift_factor=0.0609)
 
 
 def test_svd_as_stability_published_it_has_no_quant_conv(tmp_path: Path) -> None:
@@ -325,10 +347,12 @@ def test_a_vae_alone_in_a_file_says_that_its_scale_is_a_guess(
     name: str, scale: float, tmp_path: Path
 ) -> None:
     file = save_single(FAMILIES[name]().float(), tmp_path / "alone.safetensors")
-    with pytest.warns(UserWarning, match="latent_scale_factor to choose") as caught:
+    with pytest.warns(UserWarning, match="latent_scale_factor .*to choose") as caught:
         assert TemporalVAE.from_pretrained(file).latent_scale_factor == scale
     assert caught[0].filename == __file__
-    given_scale = TemporalVAE.from_pretrained(file, latent_scale_factor=0.13025)
+    given_scale = TemporalVAE.from_pretrained(
+        file, latent_scale_factor=0.13025, latent_shift_factor=0.0
+    )
     assert given_scale.latent_scale_factor == 0.13025
 
 

@@ -278,6 +278,7 @@ def _check_size(stored: Stored) -> None:
         9 * widest * config.latent_channels,
         widest**2 * config.temporal_kernel_size * min(1, config.num_temporal_layers),
         config.temporal_attention_reach * min(1, config.num_temporal_layers),
+        config.input_channels**2 * config.temporal_kernel_size * int(config.time_conv_out),
     )
     stored_numbers = sum(_count(entry.shape) for entry in stored.entries.values())
     if blocks > len(stored.entries) or numbers > stored_numbers:

@@ -288,6 +288,7 @@ _FIRST_STAGE = "first_stage_model."
 _TRAINING = ("loss.", "model_ema.")
 """What a training run of the VAE leaves in its file beside it."""
 _SDXL = ("conditioner.embedders.0.model.", "conditioner.embedders.1.model.")
+_LABELLED = "model.diffusion_model.label_emb."
 _SD3 = "model.diffusion_model.joint_blocks."
 
 
@@ -317,11 +318,13 @@ def read_single_file(
         )
     names = {key: _single_name(bare, levels) for key, bare in keys.items()}
     config = _infer({name: shapes[key] for key, name in names.items()}, levels)
-    scale, shift, sure = _scale(config, shapes, bool(prefix))
-    if not sure and "latent_scale_factor" not in given:
+    others = bool(prefix) and any(not key.startswith(prefix) for key in shapes)
+    scale, shift, sure = _scale(config, shapes, others)
+    asked = {"latent_scale_factor"} | ({"latent_shift_factor"} if shift else set())
+    if not sure and not all(name in given for name in asked):
         warnings.warn(
             f"the file does not say its latent scale: {scale} (shift {shift}) is taken; SDXL has "
-            "0.13025, SD3 1.5305 (shift 0.0609): give latent_scale_factor to choose",
+            f"0.13025, SD3 1.5305 (shift 0.0609): give {' and '.join(sorted(asked))} to choose",
             stacklevel=5,
         )
     return replace(config, latent_scale_factor=scale, latent_shift_factor=shift), names
@@ -349,6 +352,8 @@ def _infer(shapes: Mapping[str, Shape], levels: int) -> TemporalVAEConfig:
     widths = [size(first.format(level), 0) for level in range(levels)]
     block = re.compile(r"^encoder\.down_blocks\.0\.resnets\.\d+\.conv1\.weight$")
     temporal = "decoder.mid_block.temporals.0.0.conv1.weight"
+    if min(widths) < 1:
+        raise ValueError(f"the VAE in it has levels of {widths} channels")
     base = math.gcd(*widths)
     return replace(
         TemporalVAEConfig.svd() if temporal in shapes else TemporalVAEConfig(),
@@ -375,5 +380,7 @@ def _scale(
         return (1.5305, 0.0609, True) if sd3 else (0.3611, 0.1159, False)
     if any(key.startswith(_SDXL) for key in keys):
         return 0.13025, 0.0, True
+    if not config.num_temporal_layers and any(key.startswith(_LABELLED) for key in keys):
+        return 0.13025, 0.0, False  # SDXL's denoiser, as likely as not
     known = config.latent_channels == 4
     return 0.18215, 0.0, known and (whole or config.num_temporal_layers > 0)

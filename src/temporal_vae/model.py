@@ -325,7 +325,8 @@ class TemporalVAE(nn.Module):
 
         1.0, or in float16 the power of two that a probe of the weights found to keep it finite.
         """
-        return {"encoder": self.encoder.stream_scale, "decoder": self.decoder.stream_scale}
+        lines = {"encoder": self.encoder, "decoder": self.decoder}
+        return {name: line.ready().stream_scale for name, line in lines.items()}
 
     @property
     def device(self) -> torch.device:
@@ -411,7 +412,7 @@ class TemporalVAE(nn.Module):
                 )
 
     def _line(self, operation: Operation) -> Encoder | Decoder:
-        return self.encoder if operation == "encode" else self.decoder
+        return self.encoder.ready() if operation == "encode" else self.decoder.ready()
 
     def set_slicing_enabled(self, enabled: bool) -> None:
         """Walk the samples of a batch one by one from now on; the result stays the same."""
@@ -625,7 +626,7 @@ class TemporalVAE(nn.Module):
         plan = self._plan_for("decode", clip, plan)
         if plan is None or plan.bounds is None:
             return iter([self._walk("decode", clip, plan).contiguous()])
-        return bounded.pieces(self.decoder, clip.clone(), plan.bounds)
+        return bounded.pieces(self._line("decode"), clip.clone(), plan.bounds)
 
     def _trains(self, module: nn.Module) -> bool:
         return any(parameter.requires_grad for parameter in module.parameters())

@@ -48,6 +48,7 @@ class Line(nn.Module):
     """
 
     stream_scale = 1.0
+    _fitted = False
     """What the residual stream is carried multiplied by."""
 
     def __init__(self, config: TemporalVAEConfig):
@@ -77,11 +78,18 @@ class Line(nn.Module):
         calls it afterwards.
         """
         weight = next(self.parameters())
-        if weight.dtype == torch.float16 and not weight.is_meta:
+        self._fitted = weight.dtype == torch.float16 and not weight.is_meta
+        if self._fitted:
             frames = self.typical_frames().to(weight.device)
             self.stream_scale = half.fit_scales(self.layers(), frames)
         else:
             self.stream_scale = half.carry_plainly(self.layers())
+
+    def ready(self) -> Self:
+        """Fit the scales if the weights became float16, or left it, through another owner."""
+        if (next(self.parameters()).dtype == torch.float16) != self._fitted:
+            self.fit_scales()
+        return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = next(self.parameters()).dtype

@@ -46,7 +46,9 @@ def upgrade(pipe: Any, memory: int | str | None = "6GiB") -> Upgrade:
 
     The weights are the pipeline's own tensors, used by both modules: no byte more. Moving or
     converting the pipeline moves both; offload of whole models (`enable_model_cpu_offload`) stays
-    as it is. What the pipeline does with the pixels afterwards comes on top of `memory`.
+    as it is. Images are encoded in the pipeline's dtype, where diffusers takes float32 for some:
+    float16 does not overflow here. What the pipeline does with the pixels afterwards comes on top
+    of `memory`.
 
     Args:
         pipe: a `StableVideoDiffusionPipeline`, an `AnimateDiffPipeline`, or a pipeline of Stable
@@ -71,11 +73,11 @@ def upgrade(pipe: Any, memory: int | str | None = "6GiB") -> Upgrade:
     previous = pipe.__dict__.get(_MARK)
     if previous is not None and pipe.vae is previous.module:
         raise ValueError("the pipeline is upgraded already: its undo() comes first")
-    if previous is not None:  # someone has put another VAE in its place
-        previous.undo()
     _refuse_hooks(pipe)
     stock = pipe.vae
     vae = stock.vae if isinstance(stock, drop_in) else _with_weights_of(stock)
+    if previous is not None:  # someone has put another VAE in its place
+        previous.undo()
     module = drop_in.around(vae)
     module.memory = memory
     done = Upgrade(pipe, vae, module, stock, pipe.__dict__.get("decode_latents"), takeover)
@@ -140,12 +142,21 @@ def _drop_in_class() -> Any:
 
 def _decode_svd(pipe: Any, latents: Tensor, num_frames: int, decode_chunk_size: int = 0) -> Tensor:
     """Scaled latents (B, T, L, h, w) -> pixels (B, C, T, H, W), float32; no chunks."""
+    if not isinstance(pipe.vae, _drop_in_class()):  # someone has put another VAE in its place
+        return _as_before(pipe, latents, num_frames, decode_chunk_size or num_frames)
     return _decode_clips(pipe, latents.flatten(0, 1), num_frames)
 
 
 def _decode_animatediff(pipe: Any, latents: Tensor, decode_chunk_size: int = 0) -> Tensor:
     """Scaled latents (B, L, T, h, w) -> pixels (B, C, T, H, W), float32; no chunks."""
+    if not isinstance(pipe.vae, _drop_in_class()):
+        return _as_before(pipe, latents, decode_chunk_size or latents.shape[2])
     return _decode_clips(pipe, latents.transpose(1, 2).flatten(0, 1), latents.shape[2])
+
+
+def _as_before(pipe: Any, *args: Any) -> Tensor:
+    pixels: Tensor = type(pipe).decode_latents(pipe, *args)
+    return pixels
 
 
 def _decode_clips(pipe: Any, frames: Tensor, num_frames: int) -> Tensor:

@@ -97,7 +97,7 @@ class DiffusersTemporalVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
         Raises `ValueError` as `TemporalVAE.encode`, for a wrong `num_frames`, and for a budget that
         cannot be met, naming the least.
         """
-        clips = self._clips(x, num_frames, self.vae.encode_reach)
+        clips = self._clips(self._own(x), num_frames, self.vae.encode_reach)
         plan = self._plan("encode", clips)
         moments = self.vae.encode_with_distribution(clips, layout="BTCHW", plan=plan)
         posterior = DiagonalGaussianDistribution(torch.cat(moments, 2).flatten(0, 1))
@@ -116,6 +116,7 @@ class DiffusersTemporalVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
         `num_frames` consecutive frames are a clip; nothing is drawn from `generator`, which some
         pipelines pass. Raises as `encode`.
         """
+        z = self._own(z)
         clips = self._clips(z, num_frames, self.vae.decode_reach)
         plan = self._plan("decode", clips)
         if torch.is_grad_enabled():
@@ -179,6 +180,11 @@ class DiffusersTemporalVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
         clips: Tensor = frames.unflatten(0, (-1, num_frames))
         return clips
 
+    def _own(self, x: Tensor) -> Tensor:
+        """In the dtype of the weights: where pipelines upcast a VAE they see to that themselves."""
+        mixed = torch.is_autocast_enabled(x.device.type)
+        return x.to(self.dtype) if x.is_floating_point() and not mixed else x
+
     def _plan(self, operation: Operation, clips: Tensor) -> Plan | None:
         """How to walk clips (B, T, C, H, W); None leaves it to the setters of `vae`."""
         if self.memory is None or self.vae.tiling_enabled:
@@ -189,12 +195,13 @@ class DiffusersTemporalVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return self.vae.plan(shape, operation, clips.dtype, budget)
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **options: Any) -> DiffusersTemporalVAE:
+    def from_pretrained(cls, *args: Any, **options: Any) -> Any:
         """As of every `ModelMixin`."""
-        module: DiffusersTemporalVAE = super().from_pretrained(*args, **options)
+        loaded = super().from_pretrained(*args, **options)
+        module: DiffusersTemporalVAE = loaded[0] if isinstance(loaded, tuple) else loaded
         for line in (module.encoder, module.decoder):
             line.fit_scales()  # the weights were set one by one, which they could not see
-        return module
+        return loaded
 
 
 def affordable(memory: int | str, device: torch.device) -> Budget:

@@ -26,7 +26,15 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from temporal_vae.geometry import rows_read, spans
-from temporal_vae.layers import Framewise, GroupNorm, Norm, Past, Timewise, own_norm
+from temporal_vae.layers import (
+    Framewise,
+    GroupNorm,
+    Norm,
+    Past,
+    TemporalBlock,
+    Timewise,
+    own_norm,
+)
 from temporal_vae.network import Layer, Line
 from temporal_vae.walks import bounded
 from temporal_vae.walks.bounded import Bounds
@@ -237,9 +245,9 @@ def _largest_frame(line: Line, shape: Shape) -> tuple[int, int]:
 
 
 def _finest_channels(line: Line) -> int:
-    """Channels of the timewise layers where they are fewest, which is at the finest level."""
-    widths = [layer.width for layer in line.layers() if isinstance(layer, Timewise)]
-    return max(16, min(widths, default=128))
+    """Channels of the temporal blocks where they are fewest, which is at the finest level."""
+    widths = [layer.width for layer in line.layers() if isinstance(layer, TemporalBlock)]
+    return min(widths, default=128)
 
 
 # Bytes and work ------------------------------------------------------------------------------
