@@ -172,7 +172,9 @@ def test_full_size_image_vaes(options: dict[str, Any], tmp_path: Path) -> None:
     again = AutoencoderKL.from_pretrained(tmp_path / "ours", torch_dtype=torch.float64)
     assert worst(again, mine, *inputs(1, 1, (32, 32), factor=8, cells=cells)) < 1e-10
     single = save_single(model, tmp_path / "single.safetensors")
-    alone = TemporalVAE.from_pretrained(single, dtype=torch.float64, latent_scale_factor=1.0)
+    alone = TemporalVAE.from_pretrained(
+        single, dtype=torch.float64, latent_scale_factor=1.0, latent_shift_factor=0.0
+    )
     assert worst(model, alone, *inputs(1, 1, (32, 32), factor=8, cells=cells)) < 1e-10
     inflated = TemporalVAE.from_image_vae(tmp_path / "theirs", dtype=torch.float64)
     assert worst(model, inflated, *inputs(1, 3, (32, 32), factor=8, cells=cells)) < 1e-10
