@@ -1,8 +1,4 @@
-"""Video files to 8-bit frames with timestamps, and back.
-
-The only place that converts between 8-bit frames, uint8 (T, H, W, 3) RGB in [0, 255], and pixels,
-(1, 3, T, H, W) in [-1, 1].
-"""
+"""Video files to 8-bit frames with timestamps."""
 
 from __future__ import annotations
 
@@ -10,91 +6,17 @@ import os
 import re
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from fractions import Fraction
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import av
 import numpy as np
-import numpy.typing as npt
-import torch
 from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation
 from av.video.stream import VideoStream
-from torch import Tensor
 
-from temporal_vae.geometry import Padding
-
-Bytes = npt.NDArray[np.uint8]
-
-PIPE = "-"
-"""Stands for standard input or output in place of a file."""
-WRITERS = {".mp4": "H.264, crf 14", ".mkv": "FFV1, lossless RGB"}
-H264_CRF = 14
-
-
-class VideoError(Exception):
-    """A video that cannot be read or written; the message is one line for the user."""
-
-
-def to_pixels(frames: Bytes) -> Tensor:
-    """uint8 (T, H, W, C) -> float32 (1, C, T, H, W) in [-1, 1]."""
-    return torch.from_numpy(frames).permute(3, 0, 1, 2).unsqueeze(0).float() / 127.5 - 1
-
-
-def to_bytes(video: Tensor) -> Bytes:
-    """(1, C, T, H, W) in [-1, 1] -> uint8 (T, H, W, C), rounded to nearest and clipped.
-
-    Raises `ValueError` for NaN, which would turn black in silence.
-    """
-    if video.isnan().any():
-        raise ValueError("the frames hold NaN: in float16 a model may overflow, so take bfloat16")
-    frames = ((video.detach()[0].float() + 1) * 127.5).round().clamp(0, 255)
-    array: Bytes = frames.to("cpu", torch.uint8).permute(1, 2, 3, 0).contiguous().numpy()
-    return array
-
-
-def pad_frames(frames: Bytes, factor: int) -> Bytes:
-    """Repeat the last row and column of uint8 (T, H, W, C) up to multiples of `factor`."""
-    padding = Padding.to_cells(frames.shape[1], frames.shape[2], factor)
-    edges = ((0, 0), (0, padding.rows), (0, padding.columns), (0, 0))
-    return np.pad(frames, edges, mode="edge")
-
-
-@dataclass(frozen=True, slots=True)
-class Frame:
-    """One decoded frame: `image` uint8 (H, W, 3) RGB, and its timestamp in units of `time_base`."""
-
-    image: Bytes
-    pts: int
-
-
-@dataclass(frozen=True, slots=True)
-class VideoInfo:
-    """What a video file says of itself; `frames` and `fps` are claims, which frames may belie."""
-
-    path: str
-    width: int
-    height: int
-    fps: Fraction
-    frames: int | None
-    end: float | None
-    """Seconds at which the last frame ends, as the container claims; None when it does not say."""
-    time_base: Fraction
-    sample_aspect_ratio: Fraction | None
-    codec: str
-    pixel_format: str
-    notes: tuple[str, ...] = field(default=())
-    """What of the file is not carried over, a line each."""
-
-    @property
-    def expected_frames(self) -> int | None:
-        """Frames the file claims to have, else its length times its rate, else None."""
-        if self.frames is None and self.end is not None:
-            return max(1, round(self.end * float(self.fps)))
-        return self.frames
+from temporal_vae.video.frames import PIPE, Bytes, Frame, VideoError, VideoInfo
 
 
 class VideoReader:
@@ -230,93 +152,6 @@ class VideoReader:
             yield f"{self._timestamps_made} timestamps were missing or out of order, and made up"
 
 
-class VideoWriter:
-    """Encode frames to a video container at `path`; use it inside `files.atomic_path`.
-
-    "-" is standard output, and .mkv. `.mkv` is lossless FFV1 in RGB; `.mp4` is H.264 at crf 14,
-    with full chroma (yuv444p) where a side is odd. H.264 is written in BT.709, limited range, and
-    tagged so.
-    """
-
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        height: int,
-        width: int,
-        fps: Fraction,
-        time_base: Fraction | None = None,
-        sample_aspect_ratio: Fraction | None = None,
-    ):
-        self.path = os.fspath(path)
-        self._lossless = check_suffix(self.path) == ".mkv"
-        time_base = time_base or 1 / fps
-        # mp4 keeps the start of a clip in the clock of the movie: milliseconds unless told
-        options = {} if self._lossless else {"movie_timescale": str(time_base.denominator)}
-        try:
-            if self.path == PIPE:
-                self._container = av.open("pipe:1", "w", format="matroska", options=options)
-            else:
-                self._container = av.open(os.path.abspath(self.path), "w", options=options)
-        except (av.error.FFmpegError, OSError) as error:
-            raise VideoError(f"cannot write {self.path}: {error}") from error
-        stream = self._container.add_stream("ffv1" if self._lossless else "libx264", rate=fps)
-        stream.height, stream.width = height, width
-        stream.time_base = stream.codec_context.time_base = time_base
-        self.keeps_aspect = not self._lossless
-        self._last_millisecond = -(10**18)
-        if sample_aspect_ratio:
-            stream.codec_context.sample_aspect_ratio = sample_aspect_ratio
-        if self._lossless:
-            stream.pix_fmt = "bgr0"
-        else:
-            stream.pix_fmt = "yuv444p" if height % 2 or width % 2 else "yuv420p"
-            stream.options = {"crf": str(H264_CRF), "preset": "medium"}
-            context = stream.codec_context
-            context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709
-            context.color_range = 1  # limited
-        self._stream: VideoStream = stream
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        try:
-            if kind is None:
-                self._mux(None)
-        finally:
-            self._container.close()
-
-    def write(self, image: Bytes, pts: int) -> None:
-        """Append one frame, uint8 (H, W, 3), at `pts` in units of the time base."""
-        frame = VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-        frame = frame.reformat(
-            format=self._stream.pix_fmt,
-            dst_colorspace=None if self._lossless else "ITU709",
-            dst_color_range=None if self._lossless else "MPEG",
-        )
-        base = self._stream.codec_context.time_base
-        milliseconds = round(pts * base * 1000)
-        if self._lossless and milliseconds <= self._last_millisecond:
-            raise VideoError(
-                f"frames less than a millisecond apart cannot be kept in .mkv, as at "
-                f"{float(pts * base):.6f} s: take .mp4"
-            )
-        self._last_millisecond = milliseconds
-        frame.pts, frame.time_base = pts, base
-        self._mux(frame)
-
-    def _mux(self, frame: VideoFrame | None) -> None:
-        try:
-            self._container.mux(self._stream.encode(frame))
-        except (av.error.FFmpegError, OSError) as error:
-            raise VideoError(f"cannot write the video: {error.strerror or error}") from error
-
-
 def read_clip(
     path: str | os.PathLike[str],
     frames: int | None = None,
@@ -331,20 +166,6 @@ def read_clip(
             if len(images) == frames:
                 break
     return np.stack(images)
-
-
-def check_suffix(path: str | os.PathLike[str]) -> str:
-    """The format's suffix, for "-" that of .mkv.
-
-    Raises `VideoError` unless a video can be written under this name.
-    """
-    if os.fspath(path) == PIPE:
-        return ".mkv"
-    suffix = Path(path).suffix.lower()
-    if suffix not in WRITERS:
-        known = " or ".join(f"{name} ({what})" for name, what in WRITERS.items())
-        raise VideoError(f"cannot write {os.fspath(path)}: the name must end in {known}")
-    return suffix
 
 
 def _open(path: str) -> av.container.InputContainer:
