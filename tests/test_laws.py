@@ -454,7 +454,7 @@ def upward(module: str, source: str) -> set[str]:
 
 
 def modules() -> dict[str, str]:
-    """Sources by module; a package stands for what its `__init__` gathers, if it gathers anything."""
+    """Sources by module; a package stands for what its `__init__` gathers, if anything."""
     root = Path(temporal_vae.__file__).parent
     found = {}
     for file in root.rglob("*.py"):
