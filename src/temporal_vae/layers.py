@@ -253,8 +253,11 @@ class SpatialAttention(Framewise):
     def frames(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
         tokens = norm(self.group_norm, x).flatten(2).transpose(1, 2)  # (N, P, C)
         keys, values = self.to_k(tokens), self.to_v(tokens)
-        at_a_time = max(LEAST_QUERIES, ATTENTION_SCORES // (len(x) * tokens.shape[1]))
-        queries = tokens.split(at_a_time, 1)
+        if torch.compiler.is_exporting():  # a graph has no loop over pieces whose number varies
+            queries: tuple[Tensor, ...] = (tokens,)
+        else:
+            at_a_time = max(LEAST_QUERIES, ATTENTION_SCORES // (len(x) * tokens.shape[1]))
+            queries = tokens.split(at_a_time, 1)
         mixed = [self._attend(part, keys, values) for part in queries]
         together = torch.cat(mixed, 1) if len(mixed) > 1 else mixed[0]
         y: Tensor = together.transpose(1, 2).unflatten(2, x.shape[2:]).add_(x)
@@ -389,7 +392,8 @@ class Timewise(nn.Module):
         self.check(x, state)
         counts, *tails = state
         folded = tuple(map(fold_pixels, tails))
-        y, kept = self.advance(fold_pixels(x), Past(counts, int(counts.min())), folded, last)
+        least = int(counts.min()) if self.future else 0  # else nobody asks, and a graph would break
+        y, kept = self.advance(fold_pixels(x), Past(counts, least), folded, last)
         size = x.shape[3:]
         state = (counts + x.shape[2], *(unfold_pixels(tail, size) for tail in kept))
         return (unfold_pixels(y, size) if y.shape[2] else None), state
@@ -622,6 +626,8 @@ class TemporalAttention(Timewise):
     def pixels(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
         u = self.norm(x)
         q, k, v = (self._project(u, to) for to in (self.to_q, self.to_k, self.to_v))
+        if torch.compiler.is_exporting():
+            return self._mix_at_once(q, k, v).add_(x)
         return self._mix(q, k, v, self.past, None).add_(x)
 
     def carry(self, stream: float, branch: float = 1.0) -> None:
@@ -671,6 +677,17 @@ class TemporalAttention(Timewise):
             samples.append(self.to_out(torch.cat(mixed, 1)))  # (Q, P, C)
         y: Tensor = torch.stack(samples)
         return y.movedim(-1, 1)
+
+    def _mix_at_once(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """`_mix` of a whole clip (B, C, T, P) without loops, for a graph that serves any shape."""
+        frames, size = q.shape[2], (q.shape[0], q.shape[3])
+        q, k, v = (
+            x.unflatten(1, (self.heads, -1)).permute(0, 4, 1, 3, 2).flatten(0, 1) for x in (q, k, v)
+        )  # (B * P, heads, T, C / heads)
+        bias = self._bias(0, frames, slice(0, frames), self.past, None)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        mixed: Tensor = self.to_out(y.unflatten(0, size).permute(0, 3, 1, 2, 4).flatten(3))
+        return mixed.movedim(-1, 1)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, shift: int, hidden: Tensor | None) -> Tensor:
         """(C, Q, P) and (C, K, P) twice -> (Q, P, C); blocks of queries see their band of keys."""

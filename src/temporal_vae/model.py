@@ -8,20 +8,25 @@ which are videos of one frame.
 from __future__ import annotations
 
 import contextlib
+import copy
+import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from fractions import Fraction
 from functools import lru_cache, partial
-from typing import Literal, Self, Unpack
+from typing import Any, Literal, Self, Unpack
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
-from temporal_vae import checkpoint, geometry, losses
+from temporal_vae import checkpoint, features, geometry, graph, losses, metadata, vectors
 from temporal_vae.config import NormScope, TemporalOptions, TemporalVAEConfig
+from temporal_vae.features import ChannelImportance
 from temporal_vae.latents import LatentDistribution
 from temporal_vae.layers import Timewise, draw_parameters, start_as_identity
+from temporal_vae.metadata import ModelMetadata
 from temporal_vae.network import Decoder, Encoder
 from temporal_vae.walks import bounded, streamed
 from temporal_vae.walks.available import available_bytes
@@ -134,10 +139,14 @@ class TemporalVAE(nn.Module):
             time_conv_out=time_conv_out,
             clip_frames=clip_frames,
         )
-        self.default_loss_function: LossFunction = loss_function or losses.mean_squared_error
+        # beside the modules: the parameters of a loss are not the model's
+        self.__dict__["_loss_function"] = loss_function or losses.mean_squared_error
         self._generator = _seeded(seed)
         self._slicing = self._tiling = False
         self._budget: Budget = None
+        self._active: tuple[int, ...] | None = None  # latent channels, None for all
+        self._compile_options: dict[str, Any] | None = None
+        self._compiled: dict[str, Callable[..., Any]] = {}
         with torch.device("meta"):  # torch's layers would draw from the global random state
             self.encoder = Encoder(self.config)
             self.decoder = Decoder(self.config)
@@ -305,6 +314,16 @@ class TemporalVAE(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     @property
+    def default_loss_function(self) -> LossFunction:
+        """What compares a prediction with its target when a call names no loss.
+
+        A loss that is a module stays outside of this one: `.to` does not move it, and its
+        parameters are not counted, saved or trained.
+        """
+        loss: LossFunction = self.__dict__["_loss_function"]
+        return loss
+
+    @property
     def supports_slicing(self) -> bool:
         """Whether a batch can be walked one sample at a time: yes, with the same result."""
         return True
@@ -469,8 +488,9 @@ class TemporalVAE(nn.Module):
         line = self._line(operation)
         if plan is not None and plan.bounds is not None:
             return bounded.walk(line, clip, plan.bounds, out)
+        walk = self._faster(operation, line)
         samples = clip.split(1) if self._slicing else (clip,)
-        y = torch.cat([line(x) for x in samples]) if len(samples) > 1 else line(clip)
+        y = torch.cat([walk(x) for x in samples]) if len(samples) > 1 else walk(clip)
         return y if out is None else out.copy_(y)
 
     def _plan_for(
@@ -530,7 +550,7 @@ class TemporalVAE(nn.Module):
         """
         clip = self._pixels(video, "video", layout)
         moments = _restore(self._walk("encode", clip, plan), video, layout="BCTHW")
-        mean, log_variance = LatentDistribution.from_moments(moments)
+        mean, log_variance = map(self._masked, LatentDistribution.from_moments(moments))
         return LatentDistribution(_relayout(mean, layout), _relayout(log_variance, layout))
 
     def encode(
@@ -553,7 +573,7 @@ class TemporalVAE(nn.Module):
         drawn = self.sample(
             _relayout(mean, layout), _relayout(log_variance, layout), generator=generator
         )
-        return _relayout(drawn, layout)
+        return _relayout(self._masked(drawn), layout)
 
     def sample(
         self,
@@ -601,7 +621,7 @@ class TemporalVAE(nn.Module):
         bounded walk each as it is made, and `out` is returned; see `iter_decode` as well.
         Raises `ValueError` for a wrong rank, number of channels, dtype or device.
         """
-        clip = self._clip(latent, self.latent_channels, "latent", layout)
+        clip = self._masked(self._clip(latent, self.latent_channels, "latent", layout))
         if out is None:
             return _restore(self._walk("decode", clip, plan), latent, layout)
         target = out.unsqueeze(2) if latent.ndim == 4 else _relayout(out, layout)
@@ -625,8 +645,8 @@ class TemporalVAE(nn.Module):
             raise ValueError(f"iter_decode takes one clip, got a batch of {len(clip)}")
         plan = self._plan_for("decode", clip, plan)
         if plan is None or plan.bounds is None:
-            return iter([self._walk("decode", clip, plan).contiguous()])
-        return bounded.pieces(self._line("decode"), clip.clone(), plan.bounds)
+            return iter([self._walk("decode", self._masked(clip), plan).contiguous()])
+        return bounded.pieces(self._line("decode"), self._masked(clip.clone()), plan.bounds)
 
     def _trains(self, module: nn.Module) -> bool:
         return any(parameter.requires_grad for parameter in module.parameters())
@@ -676,7 +696,7 @@ class TemporalVAE(nn.Module):
         See `encode_step`; `decode_finish` gives the rest.
         """
         clip = self._clip(self._piece(latents, "latents"), self.latent_channels, "latents", "BCTHW")
-        frames, state = self._step("decode", clip, state, plan)
+        frames, state = self._step("decode", self._masked(clip), state, plan)
         return None if frames is None else frames.contiguous(), state
 
     def decode_finish(self, state: StreamState | None, plan: Plan | None = None) -> Tensor | None:
@@ -707,7 +727,9 @@ class TemporalVAE(nn.Module):
         plan = self._plan_for(operation, clip, plan, stream=True)
         while True:
             try:
-                return streamed.step(self._line(operation), clip, state, _bounds(plan))
+                if plan is None or plan.bounds is None:
+                    return self._faster_step(operation)(clip, state)
+                return streamed.step(self._line(operation), clip, state, plan.bounds)
             except torch.OutOfMemoryError:
                 if plan is None or (smaller := self._smaller(plan)) is None:
                     raise
@@ -751,8 +773,10 @@ class TemporalVAE(nn.Module):
     def _latents(
         self, moments: Tensor, sample_mode: bool, generator: torch.Generator | None
     ) -> Tensor:
-        mean, log_variance = LatentDistribution.from_moments(moments)
-        return self.sample(mean, log_variance, generator=generator) if sample_mode else mean
+        mean, log_variance = map(self._masked, LatentDistribution.from_moments(moments))
+        if not sample_mode:
+            return mean
+        return self._masked(self.sample(mean, log_variance, generator=generator))
 
     def _piece(self, x: Tensor, name: str) -> Tensor:
         if isinstance(x, Tensor) and x.ndim != 5:
@@ -804,14 +828,317 @@ class TemporalVAE(nn.Module):
         return self.decode(_relayout(latent, layout), layout=layout), posterior
 
     def predict(self, video: Tensor, *, layout: Layout = "BCTHW") -> Tensor:
-        """The reconstruction from the posterior mean, without gradients or side effects."""
+        """The reconstruction from the posterior mean, without gradients or side effects.
+
+        Pixels in [-1, 1], (B, C, T, H, W) or (B, C, H, W), to the same shape, not clamped. Nothing
+        is drawn. Raises `ValueError` as `encode`.
+        """
         with torch.no_grad():
             latent = self.encode(video, sample_mode=False, layout=layout)
             return self.decode(latent, layout=layout)
 
     def kl_divergence(self, mean: Tensor, log_variance: Tensor) -> Tensor:
-        """KL of the posterior from N(0, 1): nats summed over a sample, mean over the batch."""
+        """KL of the posterior from N(0, 1): nats summed over a sample, mean over the batch.
+
+        Both (B, L, T, h, w) or (B, L, h, w); differentiable. Raises `ValueError` for shapes that
+        differ. Source: Kingma and Welling 2014, arXiv 1312.6114.
+        """
         return losses.kl_divergence(mean, log_variance)
+
+    def train_step(
+        self, input: Tensor, target: Tensor | None = None, learning_rate: float = 1e-4
+    ) -> dict[str, float]:
+        """One step of plain gradient descent, in place: parameter - learning_rate * gradient.
+
+        The loss is that of a VAE: `default_loss_function(reconstruction, target)`, through a latent
+        drawn by the model's own generator, plus `losses.KL_WEIGHT` times the KL divergence in nats
+        per number of the latent. The clip is walked whole, whatever the setters say.
+        Frozen parameters stay as they are; `.grad` and the mode are left as found.
+
+        Args:
+            input: pixels in [-1, 1], (B, C, T, H, W) or (B, C, H, W).
+            target: what to reconstruct, such as the clean version of a noisy input; None means
+                `input`.
+            learning_rate: above 0.
+
+        Returns:
+            The losses before the step: "reconstruction", "kl" (weighted) and "loss", their sum.
+
+        Raises:
+            ValueError: for a wrong input or rate, and for a loss that is not finite, or whose
+                gradient is not; nothing is changed then.
+        """
+        _check_rate(learning_rate)
+        with _recording(input, target) as (x, y):
+            reconstruction, posterior = self._reconstruct(self._pixels(x, "input"), sampled=True)
+            terms = {
+                "reconstruction": _scalar(self.default_loss_function(_like(reconstruction, x), y)),
+                "kl": losses.KL_WEIGHT * self.kl_divergence(*posterior) / posterior.mean[0].numel(),
+            }
+            terms["loss"] = sum(terms.values(), start=x.new_zeros(()))
+            gradients = self._gradients(terms["loss"])
+        self.apply_gradients(gradients, learning_rate)
+        return {name: float(value.detach()) for name, value in terms.items()}
+
+    def compute_gradients(
+        self, input: Tensor, target: Tensor, loss: LossFunction | None = None
+    ) -> Tensor:
+        """The gradient of `loss(predict(input), target)`, (N,), in the order of `get_parameters`.
+
+        By automatic differentiation, exact; zeros for parameters that are frozen or have no part in
+        it. The clip is walked whole, whatever the setters say. Parameters, `.grad`, the mode and
+        every random state are left as found, also when the loss raises.
+
+        Args:
+            input: pixels in [-1, 1], (B, C, T, H, W) or (B, C, H, W).
+            target: whatever the loss compares a prediction with: pixels for the default one.
+            loss: `(prediction, target) -> scalar`; None means `default_loss_function`.
+
+        Raises:
+            ValueError: for a wrong input, and for a loss that gives no scalar.
+        """
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), _recording(input, target) as (x, y):
+            prediction, _ = self._reconstruct(self._pixels(x, "input"), sampled=False)
+            value = (loss or self.default_loss_function)(_like(prediction, x), y)
+            return self._gradients(_scalar(value))
+
+    def apply_gradients(self, gradients: Tensor, learning_rate: float) -> None:
+        """parameter - learning_rate * gradient, in place, for a vector (N,) as `compute_gradients`
+        gives.
+
+        Raises `ValueError` for a wrong length or rank, for what is not finite, and for a rate that
+        is not above 0; nothing is changed then.
+        """
+        _check_rate(learning_rate)
+        vector = vectors.check(
+            gradients,
+            self.parameters(),
+            "gradients",
+            way_out="take a smaller loss, or a wider dtype",
+        )
+        vectors.descend(vector, self.parameters(), learning_rate)
+        self._weights_written()
+
+    def _reconstruct(self, clip: Tensor, sampled: bool) -> tuple[Tensor, LatentDistribution]:
+        """`forward` of a clip (B, C, T, H, W), walked whole: what a gradient is taken of."""
+        moments = self._faster("encode", self._line("encode"))(clip)
+        mean, log_variance = map(self._masked, LatentDistribution.from_moments(moments))
+        latent = self._masked(self.sample(mean, log_variance)) if sampled else mean
+        reconstruction = self._faster("decode", self._line("decode"))(latent)
+        return reconstruction, LatentDistribution(mean, log_variance)
+
+    def _gradients(self, loss: Tensor) -> Tensor:
+        """The gradient of a scalar for all parameters, flat; `.grad` is not touched."""
+        wanted = [p for p in self.parameters() if p.requires_grad]
+        found: Sequence[Tensor | None] = [None] * len(wanted)
+        if wanted and loss.requires_grad:
+            found = torch.autograd.grad(loss, wanted, allow_unused=True)
+        by_parameter = dict(zip(wanted, found, strict=True))
+        parts = ((p, by_parameter.get(p)) for p in self.parameters())
+        return torch.cat(
+            [torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in parts]
+        )
+
+    # Parameters ------------------------------------------------------------------------------
+
+    @property
+    def supports_parameter_initialization(self) -> bool:
+        """Whether there are parameters to set: yes."""
+        return self.parameter_count > 0
+
+    def get_parameters(self) -> Tensor:
+        """A copy of every parameter, (N,), in the order of `named_parameters`.
+
+        In the dtype and on the device of the weights, N being `parameter_count`, without gradient.
+        """
+        return vectors.gather(self.parameters())
+
+    def set_parameters(self, vector: Tensor) -> None:
+        """Write a vector (N,) into the parameters: the inverse of `get_parameters`.
+
+        It is cast to the dtype and device of the weights. The parameters stay the objects they are,
+        so an optimizer keeps hold of them.
+
+        Raises `ValueError` for a wrong length or rank, no floating point, or values that are not
+        finite in the dtype of the weights; nothing is changed then.
+        """
+        vectors.scatter(self._checked(vector), self.parameters())
+        self._weights_written()
+
+    def with_parameters(self, vector: Tensor) -> Self:
+        """A `clone` with these parameters; this model stays as it is. See `set_parameters`."""
+        self._checked(vector)
+        model = self.clone()
+        model.set_parameters(vector)
+        return model
+
+    def sanitize_parameters(self, vector: Tensor) -> Tensor:
+        """The vector (N,) with the current value wherever it is not finite.
+
+        In the dtype and on the device of the weights, so that `set_parameters` takes it; what is
+        too large for that dtype counts as not finite. Raises `ValueError` for a wrong length or
+        rank, or no floating point.
+        """
+        checked = vectors.check(vector, self.parameters(), "vector")
+        return vectors.sanitised(checked, self.get_parameters())
+
+    def _checked(self, vector: Tensor) -> Tensor:
+        way_out = "sanitize_parameters puts the current ones in their place"
+        return vectors.check(vector, self.parameters(), "vector", way_out=way_out)
+
+    def _weights_written(self) -> None:
+        """In float16 the stream's scales depend on the weights; see `Line.fit_scales`."""
+        if self.dtype == torch.float16:
+            self.encoder.fit_scales()
+            self.decoder.fit_scales()
+
+    # Copies ----------------------------------------------------------------------------------
+
+    def clone(self) -> Self:
+        """An independent copy: the same to the last bit, and nothing shared.
+
+        Configuration, weights and buffers with their dtype, device and `requires_grad`, mode,
+        slicing, tiling, memory budget, active features, compilation, the state of the generator,
+        and a copy of the loss. Gradients are not copied. Takes the memory of one more model.
+        """
+        return copy.deepcopy(self)
+
+    def deep_copy(self) -> Self:
+        """The same as `clone`."""
+        return self.clone()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return state | {"_compiled": {}}  # bound to this model's layers; a copy makes its own
+
+    # Features --------------------------------------------------------------------------------
+
+    def get_active_feature_indices(
+        self,
+        data: Tensor | Iterable[Tensor] | None = None,
+        threshold: float = features.ACTIVE_VARIANCE,
+    ) -> list[int]:
+        """The latent channels in use, in rising order.
+
+        Without data: those that `set_active_feature_indices` left, at first all. With data, pixels
+        (B, C, T, H, W) or several of such: those of them whose posterior mean varies over the data
+        by more than `threshold`, a variance (active units: Burda et al. 2016, arXiv 1509.00519).
+        """
+        active = self._active or tuple(range(self.latent_channels))
+        if data is None:
+            return list(active)
+        with torch.no_grad():
+            units = features.active_units(_clips(data), self.encode_with_distribution, threshold)
+        return [channel for channel in units if channel in active]
+
+    def set_active_feature_indices(self, indices: Iterable[int]) -> None:
+        """Use these latent channels alone: the others are 0 in `encode`, and taken for 0 in `decode`.
+
+        Their posterior is the prior, mean 0 and log-variance 0, so their KL is 0. Holds for streams
+        and gradients too. `range(latent_channels)` ends it.
+        Raises `ValueError` for no index, one out of range, or one twice; nothing is changed then.
+        """
+        active = features.check_indices(indices, self.latent_channels)
+        self._active = None if len(active) == self.latent_channels else active
+
+    def is_feature_used(self, index: int) -> bool:
+        """Whether a latent channel is active. Raises `IndexError` for what is no channel."""
+        if not 0 <= features.index(index) < self.latent_channels:
+            raise IndexError(f"latent channels are 0 to {self.latent_channels - 1}, got {index}")
+        return index in self.get_active_feature_indices()
+
+    def get_feature_importance(
+        self, data: Tensor | Iterable[Tensor] | None = None
+    ) -> dict[str, ChannelImportance]:
+        """How much each latent channel matters: "channel_0", ... -> share, kl, decibels.
+
+        With data, pixels (B, C, T, H, W) or several of such, on the mean of all: the KL divergence
+        of the channel in nats per cell, the PSNR in dB that masking it costs the reconstruction,
+        and its share of the KL. Without data: its share of the decoder's first weights, which is
+        what it could do; the two others are None. Shares add up to 1. Nothing is drawn.
+        Raises `ValueError` as `encode`, and for data without a clip.
+        """
+        if data is None:
+            before, first = self.decoder.post_quant_conv, self.decoder.conv_in
+            return features.by_weights(first.weight, None if before is None else before.weight)
+        with torch.no_grad():
+            return features.measure(
+                _clips(data), self.encode_with_distribution, self.decode, self.latent_channels
+            )
+
+    def _masked(self, latent: Tensor) -> Tensor:
+        """A latent or moment (B, L, ...) with zeros in the channels that are not active."""
+        return latent if self._active is None else features.mask(latent, self._active)
+
+    # Compilation and description -------------------------------------------------------------
+
+    @property
+    def supports_jit_compilation(self) -> bool:
+        """Whether the network can be compiled and exported: yes."""
+        return True
+
+    def compile(self, **options: Any) -> None:
+        """Compile the network with `torch.compile`, at the first use for each kind of shape.
+
+        What is compiled, as one graph each: the moments, the decoder, and the steps of a causal
+        stream; used by every method that walks whole. Results are the same to rounding. Bounded
+        walks (tiling, a budget, a plan) and the steps of a model that looks ahead are not
+        compiled; switching slicing or tiling afterwards has the effect it has otherwise. Sampling
+        stays outside, since a generator breaks a graph.
+
+        `options` are those of `torch.compile`; fullgraph=True unless said otherwise.
+        """
+        self._compile_options = {"fullgraph": True} | options
+        self._compiled = {}
+
+    def _faster(self, operation: Operation, line: Encoder | Decoder) -> Callable[[Tensor], Tensor]:
+        """The line, compiled if that was asked for."""
+        if self._compile_options is None:
+            return line
+        if operation not in self._compiled:
+            self._compiled[operation] = torch.compile(line.forward, **self._compile_options)
+        return self._compiled[operation]
+
+    def _faster_step(
+        self, operation: Operation
+    ) -> Callable[[Tensor, StreamState | None], tuple[Tensor | None, StreamState]]:
+        """A whole step of a stream, compiled if that was asked for and the model is causal."""
+        line, name = self._line(operation), f"{operation} step"
+        if self._compile_options is None or not self.is_causal:
+            return partial(streamed.step, line)
+        if name not in self._compiled:
+            step = partial(streamed.step, line)
+            self._compiled[name] = torch.compile(step, **self._compile_options)
+        return self._compiled[name]
+
+    def export_computation_graph(self, example: Tensor) -> ExportedProgram:
+        """`predict` as a graph of torch operations, by `torch.export`.
+
+        Batch, frames, height and width may vary, H and W in multiples of `downsample_factor`. The
+        graph keeps no loop over pieces, so it takes more memory than the model; masked channels are
+        part of it.
+
+        Args:
+            example: pixels (B, C, T, H, W), or an image (B, C, H, W), of which rank the graph will
+                take its input; sizes of at least 2 in all that varies.
+
+        Raises:
+            ValueError: as `encode`, and for a size of 1, which torch would take for fixed.
+        """
+        self._pixels(example, "example")
+        if any(example.shape[axis] < 2 for axis in range(example.ndim) if axis != 1):
+            raise ValueError(
+                f"example must have at least 2 of what may vary, got {tuple(example.shape)}: a "
+                "graph takes sizes of 1 for fixed"
+            )
+        encoder, decoder = self.encoder.ready(), self.decoder.ready()
+        return graph.export(encoder, decoder, self._active, example)
+
+    def get_metadata(self) -> ModelMetadata:
+        """What this model is: configuration, parameters by part, reach and delay, dtype, device."""
+        active = tuple(self.get_active_feature_indices())
+        return metadata.describe(type(self).__name__, self.encoder, self.decoder, active)
 
     # -----------------------------------------------------------------------------------------
 
@@ -877,6 +1204,37 @@ def _make_plan(config: TemporalVAEConfig, asked: Question) -> Plan:
     """A plan depends on these alone; making one takes a second or two."""
     line = Encoder if asked.operation == "encode" else Decoder
     return make_plan(lambda: line(config), asked)
+
+
+@contextlib.contextmanager
+def _recording(input: Tensor, target: Any) -> Iterator[tuple[Tensor, Any]]:
+    """Gradients on, whatever surrounds; tensors made in inference mode as ones that may be kept."""
+    with torch.inference_mode(False), torch.enable_grad():
+        x, y = (
+            v.clone() if isinstance(v, Tensor) and v.is_inference() else v for v in (input, target)
+        )
+        yield x, x if target is None else y
+
+
+def _like(clip: Tensor, given: Tensor) -> Tensor:
+    return _restore(clip, given, "BCTHW")
+
+
+def _scalar(value: object) -> Tensor:
+    """What a loss gave, if it is a loss."""
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"a loss must give a scalar tensor, got {what}: take its mean")
+    return value.reshape(())
+
+
+def _check_rate(rate: float) -> None:
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf:
+        raise ValueError(f"learning_rate must be a finite number above 0, got {rate!r}")
+
+
+def _clips(data: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
+    return (data,) if isinstance(data, Tensor) else data
 
 
 def _bounds(plan: Plan | None) -> Bounds | None:

@@ -48,6 +48,9 @@ NEARLY_LEAST = 1.05
 CHUNK_BYTES = 8 * 2**20
 """A chunk of pixels, all frames and channels, is about as large: it stays in the cache."""
 
+FRESH_BYTES = 32 * 2**20
+"""Larger blocks glibc takes from the system for each use, page by page, and gives back."""
+
 Operation = Literal["encode", "decode"]
 Budget = int | str | None
 Offload = str | os.PathLike[str] | None
@@ -64,6 +67,8 @@ class Work(NamedTuple):
     """Bytes that operations write."""
     calls: float = 0.0
     """Operations of torch, however small."""
+    fresh: float = 0.0
+    """Bytes of results so large that their memory comes new from the system each time."""
 
     def plus(self, other: Work, times: float = 1.0) -> Work:
         """The sum with `times` the other."""
@@ -516,8 +521,9 @@ class _Alive(TorchDispatchMode):
         aliases = [r.alias_info for r in func._schema.returns]
         if any(alias is not None and not alias.is_write for alias in aliases):
             return  # a view
-        written = sum(x.nbytes for x in tree_leaves(out) if isinstance(x, Tensor))
-        self.work = self.work.plus(Work(_operations(func, args, kwargs, out), written, 1))
+        sizes = [x.nbytes for x in tree_leaves(out) if isinstance(x, Tensor)]
+        fresh = 0 if any(aliases) else sum(n for n in sizes if n > FRESH_BYTES)
+        self.work = self.work.plus(Work(_operations(func, args, kwargs, out), sum(sizes), 1, fresh))
 
     def _take_in(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
@@ -546,17 +552,22 @@ def _operations(func: Any, args: Any, kwargs: Any, out: Any) -> float:
 
 @lru_cache(maxsize=16)
 def probe(device: torch.device, dtype: torch.dtype) -> Work:
-    """What a device does in a second, of each kind of work: convolves, writes, and calls."""
+    """What a device does in a second, of each kind of work: convolves, writes, calls, and what
+    memory that comes new from the system costs on top of being written.
+    """
     with torch.no_grad():
         x = torch.ones(4, 64, 64, 128, device=device, dtype=dtype).movedim(-1, 1)
         weight = torch.ones(128, 128, 3, 3, device=device, dtype=dtype)
         weight = weight.contiguous(memory_format=torch.channels_last)
-        large, small = x.repeat(4, 1, 1, 1), x[:1, :, :1, :1]
+        large = torch.ones(2 * FRESH_BYTES // dtype.itemsize, device=device, dtype=dtype)
         operations = 2.0 * x.numel() * weight[0].numel()
+        written = x.nbytes / _seconds(device, lambda: F.silu(x))
+        fresh = _seconds(device, lambda: F.silu(large)) - large.nbytes / written
         return Work(
             operations / _seconds(device, lambda: F.conv2d(x, weight, padding=1)),
-            large.nbytes / _seconds(device, lambda: F.silu(large)),
-            1 / _seconds(device, lambda: F.silu(small)),
+            written,
+            1 / _seconds(device, lambda: F.silu(x[:1, :, :1, :1])),
+            large.nbytes / fresh if fresh > 0 else math.inf,
         )
 
 

@@ -1,0 +1,83 @@
+"""What a model is, in plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any
+
+from torch import nn
+
+from temporal_vae.config import TemporalVAEConfig
+from temporal_vae.layers import Timewise
+from temporal_vae.network import Decoder, Encoder, Line
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelMetadata:
+    """A description of a model; `to_dict` gives it ready for JSON."""
+
+    name: str
+    """Name of the class."""
+    version: str
+    """Of this library."""
+    config: TemporalVAEConfig
+    parameter_count: int
+    parameters: Mapping[str, int]
+    """Number of parameters by part: "encoder_spatial", "encoder_temporal", "decoder_spatial",
+    "decoder_temporal". They add up to `parameter_count`."""
+    encode_reach: int | None
+    """Frames that a latent depends on in each direction (back only when causal); None for the
+    whole clip."""
+    decode_reach: int | None
+    """Latent frames that a frame depends on, likewise."""
+    encode_delay: int | None
+    """Frames by which a stream's latents are late; None for a model that cannot stream."""
+    decode_delay: int | None
+    """Latent frames by which a stream's frames are late, likewise."""
+    active_features: tuple[int, ...]
+    """Latent channels that are not masked."""
+    dtype: str
+    """Of the weights, such as "float32"."""
+    device: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        values = asdict(self) | {"config": self.config.to_dict()}
+        return values | {"active_features": list(self.active_features)}
+
+
+def describe(
+    name: str, encoder: Encoder, decoder: Decoder, active_features: tuple[int, ...]
+) -> ModelMetadata:
+    """The metadata of a model with these two lines."""
+    lines: dict[str, Line] = {"encoder": encoder, "decoder": decoder}
+    parts = {}
+    for half, line in lines.items():
+        temporal = sum(_count(layer) for layer in line.layers() if isinstance(layer, Timewise))
+        parts[f"{half}_spatial"] = _count(line) - temporal
+        parts[f"{half}_temporal"] = temporal
+    weight = encoder.conv_in.weight
+    reach: dict[str, int | None] = {}
+    ahead: dict[str, int | None] = {}
+    for half, line in lines.items():
+        reach[half], ahead[half] = line.reach or (None, None)
+    return ModelMetadata(
+        name=name,
+        version=version("temporal-video-vae"),
+        config=encoder.config,
+        parameter_count=sum(parts.values()),
+        parameters=parts,
+        encode_reach=reach["encoder"],
+        decode_reach=reach["decoder"],
+        encode_delay=ahead["encoder"],
+        decode_delay=ahead["decoder"],
+        active_features=active_features,
+        dtype=str(weight.dtype).removeprefix("torch."),
+        device=str(weight.device),
+    )
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
