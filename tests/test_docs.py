@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import re
 from pathlib import Path
 
@@ -11,8 +12,10 @@ from test_checkpoints import image_vae, save_single
 from test_foreign import theirs
 
 import temporal_vae
+from temporal_vae import model
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
@@ -52,6 +55,45 @@ def test_the_shapes_it_states_are_true() -> None:
         for target, call, shape in stated:
             if line.startswith(f"{target} = {call}"):
                 assert str(tuple(names[target].shape)) == shape  # type: ignore[attr-defined]
+
+
+def test_the_examples_of_docstrings_run() -> None:
+    found = doctest.testmod(model, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    assert found.failed == 0 and found.attempted >= 28
+
+
+def reference() -> list[tuple[str, str]]:
+    """(there, here) of every row of the reference."""
+    rows = re.findall(
+        r"^\| (.+?) \| (.+?) \| .*\|$", (ROOT / "docs/reference.md").read_text(), re.M
+    )
+    return [(there, here) for there, here in rows if there not in ("there", "---")]
+
+
+def test_the_reference_names_members_that_are_there() -> None:
+    named = {name for _, here in reference() for name in re.findall(r"`(\w+)`", here)}
+    torch_own = {"named_parameters", "load_state_dict"}
+    missing = {name for name in named if not hasattr(temporal_vae.TemporalVAE, name)} - torch_own
+    assert not missing
+    public = {
+        name
+        for name, value in vars(temporal_vae.TemporalVAE).items()
+        if not name.startswith("_")
+        and (callable(value) or isinstance(value, property | classmethod))
+    }
+    text = (ROOT / "docs/reference.md").read_text()
+    ours_alone = {"dtype", "device", "forward"}
+    assert {name for name in public if f"`{name}`" not in text} - ours_alone == set()
+
+
+def test_the_reference_has_every_member_of_the_page() -> None:
+    page = ROOT.parent / "shared/spec/temporal_vae_page.txt"
+    if not page.exists():
+        pytest.skip("the page is not part of the project")
+    members = set(re.findall(r"^public .*?(\w+)(?:\(.*\)| \{ get; \})$", page.read_text(), re.M))
+    there = " ".join(there for there, _ in reference())
+    assert len(members) >= 17
+    assert {name for name in members if f"`{name}" not in there} == set()
 
 
 def test_every_verb_is_in_the_readme() -> None:

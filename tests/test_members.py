@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from temporal_vae import TemporalVAE, TemporalVAEConfig, losses
+from temporal_vae.walks import plan
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -190,6 +191,17 @@ def test_a_copy_is_the_same_and_shares_nothing(
     other.set_active_feature_indices([1])
     assert_same(dict(model.state_dict()), before["tensors"])
     assert (model.tiling_enabled, model.get_active_feature_indices()) == (False, [0, 2, 3])
+
+
+def test_a_copy_takes_the_memory_of_one_more_model() -> None:
+    model = awake(torch.float32)
+    size = sum(p.nbytes for p in model.parameters())
+    with plan._Alive() as alive:
+        other = model.clone()
+    assert size <= alive.most <= 1.02 * size
+    with plan._Alive() as alive:
+        other.set_parameters(model.get_parameters())
+    assert alive.most <= 1.02 * size + 2 * other.parameter_count, "one vector, and its check"
 
 
 def test_a_copy_of_a_model_that_never_ran_is_the_same() -> None:

@@ -2,12 +2,16 @@
 
 from temporal_vae.adapters.diffusers import to_diffusers, upgrade
 from temporal_vae.config import TemporalVAEConfig
+from temporal_vae.features import ChannelImportance
 from temporal_vae.latents import LatentDistribution
+from temporal_vae.metadata import ModelMetadata
 from temporal_vae.model import TemporalVAE
 from temporal_vae.walks.plan import Plan
 
 __all__ = [
+    "ChannelImportance",
     "LatentDistribution",
+    "ModelMetadata",
     "Plan",
     "TemporalVAE",
     "TemporalVAEConfig",

@@ -83,6 +83,13 @@ class TemporalVAE(nn.Module):
 
     Raises:
         ValueError: for any argument that could not make a working model.
+
+    Example:
+        >>> vae = TemporalVAE(base_channels=32, channel_multipliers=(1, 2), seed=0)
+        >>> video = torch.rand(1, 3, 5, 16, 24) * 2 - 1
+        >>> latent = vae.encode(video, sample_mode=False)
+        >>> tuple(latent.shape), tuple(vae.decode(latent).shape)
+        ((1, 4, 5, 8, 12), (1, 3, 5, 16, 24))
     """
 
     def __init__(
@@ -380,6 +387,15 @@ class TemporalVAE(nn.Module):
         Raises:
             ValueError: for a budget that cannot be met, naming the smallest that can, and on the CPU
                 for one above the memory that is free.
+
+        Example:
+            >>> vae = TemporalVAE(base_channels=32, channel_multipliers=(1, 2), seed=0)
+            >>> plan = vae.plan((1, 4, 9, 32, 32), budget="least")
+            >>> latent = torch.randn(1, 4, 9, 32, 32)
+            >>> with torch.no_grad():
+            ...     same = torch.allclose(vae.decode(latent, plan=plan), vae.decode(latent), atol=1e-5)
+            >>> plan.walk, same
+            ('bounded', True)
         """
         if operation not in ("encode", "decode"):
             raise ValueError(f"operation must be 'encode' or 'decode', got {operation!r}")
@@ -672,6 +688,15 @@ class TemporalVAE(nn.Module):
         Raises:
             ValueError: as `encode`, and for a model with a norm over the clip, or a state of another
                 model, size or dtype.
+
+        Example:
+            >>> vae = TemporalVAE(base_channels=8, channel_multipliers=(1,), causal_mode=True, seed=0)
+            >>> video, state, found = torch.rand(1, 3, 6, 8, 8) * 2 - 1, None, []
+            >>> for frames in video.split(2, 2):
+            ...     latents, state = vae.encode_step(frames, state, sample_mode=False)
+            ...     found.append(latents)
+            >>> torch.allclose(torch.cat(found, 2), vae.encode(video, sample_mode=False), atol=1e-5)
+            True
         """
         clip = self._pixels(self._piece(frames, "frames"), "frames")
         moments, state = self._step("encode", clip, state, plan)
@@ -864,6 +889,12 @@ class TemporalVAE(nn.Module):
         Returns:
             The losses before the step: "reconstruction", "kl" (weighted) and "loss", their sum.
 
+        Example:
+            >>> vae = TemporalVAE(base_channels=8, channel_multipliers=(1,), seed=0)
+            >>> video = torch.rand(1, 3, 2, 8, 8) * 2 - 1
+            >>> sorted(vae.train_step(video, learning_rate=1e-2))
+            ['kl', 'loss', 'reconstruction']
+
         Raises:
             ValueError: for a wrong input or rate, and for a loss that is not finite, or whose
                 gradient is not; nothing is changed then.
@@ -896,6 +927,14 @@ class TemporalVAE(nn.Module):
 
         Raises:
             ValueError: for a wrong input, and for a loss that gives no scalar.
+
+        Example:
+            >>> vae = TemporalVAE(base_channels=8, channel_multipliers=(1,), seed=0)
+            >>> video = torch.rand(1, 3, 2, 8, 8) * 2 - 1
+            >>> gradients = vae.compute_gradients(video, video)
+            >>> len(gradients) == vae.parameter_count
+            True
+            >>> vae.apply_gradients(gradients, learning_rate=1e-3)
         """
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices), _recording(input, target) as (x, y):
@@ -962,6 +1001,13 @@ class TemporalVAE(nn.Module):
 
         Raises `ValueError` for a wrong length or rank, no floating point, or values that are not
         finite in the dtype of the weights; nothing is changed then.
+
+        Example:
+            >>> vae = TemporalVAE(base_channels=8, channel_multipliers=(1,), seed=0)
+            >>> vae.set_parameters(vae.get_parameters() * 0.5)
+            >>> vae.set_parameters(torch.zeros(3))
+            Traceback (most recent call last):
+            ValueError: vector must be one flat vector of 17378 numbers, as many as ... got (3,)
         """
         vectors.scatter(self._checked(vector), self.parameters())
         self._weights_written()
@@ -1005,7 +1051,7 @@ class TemporalVAE(nn.Module):
         return copy.deepcopy(self)
 
     def deep_copy(self) -> Self:
-        """The same as `clone`."""
+        """The same as `clone`, by the page's other name; `copy.deepcopy` does it too."""
         return self.clone()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -1038,6 +1084,12 @@ class TemporalVAE(nn.Module):
         Their posterior is the prior, mean 0 and log-variance 0, so their KL is 0. Holds for streams
         and gradients too. `range(latent_channels)` ends it.
         Raises `ValueError` for no index, one out of range, or one twice; nothing is changed then.
+
+        Example:
+            >>> vae = TemporalVAE(base_channels=8, channel_multipliers=(1,), seed=0)
+            >>> vae.set_active_feature_indices([0, 2])
+            >>> [vae.is_feature_used(channel) for channel in range(4)]
+            [True, False, True, False]
         """
         active = features.check_indices(indices, self.latent_channels)
         self._active = None if len(active) == self.latent_channels else active
@@ -1125,6 +1177,12 @@ class TemporalVAE(nn.Module):
 
         Raises:
             ValueError: as `encode`, and for a size of 1, which torch would take for fixed.
+
+        Example:
+            >>> vae = TemporalVAE(base_channels=8, channel_multipliers=(1,), seed=0)
+            >>> program = vae.export_computation_graph(torch.zeros(2, 3, 3, 8, 8))
+            >>> tuple(program.module()(torch.zeros(1, 3, 7, 16, 24)).shape)
+            (1, 3, 7, 16, 24)
         """
         self._pixels(example, "example")
         if any(example.shape[axis] < 2 for axis in range(example.ndim) if axis != 1):
@@ -1136,7 +1194,13 @@ class TemporalVAE(nn.Module):
         return graph.export(encoder, decoder, self._active, example)
 
     def get_metadata(self) -> ModelMetadata:
-        """What this model is: configuration, parameters by part, reach and delay, dtype, device."""
+        """What this model is: configuration, parameters by part, reach and delay, dtype, device.
+
+        Example:
+            >>> meta = TemporalVAE(base_channels=8, causal_mode=True).get_metadata()
+            >>> meta.decode_reach, meta.decode_delay
+            (64, 0)
+        """
         active = tuple(self.get_active_feature_indices())
         return metadata.describe(type(self).__name__, self.encoder, self.decoder, active)
 
