@@ -313,6 +313,15 @@ def test_a_loss_without_the_prediction_has_zero_gradient() -> None:
     assert len(found) == model.parameter_count and not found.any()
 
 
+def test_a_parameter_without_a_part_has_zero_gradient() -> None:
+    model = awake(torch.float32)
+    model.spare = nn.Parameter(torch.ones(3))  # of a subclass, say
+    x = pixels(2, 8, 8).float()
+    found = model.compute_gradients(x, x.flip(-1))
+    names = [name for name, _ in model.named_parameters()]
+    assert names[0] == "spare" and not found[:3].any() and bool(found[3:].any())
+
+
 @pytest.mark.parametrize("loss", [lambda p, t: p - t, lambda p, t: 1.0, lambda p, t: None])
 def test_what_is_no_scalar_is_refused(loss: Any) -> None:
     x = pixels(2, 8, 8).float()

@@ -412,7 +412,7 @@ def test_a_step_out_of_memory_is_planned_smaller(monkeypatch: pytest.MonkeyPatch
     plan = model.plan(latent.shape, budget=10**9, stream=True)
     honest, bounds = streamed.step, []
 
-    def failing(line: Any, x: Tensor, state: Any, bound: Any) -> Any:
+    def failing(line: Any, x: Tensor, state: Any, bound: Any = None) -> Any:
         bounds.append(bound)
         if len(bounds) == 1:
             raise torch.OutOfMemoryError("as if")
