@@ -2,11 +2,13 @@
 
 from temporal_vae.adapters.diffusers import to_diffusers, upgrade
 from temporal_vae.config import TemporalVAEConfig
+from temporal_vae.files import CheckpointError
 from temporal_vae.latents import LatentDistribution
 from temporal_vae.model import TemporalVAE
 from temporal_vae.walks.plan import Plan
 
 __all__ = [
+    "CheckpointError",
     "LatentDistribution",
     "Plan",
     "TemporalVAE",
