@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,6 @@ from safetensors.torch import save as safetensors_save
 from torch import Tensor, nn
 
 from temporal_vae import CheckpointError, TemporalVAE, files
-from temporal_vae.layers import TimeConv
 
 TINY: dict[str, Any] = {
     "input_channels": 1,
@@ -72,7 +71,7 @@ def everything(model: TemporalVAE) -> list[object]:
     ]
 
 
-def assert_refused(model: TemporalVAE, data: bytes, match: str = "") -> None:
+def assert_refused(model: TemporalVAE, data: bytes, match: str = "r") -> None:
     """No way of reading takes these bytes, and the model stays what it was."""
     before = everything(model)
     ways: list[Callable[[], object]] = [
@@ -560,7 +559,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     tiny().save_model(path)
     old, broken = path.read_bytes(), tiny(1)
     broken.decoder.register_buffer("count", torch.zeros(2, dtype=torch.int64))
-    with pytest.raises(ValueError, match="decoder.count is torch.int64"):
+    with pytest.raises(ValueError, match=r"decoder\.count is torch\.int64"):
         broken.save_model(path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "write_all", full)
@@ -608,9 +607,8 @@ def test_cut_anywhere() -> None:
     before = everything(model)
     head = len(data) - len(opened(data)[1])
     for end in [*range(head + 9), *range(head + 9, len(data), 13), len(data) - 1]:
-        for read in (model.deserialize, lambda cut: model.load_state(io.BytesIO(cut))):
-            with pytest.raises(CheckpointError):
-                read(data[:end])
+        with pytest.raises(CheckpointError):
+            model.load_state(io.BytesIO(data[:end]))
     assert everything(model) == before
     assert_refused(model, data[:-1])
     assert_refused(model, b"", "cut short")
@@ -620,7 +618,7 @@ def test_a_flipped_byte_anywhere() -> None:
     data, model = bytearray(tiny().serialize()), tiny(1)
     before, rng = everything(model), random.Random(0)
     head = len(data) - len(opened(bytes(data))[1])
-    for at in [*range(head), *range(head, len(data), 7)]:
+    for at in [*range(1000), *range(1000, head, 7), *range(head, len(data), 5)]:
         mask = rng.choice([1 << rng.randrange(8), rng.randrange(1, 256)])
         data[at] ^= mask
         with pytest.raises(CheckpointError):
@@ -634,7 +632,7 @@ def document() -> dict[str, Any]:
     return opened(tiny().serialize())[0]
 
 
-FIRST, SECOND = list(document())[1:3]
+FIRST, SECOND, *_, LAST = list(document())[1:]
 
 
 def metadata(**changes: str | None) -> Callable[[dict[str, Any]], object]:
@@ -656,6 +654,12 @@ def configured(**changes: Any) -> Callable[[dict[str, Any]], object]:
 
 def tensor(name: str, **changes: Any) -> Callable[[dict[str, Any]], object]:
     return lambda document: document[name].update(changes)
+
+
+def claims(slot: dict[str, Any]) -> dict[str, Any]:
+    """Of a last tensor: that it had 2**58 numbers."""
+    begin = slot["data_offsets"][0]
+    return {"shape": [2**58], "data_offsets": [begin, begin + 2**60]}
 
 
 def renamed(document: dict[str, Any]) -> None:
@@ -705,7 +709,7 @@ FORGERIES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "offset negative": (tensor(FIRST, data_offsets=[-8, 0]), "no proper place"),
     "offset three": (tensor(FIRST, data_offsets=[0, 8, 8]), "no proper place"),
     "offset huge": (tensor(FIRST, data_offsets=[0, 2**60]), "no proper place"),
-    "offset claims": (tensor(FIRST, data_offsets=[0, 2**60], shape=[2**58]), "no proper place"),
+    "offset claims": (lambda d: d[LAST].update(claims(d[LAST])), "there are|do not fit"),
     "order": (swapped, "no proper place"),
     "no tensor": (lambda d: d.pop(list(d)[-1]), "bytes, but|fit"),
     "no object": (lambda d: d.update({FIRST: 3}), "no proper place"),
@@ -721,6 +725,22 @@ def test_every_field_wrong_in_turn(forgery: str) -> None:
     document, payload = opened(tiny().serialize())
     change(document)
     assert_refused(tiny(1), sealed(document, payload), match)
+
+
+def test_a_model_of_terabytes_is_not_made(tmp_path: Path) -> None:
+    """Shapes and configuration agree, only the bytes are missing."""
+    with torch.device("meta"):
+        state = TemporalVAE(**(TINY | {"base_channels": 2**18})).state_dict()
+    slots = files.lay_out({name: ("F32", tuple(tensor.shape)) for name, tensor in state.items()})
+    document, payload = opened(tiny().serialize())
+    configured(base_channels=2**18)(document)
+    metadata = without_seal(document)["__metadata__"]
+    data = files.Header(metadata, slots).encode() + payload
+    assert max(slot.end for slot in slots.values()) > 10**12
+    assert_refused(tiny(1), data, "there are|another architecture")
+    (tmp_path / "file").write_bytes(data)
+    with pytest.raises(CheckpointError, match="cut short"):
+        TemporalVAE.from_file(tmp_path / "file")
 
 
 def test_every_metadata_is_needed() -> None:
@@ -794,7 +814,7 @@ def test_more_tensors_than_a_header_holds() -> None:
 
 def test_a_model_without_values() -> None:
     with torch.device("meta"):
-        model = tiny.__wrapped__() if hasattr(tiny, "__wrapped__") else TemporalVAE(**TINY)
+        model = TemporalVAE(**TINY)
     with pytest.raises(ValueError, match="on the meta device"):
         model.serialize()
     with pytest.raises(ValueError, match="on the meta device"):
@@ -862,7 +882,7 @@ class Scaled(nn.Module):
 def test_a_loss_is_named_and_given_again(loss: Any, tmp_path: Path) -> None:
     model = tiny(loss_function=loss)
     data = model.serialize()
-    named = json.loads(json.dumps(opened(data)[0]["__metadata__"]["loss"]))
+    named = opened(data)[0]["__metadata__"]["loss"]
     assert named.split(".")[-1] in (
         getattr(loss, "__qualname__", ""),
         type(loss).__name__,
@@ -893,6 +913,7 @@ def test_seed_and_loss_are_not_compared() -> None:
 MEASURE = '''
 import gc, json, sys
 from pathlib import Path
+import torch
 from temporal_vae import TemporalVAE
 
 def resident(what):
@@ -909,13 +930,13 @@ def peak(step):
 folder = Path(sys.argv[1])
 small = TemporalVAE(base_channels=16, seed=0)  # what the first load of any takes
 TemporalVAE.from_bytes(small.serialize()); small.deserialize(small.serialize())
-model = TemporalVAE(base_channels=96, num_temporal_layers=0, seed=0)
+model = TemporalVAE(base_channels=64, num_temporal_layers=0, seed=0)
 payload = 4 * model.parameter_count
 save, _ = peak(lambda: model.save_model(folder / "model"))
 load, _ = peak(lambda: model.load_model(folder / "model"))
 del model
 made, _ = peak(lambda: TemporalVAE.from_file(folder / "model"))
-half, _ = peak(lambda: TemporalVAE.from_file(folder / "model", dtype="bfloat16" and __import__("torch").bfloat16))
+half, _ = peak(lambda: TemporalVAE.from_file(folder / "model", dtype=torch.bfloat16))
 print(json.dumps([x / payload for x in (save, load, made, half)] + [payload / 2**20]))
 '''  # fmt: skip
 
@@ -926,7 +947,7 @@ def test_memory_is_that_of_one_payload(tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     save, load, made, half, mib = json.loads(result.stdout)
-    assert mib > 150
+    assert mib > 70
     assert save < 0.1, f"saving takes {save:.2f} of the weights"
     assert load < 1.1, f"loading in place takes {load:.2f} of the weights"
     assert made < 1.1, f"a new model takes {made:.2f} of its weights"
@@ -942,12 +963,15 @@ BEFORE = everything(TARGET)
 START = weights(TARGET)
 
 
+DAMAGES = ["cut", "flip", "splice", "repeat", "zero"]
+
+
 @st.composite
 def damaged(draw: st.DrawFn) -> bytes:
     """A record after truncations, flips and splices, a few in a row."""
     data = bytearray(draw(st.sampled_from(RECORDS)))
     head = 8 + int.from_bytes(data[:8], "little")
-    for kind in draw(st.lists(st.sampled_from("cut flip splice repeat zero".split()), max_size=3)):
+    for kind in draw(st.lists(st.sampled_from(DAMAGES), max_size=3)):
         # the header is the larger part of so small a record, the payload must have its share
         place = st.one_of(
             st.integers(0, len(data)), st.integers(0, 16), st.integers(head, head + 40)

@@ -465,7 +465,7 @@ class Record:
             )
 
     def check_loss(self, given: str | None) -> None:
-        """Raise `CheckpointError` if the record names a loss, and the one given has another name."""
+        """Raise `CheckpointError` if the record names a loss, and another one is given."""
         if self.loss is not None and given != self.loss:
             raise CheckpointError(
                 f"the record names a loss of its own, {self.loss!r}, which is code and so is not "
