@@ -2,16 +2,18 @@
 
     python benchmarks/records.py
 
-Files lie in memory (/dev/shm), so that no disk is measured. Each round does everything once, in
-turn, a new file each time; the table has medians. The least is, to save, safetensors' own
-`save_file` of the same tensors; to load, one `readinto` of the same bytes and a `copy_` of each
-tensor: into new memory, as a load does, or, "kept", into memory that was touched before the clock
-starts, as no load can. Ours also takes and compares checksums.
+Files lie in memory (/dev/shm), so that no disk is measured. Every number is the first call in a
+fresh process, which has a model with other weights than the file's; the rounds take turns and the
+table has medians. The least is, to save, safetensors' own `save_file` of the same tensors; to load,
+one `readinto` of the same bytes and a `copy_` of each tensor. Ours also takes and compares
+checksums.
 """
 
 from __future__ import annotations
 
+import gc
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -20,87 +22,101 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from temporal_vae import TemporalVAE, TemporalVAEConfig
 
-ROUNDS = 15
+ROUNDS = 9
 BARS = {
-    "save_state": ["save_file"],
-    "save_model": ["save_file"],
-    "load_state": ["readinto, copy_", "the same, kept"],
-    "load_model": ["readinto, copy_", "the same, kept"],
+    "save_state": "save_file",
+    "save_model": "save_file",
+    "load_state": "bare",
+    "load_model": "bare",
 }
+STEPS = ["save_file", "save_state", "save_model", "bare", "load_state", "load_model"]
+STEPS += ["from_file", "load_file"]
 
 
-def seconds(step: Callable[[], object]) -> float:
-    """Wall time of one call, its result let go of within."""
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
-
-
-def bare_load(model: TemporalVAE, file: Path, payload: Tensor) -> None:
+def bare(model: TemporalVAE, file: Path) -> None:
     """Read the bytes of the weights at once and copy them over, in the order of the file."""
+    payload = torch.empty(4 * model.parameter_count, dtype=torch.uint8)
     with file.open("rb", buffering=0) as raw:
         raw.seek(file.stat().st_size - len(payload))
-        view = memoryview(payload.numpy())
+        view = payload.numpy().data
         while view:
-            view = view[raw.readinto(view) or 0 :]
+            view = view[raw.readinto(view) :]
     at = 0
     with torch.no_grad():
         for _, parameter in sorted(model.named_parameters()):
-            size = parameter.numel() * parameter.element_size()
-            values = payload[at : at + size].view(parameter.dtype).view(parameter.shape)
-            parameter.copy_(values)
-            at += size
+            values = payload[at : at + 4 * parameter.numel()]
+            parameter.copy_(values.view(torch.float32).view(parameter.shape))
+            at += len(values)
+
+
+def measure(name: str, folder: Path) -> float:
+    """Seconds of one step, the first of its kind in this process."""
+    model = TemporalVAE.from_config(TemporalVAEConfig.svd(), seed=1)
+    stored, new = folder / "stored", folder / "new"
+
+    def save_state() -> None:
+        with new.open("wb") as file:
+            model.save_state(file)
+
+    def load_state() -> None:
+        with stored.open("rb") as file:
+            model.load_state(file)
+
+    steps: dict[str, Callable[[], object]] = {
+        "save_file": lambda: save_file(model.state_dict(), new),
+        "save_state": save_state,
+        "save_model": lambda: model.save_model(new),
+        "bare": lambda: bare(model, stored),
+        "load_state": load_state,
+        "load_model": lambda: model.load_model(stored),
+        "from_file": lambda: TemporalVAE.from_file(stored),
+        "load_file": lambda: load_file(stored),
+    }
+    gc.collect()
+    start = time.perf_counter()
+    steps[name]()
+    taken = time.perf_counter() - start
+    if name in ("bare", "load_state", "load_model"):
+        expected = load_file(stored)
+        assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+    return taken
+
+
+def child(name: str, folder: str) -> float:
+    """`measure` in a process of its own."""
+    command = [sys.executable, __file__, name, folder]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    (Path(folder) / "new").unlink(missing_ok=True)
+    return float(output)
 
 
 def main() -> None:
-    """Print medians and ratios."""
-    model = TemporalVAE.from_config(TemporalVAEConfig.svd(), seed=0)
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    """Print medians over the rounds, and ratios."""
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    times: dict[str, list[float]] = {name: [] for name in STEPS}
     with tempfile.TemporaryDirectory(dir=memory) as folder:
-        ours, theirs, written = (Path(folder) / name for name in ("ours", "theirs", "new"))
-        model.save_model(ours)
-        save_file(model.state_dict(), theirs)
-
-        def save_state() -> None:
-            with written.open("wb") as file:
-                model.save_state(file)
-
-        def load_state() -> None:
-            with ours.open("rb") as file:
-                model.load_state(file)
-
-        kept = torch.zeros(size, dtype=torch.uint8)
-        steps: dict[str, Callable[[], object]] = {
-            "save_file": lambda: save_file(model.state_dict(), written),
-            "save_state": save_state,
-            "save_model": lambda: model.save_model(written),
-            "readinto, copy_": lambda: bare_load(model, ours, torch.empty(size, dtype=torch.uint8)),
-            "the same, kept": lambda: bare_load(model, ours, kept),
-            "load_state": load_state,
-            "load_model": lambda: model.load_model(ours),
-            "from_file": lambda: TemporalVAE.from_file(ours),
-            "load_file": lambda: load_file(theirs),
-        }
-        times: dict[str, list[float]] = {name: [] for name in steps}
+        TemporalVAE.from_config(TemporalVAEConfig.svd(), seed=0).save_model(f"{folder}/stored")
+        size = Path(folder, "stored").stat().st_size
         for _ in range(ROUNDS):
-            for name, step in steps.items():
-                written.unlink(missing_ok=True)
-                times[name].append(seconds(step))
-    median = {name: statistics.median(found) for name, found in times.items()}
+            for name, found in times.items():
+                found.append(child(name, folder))
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, python "
-        f"{sys.version.split()[0]}, {model.parameter_count:,} parameters, {size / 2**20:.0f} MiB "
-        f"in {memory or 'the folder for temporary files'}, {ROUNDS} rounds, median"
+        f"{sys.version.split()[0]}, a record of {size:,} bytes in "
+        f"{memory or 'the folder for temporary files'}, {ROUNDS} rounds, median"
     )
+    median = {name: statistics.median(found) for name, found in times.items()}
     for name, value in median.items():
-        bars = [f"{value / median[bar]:5.2f} x {bar}" for bar in BARS.get(name, ())]
-        print(f"{name:18}{value * 1000:8.1f} ms   {', '.join(bars)}".rstrip())
+        bar = BARS.get(name)
+        against = f"   {value / median[bar]:5.2f} x {bar}" if bar else ""
+        print(f"{name:12}{value * 1000:8.1f} ms{against}")
 
 
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) == 3:
+        print(measure(sys.argv[1], Path(sys.argv[2])))
+    else:
+        main()

@@ -439,7 +439,7 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(_flat(tensor).numpy())
+    return _flat(tensor).numpy().data
 
 
 @dataclass(frozen=True)

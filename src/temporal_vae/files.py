@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Self
 
@@ -159,12 +160,12 @@ def _read_some(file: BinaryIO, view: memoryview) -> int:
     if hasattr(file, "readinto"):
         count = file.readinto(view)
     else:
-        data: object = file.read(len(view))
+        data: bytes | str | None = file.read(len(view))
         if isinstance(data, str):
             raise ValueError("file must be binary, but read() gave text")
-        count = None if data is None else len(data)  # type: ignore[arg-type]
-        if data and len(data) <= len(view):  # type: ignore[arg-type]
-            view[:count] = data  # type: ignore[assignment]
+        count = None if data is None else len(data)
+        if data and len(data) <= len(view):
+            view[: len(data)] = data
     if count is None:
         raise BlockingIOError("the file has no bytes now: make it blocking")
     if not 0 <= count <= len(view):
@@ -173,35 +174,63 @@ def _read_some(file: BinaryIO, view: memoryview) -> int:
 
 
 class Checksum:
-    """crc32 of bytes that come in pieces, taken in a thread of its own: a context manager."""
+    """crc32 of bytes that come in pieces, taken in other threads: a context manager."""
 
-    _WAITING = 8
+    _THREADS = 4
 
     def __init__(self) -> None:
-        self._value = 0
-        self._thread = ThreadPoolExecutor(1)
-        self._waiting: deque[Future[None]] = deque()
+        self._sum = 0
+        self._threads = ThreadPoolExecutor(self._THREADS)
+        self._waiting: deque[tuple[Future[int], int]] = deque()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._thread.shutdown(cancel_futures=True)
+        self._threads.shutdown(cancel_futures=True)
 
     def add(self, view: memoryview) -> None:
         """The next bytes, which must stay as they are until `value` is asked for."""
-        self._waiting.append(self._thread.submit(self._add, view))
-        if len(self._waiting) > self._WAITING:  # who reads faster than this would pile up pieces
-            self._waiting.popleft().result()
-
-    def _add(self, view: memoryview) -> None:
-        self._value = zlib.crc32(view, self._value)
+        self._waiting.append((self._threads.submit(zlib.crc32, view), len(view)))
+        if len(self._waiting) > 2 * self._THREADS:  # or a fast reader would pile up pieces
+            self._append_oldest()
 
     def value(self) -> str:
         """The sum of everything so far, eight hexadecimal digits."""
         while self._waiting:
-            self._waiting.popleft().result()
-        return f"{self._value:08x}"
+            self._append_oldest()
+        return f"{self._sum:08x}"
+
+    def _append_oldest(self) -> None:
+        piece, length = self._waiting.popleft()
+        self._sum = _product(_power(8 * length), self._sum) ^ piece.result()
+
+
+# A crc32 is the remainder of a polynomial whose coefficients are 0 and 1, the first of them in the
+# highest of 32 bits. Of two texts in a row it is that of the first, times x to the number of bits of
+# the second, plus that of the second.
+
+
+def _product(a: int, b: int) -> int:
+    """The remainder of a product of two remainders."""
+    total = 0
+    for bit in range(31, -1, -1):
+        if a >> bit & 1:
+            total ^= b
+        b = b >> 1 ^ (0xEDB88320 if b & 1 else 0)
+    return total
+
+
+@lru_cache(maxsize=1024)
+def _power(exponent: int) -> int:
+    """The remainder of x to this power."""
+    result, factor = 1 << 31, 1 << 30
+    while exponent:
+        if exponent & 1:
+            result = _product(result, factor)
+        factor = _product(factor, factor)
+        exponent >>= 1
+    return result
 
 
 # Headers of records ---------------------------------------------------------------------------

@@ -39,6 +39,7 @@ from temporal_vae.walks.plan import (
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 Layout = Literal["BCTHW", "BTCHW"]
+Bytes = bytes | bytearray | memoryview
 StreamState = streamed.State
 Stream = streamed.Stream
 
@@ -296,14 +297,14 @@ class TemporalVAE(nn.Module):
         self.save_state(file)
         return file.getvalue()
 
-    def deserialize(self, data: bytes) -> None:
+    def deserialize(self, data: Bytes) -> None:
         """`load_state` from bytes, which must be one record and nothing else."""
         self._take(checkpoint.read_record(*_in_memory(data)))
 
     @classmethod
     def from_bytes(
         cls,
-        data: bytes,
+        data: Bytes,
         loss_function: LossFunction | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -311,7 +312,7 @@ class TemporalVAE(nn.Module):
         """A new model from one record, and nothing else, such as `serialize` gives.
 
         Args:
-            data: of any type that `memoryview` takes.
+            data: the record; what is not `bytes` is copied first.
             loss_function: must be given for a record that names one; any will do.
             dtype: of the weights; None means as they were saved.
             device: None means the CPU.
@@ -1019,7 +1020,7 @@ def _given(scale: float | None, shift: float | None) -> dict[str, float]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _in_memory(data: bytes) -> tuple[BinaryIO, int]:
+def _in_memory(data: Bytes) -> tuple[BinaryIO, int]:
     """A file that reads these bytes, and their number."""
     try:
         size = memoryview(data).nbytes
