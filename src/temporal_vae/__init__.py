@@ -3,6 +3,7 @@
 from temporal_vae.adapters.diffusers import to_diffusers, upgrade
 from temporal_vae.config import TemporalVAEConfig
 from temporal_vae.features import ChannelImportance
+from temporal_vae.files import CheckpointError
 from temporal_vae.latents import LatentDistribution
 from temporal_vae.metadata import ModelMetadata
 from temporal_vae.model import TemporalVAE
@@ -10,6 +11,7 @@ from temporal_vae.walks.plan import Plan
 
 __all__ = [
     "ChannelImportance",
+    "CheckpointError",
     "LatentDistribution",
     "ModelMetadata",
     "Plan",

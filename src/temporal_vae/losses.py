@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 KL_WEIGHT = 1e-4
@@ -46,3 +48,11 @@ def _divergences(mean: Tensor, log_variance: Tensor) -> Tensor:
             f"{tuple(log_variance.shape)}"
         )
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
+
+
+def loss_name(loss: Callable[[Tensor, Tensor], Tensor]) -> str | None:
+    """What a loss is called, module and all; None for the mean squared error."""
+    if loss is mean_squared_error:
+        return None
+    named = loss if hasattr(loss, "__qualname__") else type(loss)
+    return f"{named.__module__}.{named.__qualname__}"

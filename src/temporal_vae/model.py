@@ -9,19 +9,29 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from fractions import Fraction
 from functools import lru_cache, partial
-from typing import Any, Literal, Self, Unpack
+from typing import Any, BinaryIO, Literal, Self, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from temporal_vae import checkpoint, features, geometry, graph, losses, metadata, vectors
+from temporal_vae import (
+    checkpoint,
+    features,
+    files,
+    geometry,
+    graph,
+    losses,
+    metadata,
+    vectors,
+)
 from temporal_vae.config import NormScope, TemporalOptions, TemporalVAEConfig
 from temporal_vae.features import ChannelImportance
 from temporal_vae.latents import LatentDistribution
@@ -43,6 +53,7 @@ from temporal_vae.walks.plan import (
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 Layout = Literal["BCTHW", "BTCHW"]
+Bytes = bytes | bytearray | memoryview
 StreamState = streamed.State
 Stream = streamed.Stream
 
@@ -269,6 +280,130 @@ class TemporalVAE(nn.Module):
         Raises `ValueError` naming what that format cannot express; `OSError` if it cannot write.
         """
         checkpoint.save(folder, self.config, self.state_dict(), format)
+
+    # State -----------------------------------------------------------------------------------
+
+    def save_state(self, file: BinaryIO) -> None:
+        """Write the model as a record, one safetensors stream, from the file's position on.
+
+        It holds configuration, weights in their own dtype, the name of the loss if it is not the
+        usual one, and checksums; neither the loss itself, the random state, nor setters such as
+        `set_tiling_enabled`. Nothing is sought, so a pipe will do; the file is flushed, not closed,
+        and takes more records after this one. `safetensors` reads a file of one record.
+
+        Raises:
+            TypeError: for None and what has no `write`.
+            ValueError: for a text file, one that is closed or read-only, and a model without values
+                (on the meta device) or with others than floating-point ones.
+        """
+        loss = losses.loss_name(self.default_loss_function)
+        checkpoint.write_record(file, self.config, self.state_dict(), loss)
+
+    def load_state(self, file: BinaryIO) -> None:
+        """Take the weights of one record, read from the file's position on; the rest stays unread.
+
+        Values are cast to the dtype and device of each parameter, which stays the same object. The
+        whole record is checked before a value is changed: configuration (not seed and loss), names,
+        shapes, checksums. What it takes over the model is the record's weights, on the CPU.
+
+        Raises:
+            TypeError: for None and what has no `read`.
+            ValueError: for a text file, one that is closed or write-only, and a model on the meta
+                device.
+            CheckpointError: for a record that is cut short, damaged, of another version or
+                architecture, or whose own loss the model does not have. Nothing is changed, but
+                the file's position is somewhere in the record.
+        """
+        self._take(checkpoint.read_record(file))
+
+    def serialize(self) -> bytes:
+        """The record of `save_state` as bytes."""
+        file = io.BytesIO()
+        self.save_state(file)
+        return file.getvalue()
+
+    def deserialize(self, data: Bytes) -> None:
+        """`load_state` from bytes, which must be one record and nothing else."""
+        self._take(checkpoint.read_record(*_in_memory(data)))
+
+    @classmethod
+    def from_bytes(
+        cls,
+        data: Bytes,
+        loss_function: LossFunction | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """A new model from one record, and nothing else, such as `serialize` gives.
+
+        Args:
+            data: the record; what is not `bytes` is copied first.
+            loss_function: must be given for a record that names one; any will do.
+            dtype: of the weights; None means as they were saved.
+            device: None means the CPU.
+
+        Raises as `load_state`, and `ValueError` for a dtype that is not floating point.
+        """
+        record = checkpoint.read_record(*_in_memory(data))
+        return cls._of_record(record, loss_function, dtype, device)
+
+    def save_model(self, path: str | os.PathLike[str]) -> None:
+        """Write the record of `save_state` as a file, whole or not at all; folders are made.
+
+        Raises `TypeError` for what is no path, `ValueError` for a blank one, `OSError` where it
+        cannot write.
+        """
+        with files.new_file(path) as file:
+            self.save_state(file)
+
+    def load_model(self, path: str | os.PathLike[str]) -> None:
+        """`load_state` from a file, which must be one record and nothing else.
+
+        Raises as that, as `save_model`, and `FileNotFoundError` where there is none.
+        """
+        with files.whole_file(path) as (file, size):
+            self._take(checkpoint.read_record(file, size))
+
+    @classmethod
+    def from_file(
+        cls,
+        path: str | os.PathLike[str],
+        loss_function: LossFunction | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """A new model from a file that `save_model` wrote; see `from_bytes` and `load_model`."""
+        with files.whole_file(path) as (file, size):
+            record = checkpoint.read_record(file, size)
+            return cls._of_record(record, loss_function, dtype, device)
+
+    def _take(self, record: checkpoint.Record) -> None:
+        weights = self.state_dict()
+        if any(tensor.is_meta for tensor in weights.values()):
+            raise ValueError(
+                "the model has no values to replace, it is on the meta device: use from_file or "
+                "from_bytes, or to_empty(device=...) before"
+            )
+        record.check_config(self.config)
+        record.check_loss(losses.loss_name(self.default_loss_function))
+        self.load_state_dict(record.tensors(weights), strict=False)
+
+    @classmethod
+    def _of_record(
+        cls,
+        record: checkpoint.Record,
+        loss_function: LossFunction | None,
+        dtype: torch.dtype | None,
+        device: torch.device | str | None,
+    ) -> Self:
+        dtype = None if dtype is None else _floating(dtype)
+        if loss_function is None:
+            record.check_loss(None)
+        with torch.device("meta"):
+            model = cls.from_config(record.config, loss_function)
+        tensors = record.tensors(model.state_dict(), dtype, device)
+        model.load_state_dict(tensors, strict=False, assign=True)
+        return model
 
     # Properties ------------------------------------------------------------------------------
 
@@ -1309,6 +1444,15 @@ def _given(scale: float | None, shift: float | None) -> dict[str, float]:
     """The latent's scale and shift as fields of a configuration, as far as they were given."""
     values = {"latent_scale_factor": scale, "latent_shift_factor": shift}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _in_memory(data: Bytes) -> tuple[BinaryIO, int]:
+    """A file that reads these bytes, and their number."""
+    try:
+        size = memoryview(data).nbytes
+    except TypeError as error:
+        raise TypeError(f"data must be bytes, got {type(data).__name__}") from error
+    return io.BytesIO(data), size
 
 
 def _floating(dtype: torch.dtype | None) -> torch.dtype:
