@@ -178,8 +178,6 @@ def test_what_is_no_video(tmp_path: Path, make: Callable[[Path], object], messag
 
 
 UNSUPPORTED = [
-    ("yuv420p10le", "ffv1", {}, "more than 8 bits"),
-    ("gray16le", "ffv1", {}, "more than 8 bits"),
     ("yuva420p", "ffv1", {}, "alpha"),
     ("bgra", "ffv1", {}, "alpha"),
     ("yuv420p", "libx264", {"color_trc": 16}, "PQ"),
@@ -200,19 +198,6 @@ def test_alpha_beside_a_vp9_stream_is_refused(tmp_path: Path) -> None:
     path = encode(tmp_path / "a.webm", "yuva420p", "libvpx-vp9")
     with pytest.raises(VideoError, match="alpha"):
         VideoReader(path)
-
-
-def test_rotation_is_refused(tmp_path: Path) -> None:
-    """The display matrix of a phone held upright, written into the track header."""
-    path = write(tmp_path / "a.mp4", smooth(3, 32, 32))
-    data = bytearray(path.read_bytes())
-    upright = np.array([1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30], ">i4").tobytes()
-    turned = np.array([0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30], ">i4").tobytes()
-    at = data.rindex(upright)  # the first is the movie's, the last the track's
-    data[at : at + 36] = turned
-    path.write_bytes(data)
-    with pytest.raises(VideoError, match=r"rotated by -?90 degrees"):
-        read_clip(path)
 
 
 def test_grey_is_read(tmp_path: Path) -> None:
@@ -278,6 +263,7 @@ def test_what_is_tagged_and_not_carried_is_said(tmp_path: Path) -> None:
     assert [note.split("tag")[0] for note in VideoReader(path).info.notes] == [
         "the colour primaries' ",
         "the transfer's ",
+        "its colours are not ",
     ]
 
 
@@ -294,7 +280,7 @@ def test_audio_is_reported(tmp_path: Path) -> None:
         for image in smooth(3, 32, 32):
             container.mux(video.encode(VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(video.encode(None))
-    assert VideoReader(path).info.notes == ("audio stream 1 is not copied",)
+    assert "audio stream 1 is not copied" in VideoReader(path).info.notes
 
 
 def test_a_truncated_video_gives_its_frames_and_says_so(real_clip: Path, tmp_path: Path) -> None:
@@ -317,7 +303,7 @@ def test_a_truncated_video_gives_its_frames_and_says_so(real_clip: Path, tmp_pat
         assert any(f"{count} of 132 frames" in note for note in video.notes)
     with VideoReader(moved) as video:
         assert sum(1 for _ in video) == 132
-        assert video.notes == []
+        assert [note for note in video.notes if "not tagged" not in note] == []
 
 
 def test_a_video_without_its_index_is_refused(real_clip: Path, tmp_path: Path) -> None:

@@ -3,14 +3,18 @@
 from temporal_vae.video.frames import (
     PIPE,
     Bytes,
+    Colour,
     Frame,
+    Image,
     VideoError,
     VideoInfo,
+    Words,
     pad_frames,
     to_bytes,
     to_pixels,
 )
-from temporal_vae.video.reading import VideoReader, read_clip
+from temporal_vae.video.reading import VideoReader, load_video, read_clip
+from temporal_vae.video.selecting import Selection
 from temporal_vae.video.writing import H264_CRF, WRITERS, VideoWriter, check_suffix
 
 __all__ = [
@@ -18,12 +22,17 @@ __all__ = [
     "PIPE",
     "WRITERS",
     "Bytes",
+    "Colour",
     "Frame",
+    "Image",
+    "Selection",
     "VideoError",
     "VideoInfo",
     "VideoReader",
     "VideoWriter",
+    "Words",
     "check_suffix",
+    "load_video",
     "pad_frames",
     "read_clip",
     "to_bytes",
