@@ -2,17 +2,31 @@
 
 from temporal_vae.adapters.diffusers import to_diffusers, upgrade
 from temporal_vae.config import TemporalVAEConfig
-from temporal_vae.latents import LatentDistribution
+from temporal_vae.latents import (
+    LatentDistribution,
+    LatentFile,
+    LatentFileError,
+    LatentInfo,
+    ModelRecord,
+    read_latents,
+    write_latents,
+)
 from temporal_vae.model import TemporalVAE
 from temporal_vae.walks.plan import Plan
 
 __all__ = [
     "LatentDistribution",
+    "LatentFile",
+    "LatentFileError",
+    "LatentInfo",
+    "ModelRecord",
     "Plan",
     "TemporalVAE",
     "TemporalVAEConfig",
+    "read_latents",
     "to_diffusers",
     "upgrade",
+    "write_latents",
 ]
 
 

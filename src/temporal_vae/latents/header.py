@@ -97,7 +97,7 @@ def unpack(text: bytes, file_bytes: int) -> Header:
             f"{FORMAT_VERSION}: take the version of the library that wrote it"
         )
     kind = metadata.get("kind")
-    dtype, shape, start, end = _tensor(content, str(kind))
+    dtype, shape, *_ = _tensor(content, str(kind))
     if dtype not in DTYPES or len(shape) != 4:
         raise LatentFileError(f"{kind} must be floating point (T, C, h, w), got {dtype} {shape}")
     if max(shape[1:]) > 2 * MOST_CELLS or shape[0] > MOST_FRAMES:
@@ -152,13 +152,10 @@ def _parse(text: bytes) -> dict[str, Any]:
 
 def _tensor(content: dict[str, Any], name: str) -> tuple[str, tuple[int, ...], int, int]:
     """Type, shape, start and end of a tensor, each of the right kind."""
-    entry = content.get(name)
-    if not isinstance(entry, dict):
-        raise LatentFileError(f"it holds no {name}"[:200])
-    dtype, shape, place = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
-    sound = isinstance(dtype, str) and isinstance(shape, list) and isinstance(place, list)
-    if sound:
-        sound = all(type(n) is int and n >= 0 for n in (*shape, *place)) and len(place) == 2
-    if not sound:
-        raise LatentFileError(f"{name} is described wrongly: {entry!r:.120}")
-    return dtype, tuple(shape), place[0], place[1]
+    match content.get(name):
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [start, end]}:
+            if all(type(number) is int and number >= 0 for number in (*shape, start, end)):
+                return dtype, tuple(shape), start, end
+        case None:
+            raise LatentFileError(f"it holds no {name}"[:200])
+    raise LatentFileError(f"{name} is described wrongly: {content[name]!r:.120}")

@@ -20,5 +20,5 @@ def weights_sha256(parameters: Iterable[tuple[str, Tensor]], structure: str) -> 
     for name, parameter in sorted(parameters):
         digest.update(f"{name} {'x'.join(map(str, parameter.shape))}\n".encode())
         numbers = parameter.detach().to("cpu", torch.float32).contiguous()
-        digest.update(memoryview(numbers.numpy()).cast("B"))
+        digest.update(numbers.numpy().data.cast("B"))
     return digest.hexdigest()

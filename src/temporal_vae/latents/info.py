@@ -20,7 +20,7 @@ MOST_FRAMES = 2**48
 MOST_CELLS = 2**20
 """Cells of a side, and channels."""
 _RATIONAL = 2**31
-_STAMPS = 2**62
+MOST_STAMP = 2**62
 _COLOUR = "colour_"
 
 
@@ -123,7 +123,7 @@ class LatentInfo:
                 continue
             if not 0 < value.numerator < _RATIONAL or value.denominator >= _RATIONAL:
                 raise LatentFileError(f"{name} must be n/d, each in [1, 2**31), got {value}")
-        if abs(self.start + (self.step or 0) * self.frames) > _STAMPS:
+        if self.start + (self.step or 0) * self.frames > MOST_STAMP:
             raise LatentFileError(
                 f"timestamps must be within 2**62, got {self.start} + {self.step} a frame"
             )
@@ -198,8 +198,8 @@ _WHOLE: tuple[tuple[str, int, int], ...] = (
     ("width", 1, _RATIONAL),
     ("padding_bottom", 0, _RATIONAL),
     ("padding_right", 0, _RATIONAL),
-    ("start", -_STAMPS, _STAMPS),
-    ("step", 1, _STAMPS),
+    ("start", 0, MOST_STAMP),
+    ("step", 1, MOST_STAMP),
     ("clip_frames", 1, MOST_FRAMES),
     ("seed", 0, 2**63 - 1),
 )

@@ -61,7 +61,8 @@ def latent_statistics(
 ) -> LatentStatistics:
     """Mean and deviation of each channel over files of latents, in one pass and flat memory.
 
-    The deviation is that of a sample of the posterior: for moments E[exp(log_variance)] + Var[mean].
+    The deviation is that of a sample of the posterior, for moments with the variance
+    E[exp(log_variance)] + Var[mean].
     Scaled files are unscaled by what they record.
 
     Raises `LatentFileError` for a damaged file, or files of several models unless `any_model`.
@@ -82,7 +83,9 @@ def latent_statistics(
     variance, middle = moments.squares / moments.cells, float(moments.mean.mean())
     overall = float(variance.mean() + (moments.mean - middle).square().mean()) ** 0.5
     if not 0 < overall < math.inf:
-        raise LatentFileError("all latents are the same number: no scale brings them to deviation 1")
+        raise LatentFileError(
+            "all latents are the same number: no scale brings them to deviation 1"
+        )
     return LatentStatistics(
         files=files,
         frames=frames,
@@ -103,7 +106,9 @@ def _numbers(file: LatentFile, start: int, count: int) -> tuple[Tensor, Tensor |
     return mean[0].flatten(1), log_variance[0].double().exp().flatten(1)
 
 
-def _check_same(first: tuple[str, LatentInfo], other: tuple[str, LatentInfo], any_model: bool) -> None:
+def _check_same(
+    first: tuple[str, LatentInfo], other: tuple[str, LatentInfo], any_model: bool
+) -> None:
     (path, info), (path2, info2) = first, other
     if info.channels != info2.channels:
         raise LatentFileError(

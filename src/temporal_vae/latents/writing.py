@@ -18,7 +18,7 @@ from temporal_vae.files import atomic_path
 from temporal_vae.geometry import spans
 from temporal_vae.latents.distribution import LatentDistribution
 from temporal_vae.latents.header import alignment, pack, room_for
-from temporal_vae.latents.info import LatentFileError, LatentInfo, ModelRecord
+from temporal_vae.latents.info import MOST_STAMP, LatentFileError, LatentInfo, ModelRecord
 
 SUFFIX = ".safetensors"
 WRITE_FRAMES = 64
@@ -48,6 +48,11 @@ class LatentWriter:
             )
         self._write(bytes(self._room))
 
+    @property
+    def unscaled(self) -> LatentInfo:
+        """The header of the same latents before they are scaled."""
+        return replace(self._info, scaled=False)
+
     def __enter__(self) -> Self:
         return self
 
@@ -73,10 +78,11 @@ class LatentWriter:
         if tuple(stored.shape) != expected:
             raise LatentFileError(f"latents must be {expected}, got {tuple(stored.shape)}")
         for stamp in timestamps:
-            if self._stamps and stamp <= self._stamps[-1]:
+            last = self._stamps[-1] if self._stamps else -1
+            if not last < stamp <= MOST_STAMP:
                 raise LatentFileError(
-                    f"timestamps must grow, got {stamp} after {self._stamps[-1]} at frame "
-                    f"{len(self._stamps)}"
+                    f"timestamps must grow from 0 or above to 2**62, got {stamp} after {last} at "
+                    f"frame {len(self._stamps)}"
                 )
             self._stamps.append(stamp)
         rounded = stored.detach()[0].transpose(0, 1).to("cpu", self._info.dtype).contiguous()
@@ -85,7 +91,7 @@ class LatentWriter:
                 f"the latents hold NaN or infinity as {self._info.dtype}: a model or a file in "
                 "float16 may overflow, so take bfloat16"
             )
-        self._write(memoryview(rounded.view(torch.uint8).numpy()).cast("B"))
+        self._write(rounded.view(torch.uint8).numpy().data.cast("B"))
 
     def finish(self, **late: Any) -> LatentInfo:
         """Write timestamps and header, with fields of it that became known; gives the header.
