@@ -182,7 +182,7 @@ class Encoding:
 
     def __post_init__(self) -> None:
         if self.seed is not None and not self.sample:
-            raise ValueError("a seed is for samples, and moments are stored: give --sample too")
+            raise ValueError("a seed is for a sample: give --sample too")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be a whole number in [0, 2**63), got {self.seed}")
 
@@ -291,15 +291,15 @@ def decode(
     """
     check_suffix(target)
     if os.fspath(target) != PIPE and os.path.exists(target) and not overwrite:
-        raise VideoError(f"{os.fspath(target)} exists: give overwrite (--overwrite) to replace it")
+        raise VideoError(f"{os.fspath(target)} exists: give --overwrite to replace it")
     _check_channels(model)
+    generator = _generator(sample, Encoding(sample=sample, seed=seed).seed)
     start, done, budget = time.monotonic(), 0, memory_budget(memory, model)
     with LatentFile(source) as file, _writable(target) as partial_file:
         info = file.info
         notes = _compare(file, model, record, any_model)
-        if (sample or seed is not None) and info.kind == "sample":
+        if sample and info.kind == "sample":
             raise LatentFileError(f"{file.path} holds a sample already: nothing is drawn")
-        generator = _generator(sample, Encoding(sample=sample, seed=seed).seed)
         read = partial(file.latents, sample_mode=sample, generator=generator)
         length = info.clip_frames or (None if model.decode_reach is not None else info.frames)
         frames = decode_walk(read, info.frames, model, length, (info.rows, info.columns), budget)

@@ -23,6 +23,10 @@ from temporal_vae.video import VideoReader
 Rows = dict[str, object]
 
 
+class Sides(tuple[int, ...]):
+    """Lengths, shown as 640x360; in JSON a list."""
+
+
 def describe(thing: str) -> Rows:
     """A built-in name, a model's folder or file, a file of latents, or a video.
 
@@ -63,6 +67,8 @@ def describe_model(name: str) -> Rows:
         "pixels per latent cell": vae.downsample_factor,
         "frames a latent depends on": _reach(vae.encode_reach, vae.is_causal),
         "latent frames a frame depends on": _reach(vae.decode_reach, vae.is_causal),
+        "encode reach": vae.encode_reach,
+        "decode reach": vae.decode_reach,
         "encoder sha256": record.encoder_sha256,
         "decoder sha256": record.decoder_sha256,
     }
@@ -72,7 +78,7 @@ def describe_video(path: str) -> Rows:
     """What its file claims, and what of it would not be carried over."""
     with VideoReader(path) as reader:
         video = reader.info
-        rows: Rows = {"what": "video", "size": f"{video.width}x{video.height}"}
+        rows: Rows = {"what": "video", "size": Sides((video.width, video.height))}
         rows["frames"] = "not stated" if video.frames is None else video.frames
         rows["frames per second"] = video.fps
         if video.expected_frames is not None:
@@ -92,17 +98,17 @@ def describe_latents(path: str) -> Rows:
     with LatentFile(path) as file:
         info, size = file.info, os.path.getsize(path)
         stamps = file.timestamps(0, 1) + file.timestamps(info.frames - 1, 1)
-    first, last = (float(stamp * info.time_base) for stamp in stamps)
     rows: Rows = {
         "what": "latents",
-        "size": f"{info.width}x{info.height}",
+        "size": Sides((info.width, info.height)),
         "frames": info.frames,
-        "shape": "x".join(map(str, info.shape)),
+        "shape": Sides(info.shape),
         "dtype": str(info.dtype).removeprefix("torch."),
         "kind": info.kind,
         "scaled": info.scaled,
         "frames per second": info.fps,
-        "first and last frame at": f"{first:.6f} and {last:.6f} s",
+        "first frame at second": float(stamps[0] * info.time_base),
+        "last frame at second": float(stamps[1] * info.time_base),
         "timestamps": "listed" if info.step is None else f"every {info.step}",
         "pixels per latent cell": info.downsample_factor,
         "bytes": size,
@@ -133,10 +139,14 @@ def to_json(rows: Mapping[str, object]) -> str:
 
 
 def _text(value: object) -> str:
+    if isinstance(value, Sides):
+        return "x".join(map(str, value))
     if isinstance(value, Fraction) and value.denominator != 1:
         return f"{float(value):.6g} ({value})"
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.9g}"
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, tuple) and all(isinstance(number, float) for number in value):

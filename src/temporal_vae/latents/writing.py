@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from fractions import Fraction
 from importlib.metadata import version
@@ -62,11 +63,12 @@ class LatentWriter:
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        try:
-            self._file.close()  # which writes what is still buffered
-        except OSError as problem:
-            if kind is None:
-                raise LatentFileError(f"cannot write latents: {problem.strerror}") from problem
+        if kind is not None:
+            with suppress(OSError):  # what is still buffered may have no room either
+                self._file.close()
+            return
+        with _said_clearly():
+            self._file.close()
 
     def write(self, stored: Tensor, timestamps: Sequence[int]) -> None:
         """Append (1, C, n, h, w), scaled or not as `info` says, with n growing timestamps.
@@ -106,15 +108,23 @@ class LatentWriter:
         if step is None:
             self._write(bytes(alignment(info)))
             self._write(memoryview(self._stamps).cast("B"))
-        self._file.seek(0)
+        with _said_clearly():
+            self._file.seek(0)  # writes what is still buffered
         self._write(pack(info, self._room))
         return info
 
     def _write(self, data: bytes | memoryview) -> None:
-        try:
+        with _said_clearly():
             self._file.write(data)
-        except OSError as error:
-            raise LatentFileError(f"cannot write latents: {error.strerror}") from error
+
+
+@contextmanager
+def _said_clearly() -> Iterator[None]:
+    """A full disk and the like as one line that says what failed."""
+    try:
+        yield
+    except OSError as error:
+        raise LatentFileError(f"cannot write latents: {error.strerror}") from error
 
 
 def _step(stamps: Sequence[int]) -> int | None:
@@ -220,4 +230,4 @@ def check_target(path: str | os.PathLike[str], overwrite: bool) -> None:
     if not name.endswith(SUFFIX):
         raise LatentFileError(f"the name of a file of latents must end in {SUFFIX}, got {name!r}")
     if os.path.exists(path) and not overwrite:
-        raise LatentFileError(f"{name} exists: give overwrite (--overwrite) to replace it")
+        raise LatentFileError(f"{name} exists: overwrite=True (--overwrite) replaces it")
