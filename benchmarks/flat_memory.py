@@ -43,14 +43,14 @@ def anonymous_memory(process: int) -> int:
     return int(lines[0].split()[1]) * 1024 if lines else 0
 
 
-def peak(source: Path, target: Path, model: str, *options: str) -> int:
+def peak(source: Path, target: Path, model: str, *options: str, verb: str = "reconstruct") -> int:
     """Peak anonymous memory of the command, in bytes."""
     code = "from temporal_vae.cli import main; main()"
     command = [
         sys.executable,
         "-c",
         code,
-        "reconstruct",
+        verb,
         str(source),
         str(target),
         "--model",

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from flat_memory import make_video, peak
 
-from temporal_vae import TemporalVAE, app, cli
+from temporal_vae import TemporalVAE, cli, walking
 from temporal_vae.video import Bytes
 from temporal_vae.walks.plan import parse_budget
 
@@ -29,10 +29,10 @@ WHOLE_FRAMES = 64
 """Frames of the whole walk, which must fit in memory."""
 
 
-def streamed(model: TemporalVAE, frames: Bytes, plans: app.StreamPlans) -> int:
+def streamed(model: TemporalVAE, frames: Bytes, plans: walking.StreamPlans) -> int:
     """The stream of the command, without the codec."""
     pieces = (frames[i : i + plans.frames] for i in range(0, len(frames), plans.frames))
-    return sum(len(x) for x in app._walk_stream(pieces, model, plans.encode, plans.decode))
+    return sum(len(x) for x in walking._walk_stream(pieces, model, plans.encode, plans.decode))
 
 
 def speeds(budget: str, repeats: int, frames: int) -> tuple[float, float]:
@@ -41,7 +41,7 @@ def speeds(budget: str, repeats: int, frames: int) -> tuple[float, float]:
     model = TemporalVAE.from_pretrained("tiny")
     limit = parse_budget(budget)
     assert isinstance(limit, int)
-    plans = app.stream_plans(model, (HEIGHT, WIDTH), limit)
+    plans = walking.stream_plans(model, (HEIGHT, WIDTH), limit)
     print(f"pieces of {plans.frames} frames, {plans.peak_bytes / 2**20:.0f} MiB", flush=True)
     print(plans.encode.explain(), plans.decode.explain(), sep="\n", flush=True)
     rng = np.random.default_rng(0)
@@ -52,7 +52,7 @@ def speeds(budget: str, repeats: int, frames: int) -> tuple[float, float]:
         streamed(model, clip, plans)
         seconds["streamed"].append((time.perf_counter() - start) / len(clip))
         start = time.perf_counter()
-        list(app._walk_clips(iter([clip[:WHOLE_FRAMES]]), model, None))
+        list(walking._walk_clips(iter([clip[:WHOLE_FRAMES]]), model, None))
         seconds["whole"].append((time.perf_counter() - start) / WHOLE_FRAMES)
     return tuple(1 / statistics.median(times) for times in seconds.values())  # type: ignore[return-value]
 

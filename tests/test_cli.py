@@ -21,7 +21,7 @@ from test_bounded import SVD_LIKE
 from test_video import audio_only, smooth, text_file, write
 from torch import Tensor
 
-from temporal_vae import TemporalVAE, app, cli
+from temporal_vae import TemporalVAE, app, cli, walking
 from temporal_vae.evaluate import reconstruct_frames
 from temporal_vae.metrics import psnr
 from temporal_vae.video import VideoError, VideoReader, VideoWriter, read_clip, to_bytes
@@ -104,7 +104,7 @@ def test_shape_is_kept(
 def test_law_4_sees_a_lost_column(
     tmp_path: Path, echo: Echo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(app, "pad_frames", lambda frames, factor: frames[:, :-1, :-1])
+    monkeypatch.setattr(walking, "pad_frames", lambda frames, factor: frames[:, :-1, :-1])
     source = write(tmp_path / "in.mkv", smooth(3, 17, 31))
     with pytest.raises(AssertionError, match=r"shape"):
         assert_shape_is_kept(source, tmp_path / "out.mkv", echo)
@@ -123,7 +123,7 @@ def test_law_4_sees_moved_timestamps(
 def test_law_4_sees_frames_out_of_order(
     tmp_path: Path, echo: Echo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(app, "to_bytes", lambda x: to_bytes(x)[::-1])
+    monkeypatch.setattr(walking, "to_bytes", lambda x: to_bytes(x)[::-1])
     source = write(tmp_path / "in.mkv", smooth(9, 16, 16))
     with pytest.raises(AssertionError, match="the picture moved"):
         assert_shape_is_kept(source, tmp_path / "out.mkv", echo)
@@ -392,16 +392,16 @@ def test_a_stream_is_planned_within_its_budget(options: dict[str, Any]) -> None:
     """All that is alive while the command's walk runs: states, frames and the end included."""
     model, frames = awake(torch.float32, **options), smooth(80, 32, 48)
     with pytest.raises(ValueError, match="below the least that a stream of 48x32") as error:
-        app.stream_plans(model, (32, 48), 1000)
+        walking.stream_plans(model, (32, 48), 1000)
     least = int(re.findall(r"with: (\d+) bytes", str(error.value))[0])
     for budget in (least, 2 * least):
-        plans = app.stream_plans(model, (32, 48), budget)
+        plans = walking.stream_plans(model, (32, 48), budget)
         assert plans.encode.stream and plans.decode.stream and plans.peak_bytes <= budget
         cut = (frames[i : i + plans.frames] for i in range(0, len(frames), plans.frames))
         with _Alive() as alive:
             for parameter in model.parameters():
                 alive.leave_out(parameter)
-            walk = app._walk_stream(cut, model, plans.encode, plans.decode)
+            walk = walking._walk_stream(cut, model, plans.encode, plans.decode)
             given = sum(len(images) for images in walk)
         assert given == len(frames)
         assert 0.4 * plans.peak_bytes < alive.most <= plans.peak_bytes
@@ -411,13 +411,13 @@ def test_a_stream_is_planned_within_its_budget(options: dict[str, Any]) -> None:
 def test_memory_is_reserved_before_the_first_frame(
     tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest, sizes = app._reserve, []
+    honest, sizes = walking.reserve, []
 
     def more(size: int, device: torch.device) -> None:
         sizes.append(size)
         honest(2**60, device)
 
-    monkeypatch.setattr(app, "_reserve", more)
+    monkeypatch.setattr(walking, "reserve", more)
     source = write(tmp_path / "in.mkv", smooth(3, 16, 16))
     seen: list[int] = []
     with pytest.raises(ValueError, match="which cannot be had"):

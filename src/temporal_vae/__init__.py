@@ -4,7 +4,15 @@ from temporal_vae.adapters.diffusers import to_diffusers, upgrade
 from temporal_vae.config import TemporalVAEConfig
 from temporal_vae.features import ChannelImportance
 from temporal_vae.files import CheckpointError
-from temporal_vae.latents import LatentDistribution
+from temporal_vae.latents import (
+    LatentDistribution,
+    LatentFile,
+    LatentFileError,
+    LatentInfo,
+    ModelRecord,
+    read_latents,
+    write_latents,
+)
 from temporal_vae.metadata import ModelMetadata
 from temporal_vae.model import TemporalVAE
 from temporal_vae.walks.plan import Plan
@@ -13,12 +21,18 @@ __all__ = [
     "ChannelImportance",
     "CheckpointError",
     "LatentDistribution",
+    "LatentFile",
+    "LatentFileError",
+    "LatentInfo",
     "ModelMetadata",
+    "ModelRecord",
     "Plan",
     "TemporalVAE",
     "TemporalVAEConfig",
+    "read_latents",
     "to_diffusers",
     "upgrade",
+    "write_latents",
 ]
 
 

@@ -2,48 +2,51 @@
 
 from __future__ import annotations
 
-import math
+import hashlib
 import os
+import secrets
 import sys
+import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
+from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
-from torch import Tensor
 
+from temporal_vae import checkpoint
 from temporal_vae.files import atomic_path
 from temporal_vae.geometry import Padding
+from temporal_vae.latents import (
+    LatentFile,
+    LatentFileError,
+    LatentInfo,
+    LatentWriter,
+    ModelRecord,
+    check_target,
+    record_fields,
+)
 from temporal_vae.model import TemporalVAE
 from temporal_vae.video import (
     PIPE,
-    Bytes,
-    Frame,
     VideoError,
+    VideoInfo,
     VideoReader,
     VideoWriter,
     check_suffix,
-    pad_frames,
-    to_bytes,
-    to_pixels,
 )
-from temporal_vae.walks.available import available_bytes
-from temporal_vae.walks.plan import Budget, Operation, Plan, parse_budget
-
-PIECE_FRAMES = 8
-PIECE_PIXELS = PIECE_FRAMES * 640 * 360
-"""A stream takes in so many frames at a time, or as few as have so many pixels, at least one."""
-PLANNED_PIECES = (32, 16, 8, 4, 2, 1)
-"""With a budget: the most frames that fit."""
-AUTO_SHARE = 0.8
-"""Of the free memory that "auto" takes."""
-
-NO_FRAMES: Bytes = np.empty((0, 1, 1, 3), np.uint8)
+from temporal_vae.walking import (
+    clip_length,
+    decode_walk,
+    encode_walk,
+    memory_budget,
+    start_walk,
+)
+from temporal_vae.walks.plan import Budget
 
 Progress = Callable[[int, int | None], None]
 """Called with the frames done, one on the way counting half, and the frames the file claims."""
@@ -117,16 +120,13 @@ def reconstruct(
     exist = os.path.exists(source) and os.path.exists(target)
     if exist and os.path.samefile(source, target):
         raise VideoError(f"{os.fspath(source)} would be overwritten by its reconstruction")
-    if model.input_channels != 3:
-        raise VideoError(
-            f"the model takes {model.input_channels} channels, video is read as 3 (RGB)"
-        )
-    length, budget = clip_length(model, clip_frames), _memory(memory, model)
+    _check_channels(model)
+    length, budget = clip_length(model, clip_frames), memory_budget(memory, model)
     start, done = time.monotonic(), 0
     with VideoReader(source) as reader, _writable(target) as partial:
         info = reader.info
         size, rate = (info.height, info.width), (info.fps, info.time_base)
-        walk = _walk(iter(reader), model, length, size, budget)
+        walk = start_walk(iter(reader), model, length, size, budget)
         with VideoWriter(partial, *size, *rate, info.sample_aspect_ratio) as writer:
             for images in walk.frames:
                 for image in images:
@@ -153,203 +153,264 @@ def _writable(target: str | os.PathLike[str]) -> Iterator[str | os.PathLike[str]
             yield partial
 
 
-def clip_length(model: TemporalVAE, asked: int | Literal["all"] | None) -> int | None:
-    """Frames of each clip; None for one clip that streams."""
-    if asked not in (None, "all") and (type(asked) is not int or not 1 <= asked <= sys.maxsize):
-        raise ValueError(f"clip_frames must be a number of frames or 'all', got {asked!r}")
-    streams = model.encode_reach is not None and model.decode_reach is not None
-    if asked == "all":
-        return None if streams else sys.maxsize
-    return asked or (None if streams else model.config.clip_frames)
+def _check_channels(model: TemporalVAE) -> None:
+    if model.input_channels != 3:
+        raise VideoError(
+            f"the model takes {model.input_channels} channels, video is read as 3 (RGB)"
+        )
 
 
-def _pieces(frames: Iterator[Frame], length: int, stamps: deque[int]) -> Iterator[Bytes]:
-    """uint8 (n, H, W, 3) of up to `length` frames; their timestamps are put into `stamps`."""
-    while piece := list(islice(frames, length)):
-        stamps.extend(frame.pts for frame in piece)
-        yield np.stack([frame.image for frame in piece])
+# Latents -------------------------------------------------------------------------------------
 
 
-# Memory --------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoding:
+    """How `encode` walks a video, and what it stores. Raises `ValueError` for what cannot be."""
 
+    sample: bool = False
+    """A latent drawn from the posterior, instead of its moments."""
+    seed: int | None = None
+    """Of a sample; None draws one, which the file records."""
+    dtype: torch.dtype | None = None
+    """Of the file; None means the model's, which rounds nothing."""
+    scaled: bool = False
+    """Store latents as `scale_latent` gives them."""
+    clip_frames: int | Literal["all"] | None = None
+    """See `reconstruct`."""
+    memory: Budget = None
+    """See `reconstruct`."""
 
-def _memory(memory: Budget, model: TemporalVAE) -> int | Literal["least"] | None:
-    """Bytes of a budget; "auto" is a share of what is free."""
-    free = available_bytes(model.device)
-    if memory != "auto":
-        budget = parse_budget(memory)
-        if isinstance(budget, int) and free is not None and budget > free:
-            raise ValueError(f"{memory} is above the memory that is free, {free / 2**30:.3f} GiB")
-        return budget
-    if free is None:
-        raise ValueError(f"how much memory is free on {model.device} is not known: give it in GiB")
-    return int(AUTO_SHARE * free)
+    def __post_init__(self) -> None:
+        if self.seed is not None and not self.sample:
+            raise ValueError("a seed is for a sample: give --sample too")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be a whole number in [0, 2**63), got {self.seed}")
 
 
 @dataclass(frozen=True, slots=True)
-class StreamPlans:
-    """How a video streams through encoder and decoder: pieces of `frames` frames."""
+class Encoded:
+    """What `encode` wrote."""
 
-    frames: int
-    encode: Plan
-    decode: Plan
-    beside: int
-    """Bytes of frames that lie about while a piece is walked."""
-
-    @property
-    def peak_bytes(self) -> int:
-        """Largest memory in use: the state of one stream waits while a step of the other runs."""
-        encoding = self.encode.peak_bytes + self.decode.state_bytes
-        return self.beside + max(encoding, self.decode.peak_bytes + self.encode.state_bytes)
+    info: LatentInfo
+    bytes: int
+    seconds: float
+    notes: tuple[str, ...]
 
 
-def stream_plans(
-    model: TemporalVAE, size: tuple[int, int], budget: int | Literal["least"]
-) -> StreamPlans:
-    """Plans for frames of (height, width), in whole cells, within a budget for both streams.
+def load_model(
+    name: str, dtype: torch.dtype, device: torch.device
+) -> tuple[TemporalVAE, ModelRecord]:
+    """A model in a dtype, and what files record of it: of the weights before they were rounded."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    model = TemporalVAE.from_pretrained(name, dtype=wide)
+    is_path = name not in checkpoint.builtin_names() and os.path.exists(name)
+    record = model.latent_record(Path(name).resolve().name if is_path else name)
+    return model.to(device=device, dtype=dtype), record
 
-    Raises `ValueError` naming the smallest budget that can be met.
+
+def model_of(path: str | os.PathLike[str]) -> str:
+    """The built-in model that a file of latents names. Raises `LatentFileError` for another one."""
+    with LatentFile(path) as file:
+        if file.info.model in checkpoint.builtin_names():
+            return str(file.info.model)
+        raise LatentFileError(
+            f"{file.path} was encoded by {file.info.model or 'a model that it does not name'}, "
+            "which is not a built-in one: name it with --model"
+        )
+
+
+def encode(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    model: TemporalVAE,
+    record: ModelRecord,
+    how: Encoding | None = None,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Encoded:
+    """Encode a video to a file of latents, in memory that does not grow with its length.
+
+    Walks as `reconstruct` does, and records what `decode` needs to give back the same frames. With
+    a decoder as well, the picture is that of `reconstruct`. `target` appears whole or not at all.
+
+    Raises `VideoError` for a source that cannot be read, `LatentFileError` for a target that cannot
+    be written, `ValueError` for memory that cannot do.
     """
+    how = how or Encoding()
+    check_target(target, overwrite)
+    _check_channels(model)
+    length, budget = clip_length(model, how.clip_frames), memory_budget(how.memory, model)
+    start, done = time.monotonic(), 0
+    generator = _generator(how.sample, how.seed)
+    with (
+        VideoReader(source) as reader,
+        _checksum(source) as checksum,
+        atomic_path(target) as partial_file,
+        LatentWriter(
+            partial_file, _latent_info(reader.info, model, record, how, length, generator)
+        ) as writer,
+    ):
+        size = (reader.info.height, reader.info.width)
+        walk = encode_walk(iter(reader), model, length, size, budget, generator)
+        for latents in walk.latents:
+            if latents is not None:
+                count = latents.shape[2]
+                stamps = [walk.stamps.popleft() for _ in range(count)]
+                writer.write(writer.unscaled.rescale(latents, how.scaled), stamps)
+                done += count
+            if progress is not None:
+                progress(done + len(walk.stamps) // 2, reader.info.expected_frames)
+        info = writer.finish(source_sha256=checksum())
+        notes = [f"{os.fspath(source)}: {note}" for note in reader.notes]
+    if info.source_sha256 is None:
+        notes.append(f"{os.fspath(source)} is no file, so it has no checksum in the latents")
+    return Encoded(info, os.path.getsize(target), time.monotonic() - start, tuple(notes))
+
+
+def decode(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    model: TemporalVAE,
+    record: ModelRecord,
+    *,
+    sample: bool = False,
+    seed: int | None = None,
+    any_model: bool = False,
+    memory: Budget = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Summary:
+    """Decode a file of latents to a video of the frame count, size and timestamps it was made of.
+
+    Of moments the mean is decoded, or with `sample` a draw by `seed`. Clips are those of the file.
+    `target` appears whole or not at all; "-" is standard output.
+
+    Raises `LatentFileError` for a file that is damaged, or of another model unless `any_model`;
+    `VideoError` for a target that cannot be written, `ValueError` for memory that cannot do.
+    """
+    check_suffix(target)
+    if os.fspath(target) != PIPE and os.path.exists(target) and not overwrite:
+        raise VideoError(f"{os.fspath(target)} exists: give --overwrite to replace it")
+    _check_channels(model)
+    generator = _generator(sample, Encoding(sample=sample, seed=seed).seed)
+    start, done, budget = time.monotonic(), 0, memory_budget(memory, model)
+    with LatentFile(source) as file, _writable(target) as partial_file:
+        info = file.info
+        notes = _compare(file, model, record, any_model)
+        if sample and info.kind == "sample":
+            raise LatentFileError(f"{file.path} holds a sample already: nothing is drawn")
+        read = partial(file.latents, sample_mode=sample, generator=generator)
+        length = info.clip_frames or (None if model.decode_reach is not None else info.frames)
+        frames = decode_walk(read, info.frames, model, length, (info.rows, info.columns), budget)
+        shape = (info.height, info.width, info.fps, info.time_base, info.sample_aspect_ratio)
+        with VideoWriter(partial_file, *shape) as writer:
+            for images in frames:
+                stamps = file.timestamps(done, len(images)) if len(images) else []
+                for image, stamp in zip(images, stamps, strict=True):
+                    writer.write(image[: info.height, : info.width], stamp)
+                done += len(images)
+                if progress is not None:
+                    progress(done, info.frames)
+            if info.sample_aspect_ratio not in (None, 1) and not writer.keeps_aspect:
+                notes.append(
+                    f"the shape of its pixels, {info.sample_aspect_ratio}, is kept in .mp4 only"
+                )
+        if done != info.frames:
+            raise LatentFileError(f"{file.path}: {done} frames came of {info.frames}")
+    notes = [f"{os.fspath(source)}: {note}" for note in notes]
+    return Summary(done, time.monotonic() - start, info.clip_frames, tuple(notes))
+
+
+def _generator(sample: bool, seed: int | None) -> torch.Generator | None:
+    """What draws samples, by a seed of its own if there is none; None for moments and means."""
+    if not sample:
+        return None
+    return torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
+
+
+def _latent_info(
+    video: VideoInfo,
+    model: TemporalVAE,
+    record: ModelRecord,
+    how: Encoding,
+    length: int | None,
+    generator: torch.Generator | None,
+) -> LatentInfo:
+    """The header of a video's latents, as far as it is known before the first frame."""
     factor = model.downsample_factor
-    cells = (size[0] // factor, size[1] // factor)
-
-    def plan(operation: Operation, frames: int, budget: Budget) -> Plan:
-        pixels = (1, model.input_channels, frames, *size)
-        latents = (1, model.latent_channels, frames, *cells)
-        shape = pixels if operation == "encode" else latents
-        return model.plan(shape, operation, budget=budget, stream=True)
-
-    encode, decode = plan("encode", 1, "least"), plan("decode", 1, "least")
-    least = StreamPlans(1, encode, decode, _beside(model, 1, size))
-    if budget == "least":
-        return least
-    for frames in PLANNED_PIECES:
-        beside = _beside(model, frames, size)
-        left = budget - beside
-        with suppress(ValueError):
-            encode = plan("encode", frames, left - least.decode.state_bytes)
-            decode = plan("decode", frames, left - least.encode.state_bytes)
-            return StreamPlans(frames, encode, decode, beside)
-    needed = least.peak_bytes
-    raise ValueError(
-        f"{budget} bytes ({budget / 2**30:.3f} GiB) are below the least that a stream of "
-        f"{size[1]}x{size[0]} can do with: {needed} bytes ({needed / 2**30:.3f} GiB)"
+    padding = Padding.to_cells(video.height, video.width, factor)
+    name = os.path.basename(video.path)
+    return LatentInfo(
+        kind="moments" if generator is None else "sample",
+        dtype=how.dtype or model.dtype,
+        frames=1,
+        channels=model.latent_channels,
+        rows=padding.padded[0] // factor,
+        columns=padding.padded[1] // factor,
+        height=video.height,
+        width=video.width,
+        padding_bottom=padding.rows,
+        padding_right=padding.columns,
+        scaled=how.scaled,
+        fps=video.fps,
+        time_base=video.time_base,
+        sample_aspect_ratio=video.sample_aspect_ratio,
+        clip_frames=None if length in (None, sys.maxsize) else length,
+        seed=None if generator is None else generator.initial_seed(),
+        source=None if name == PIPE else os.fsencode(name).decode(errors="replace"),
+        **record_fields(record),
     )
 
 
-def _beside(model: TemporalVAE, frames: int, size: tuple[int, int]) -> int:
-    """Bytes of frames beside a walk: in 8 bits, and as the model takes them."""
-    pixels = frames * size[0] * size[1] * 3
-    return pixels * (3 + 4 + 2 * model.dtype.itemsize)
+def _compare(
+    file: LatentFile, model: TemporalVAE, record: ModelRecord, any_model: bool
+) -> list[str]:
+    """Refuse latents of another latent space; notes on what else differs.
 
-
-def clip_plans(
-    model: TemporalVAE, shape: tuple[int, ...], budget: int | Literal["least"]
-) -> tuple[Plan, Plan, int]:
-    """Plans to encode and decode a clip (1, C, T, H, W), and the bytes for both, one at a time.
-
-    Raises `ValueError` naming the smallest budget that can be met.
+    The encoder decides what latents mean: a decoder that was trained on may decode them.
     """
-    factor = model.downsample_factor
-    latents = (1, model.latent_channels, shape[2], shape[3] // factor, shape[4] // factor)
-    beside = _beside(model, shape[2], (shape[3], shape[4]))
-    beside += math.prod(latents) * model.dtype.itemsize
-    least = [model.plan(shape, "encode", budget="least"), model.plan(latents, budget="least")]
-    needed = beside + max(plan.peak_bytes for plan in least)
-    if isinstance(budget, int):
-        if budget < needed:
-            raise ValueError(
-                f"{budget} bytes ({budget / 2**30:.3f} GiB) are below the least that a clip of "
-                f"{shape[2]} frames of {shape[4]}x{shape[3]} can do with: {needed} bytes "
-                f"({needed / 2**30:.3f} GiB)"
+    info = file.info
+    theirs = f"{info.model or 'another model'} (encoder {info.encoder_sha256 or '?':.12})"
+    ours = f"{record.name or 'this model'} ({record.encoder_sha256 or '?':.12})"
+    cells = (info.channels, info.downsample_factor)
+    if cells != (model.latent_channels, model.downsample_factor):
+        raise LatentFileError(
+            f"{file.path} was encoded by {theirs}: {cells[0]} channels for {cells[1]}x{cells[1]} "
+            f"pixels, where {ours} takes {model.latent_channels} for {model.downsample_factor}"
+            f"x{model.downsample_factor}: decode it with its own model"
+        )
+    if info.encoder_sha256 is None:
+        return ["it does not say which encoder made it"]
+    if info.encoder_sha256 != record.encoder_sha256:
+        if not any_model:
+            raise LatentFileError(
+                f"{file.path} was encoded by {theirs}, not by {ours}: decode it with that model, "
+                "or give --any-model if both have one latent space"
             )
-        left = budget - beside
-        least = [model.plan(shape, "encode", budget=left), model.plan(latents, budget=left)]
-    encode, decode = least
-    return encode, decode, beside + max(encode.peak_bytes, decode.peak_bytes)
+        return [f"it was encoded by {theirs}, and is decoded by {ours}"]
+    if info.decoder_sha256 not in (None, record.decoder_sha256):
+        return ["the decoder is another one than was beside the encoder"]
+    return []
 
 
-def _reserve(size: int, device: torch.device) -> None:
-    """Take memory and let it go: what cannot be had is missed now, not in the middle."""
-    try:
-        torch.empty(max(0, size), dtype=torch.uint8, device=device).fill_(0)
-    except RuntimeError as error:  # torch's own for the CPU; for a GPU a kind of it
-        raise ValueError(
-            f"the walk needs {size} bytes ({size / 2**30:.3f} GiB), which cannot be had: give "
-            "--memory less"
-        ) from error
+@contextmanager
+def _checksum(source: str | os.PathLike[str]) -> Iterator[Callable[[], str | None]]:
+    """SHA-256 of a file, taken by a thread in the meantime; None of what is no file."""
+    if not os.path.isfile(source):
+        yield lambda: None
+        return
+    ended = threading.Event()
 
+    def take() -> str:
+        digest = hashlib.sha256()
+        with open(source, "rb") as file:
+            while not ended.is_set() and (block := file.read(2**20)):
+                digest.update(block)
+        return digest.hexdigest()
 
-# Walks ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Walk:
-    """Frames on their way through a model, uint8 (n, H, W, 3), and timestamps of those inside."""
-
-    frames: Iterator[Bytes]
-    stamps: deque[int]
-
-
-def _walk(
-    frames: Iterator[Frame],
-    model: TemporalVAE,
-    length: int | None,
-    size: tuple[int, int],
-    budget: int | Literal["least"] | None,
-) -> Walk:
-    """A video as one clip that streams, or where there is a length as clips of it."""
-    stamps: deque[int] = deque()
-    if length is not None:
-        clips = _pieces(frames, length, stamps)
-        return Walk(_walk_clips(clips, model, budget), stamps)
-    padded = Padding.to_cells(*size, model.downsample_factor).padded
-    if budget is None:
-        piece = max(1, min(PIECE_FRAMES, PIECE_PIXELS // (size[0] * size[1])))
-        return Walk(_walk_stream(_pieces(frames, piece, stamps), model, None, None), stamps)
-    plans = stream_plans(model, padded, budget)
-    _reserve(plans.peak_bytes, model.device)
-    pieces = _pieces(frames, plans.frames, stamps)
-    return Walk(_walk_stream(pieces, model, plans.encode, plans.decode), stamps)
-
-
-@torch.no_grad()
-def _walk_clips(
-    clips: Iterator[Bytes], model: TemporalVAE, budget: int | Literal["least"] | None
-) -> Iterator[Bytes]:
-    """Each clip on its own, its frames as they are decoded."""
-    encode: Plan | None = None
-    decode: Plan | None = None
-    for clip in clips:
-        video = _padded_pixels(clip, model)
-        if budget is not None and (encode is None or encode.shape != tuple(video.shape)):
-            encode, decode, needed = clip_plans(model, tuple(video.shape), budget)
-            _reserve(needed, model.device)
-        latents = model.encode(video, sample_mode=False, plan=encode)
-        del video
-        yield from map(to_bytes, model.iter_decode(latents, plan=decode))
-
-
-@torch.no_grad()
-def _walk_stream(
-    pieces: Iterator[Bytes], model: TemporalVAE, encode: Plan | None, decode: Plan | None
-) -> Iterator[Bytes]:
-    """One clip in pieces, encoded and decoded; frames come padded, and late by the reach.
-
-    Where nothing can be given yet it yields no frames, so that progress shows.
-    """
-    encoder = model.encode_stream(sample_mode=False, plan=encode)
-    decoder = model.decode_stream(plan=decode)
-    for piece in pieces:
-        latents = encoder.push(_padded_pixels(piece, model))
-        frames = None if latents is None else decoder.push(latents)
-        yield NO_FRAMES if frames is None else to_bytes(frames)
-    for latents in encoder.drain():
-        frames = decoder.push(latents)
-        yield NO_FRAMES if frames is None else to_bytes(frames)
-    yield from map(to_bytes, decoder.drain())
-
-
-def _padded_pixels(frames: Bytes, model: TemporalVAE) -> Tensor:
-    video = to_pixels(pad_frames(frames, model.downsample_factor))
-    return video.to(model.device, model.dtype)
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            yield pool.submit(take).result
+        finally:
+            ended.set()

@@ -8,8 +8,8 @@ import platform
 import signal
 import sys
 import time
-from dataclasses import fields
-from importlib.metadata import version
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Literal
@@ -20,8 +20,20 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from temporal_vae import TemporalVAE, app, checkpoint
-from temporal_vae.video import PIPE, VideoError, VideoInfo, VideoReader
+from temporal_vae import TemporalVAE, app
+from temporal_vae.describing import (
+    Rows,
+    describe,
+    describe_installation,
+    describe_latents,
+    describe_statistics,
+    describe_video,
+    shown,
+    to_json,
+)
+from temporal_vae.jobs import VIDEO_SUFFIXES, Job, find_inputs, plan_jobs
+from temporal_vae.latents import SUFFIX, latent_statistics
+from temporal_vae.video import PIPE, VideoError
 
 command = typer.Typer(
     help="Temporal VAEs for video: pixels to latents and back.",
@@ -48,7 +60,44 @@ Memory = Annotated[
     str | None,
     typer.Option(metavar="SIZE|auto", help="Bound of the memory over the weights: 2GiB, least."),
 ]
-Thing = Annotated[str | None, typer.Argument(metavar="[MODEL|FILE]", help="A model, or a video.")]
+Thing = Annotated[
+    str | None, typer.Argument(metavar="[MODEL|FILE]", help="A model, a video, or latents.")
+]
+Sources = Annotated[
+    list[Path],
+    typer.Argument(metavar="IN...", help="Videos, folders of them, patterns; - from a pipe."),
+]
+LatentSources = Annotated[
+    list[Path],
+    typer.Argument(metavar="LATENTS...", help="Files of latents, folders of them, patterns."),
+]
+LatentTarget = Annotated[
+    Path,
+    typer.Argument(
+        metavar="LATENTS", help="File to write, .safetensors; a folder for several videos."
+    ),
+]
+NamedModel = Annotated[
+    str | None, typer.Option("--model", help="As for encode; the built-in one that they name.")
+]
+Sample = Annotated[bool, typer.Option("--sample", help="Draw from the posterior.")]
+Seed = Annotated[
+    int | None, typer.Option(help="Of the samples; the n-th of several files takes n more.")
+]
+LatentDtype = Annotated[
+    str | None, typer.Option(help="Of the file: float32, bfloat16 or float16; the model's if none.")
+]
+Scaled = Annotated[
+    bool, typer.Option("--scaled", help="Store latents scaled for diffusion; the file records it.")
+]
+AnyModel = Annotated[
+    bool, typer.Option("--any-model", help="Take latents of another encoder's weights too.")
+]
+Suffix = Annotated[str, typer.Option(help="What several files end in: .mp4 or .mkv.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Say nothing but errors.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Say what the written file holds.")]
+Json = Annotated[bool, typer.Option("--json", help="A line of JSON for each file, on stdout.")]
 
 
 @command.command()
@@ -83,20 +132,148 @@ def reconstruct(
 
 
 @command.command()
-def info(thing: Thing = None) -> None:
-    """Describe a model or a video; without either, this installation."""
-    if thing is None:
-        rows = _describe_installation()
-    elif thing in checkpoint.builtin_names() or Path(thing).is_dir():
-        rows = _describe_model(TemporalVAE.from_pretrained(thing))
-    elif not Path(thing).exists():
-        raise ValueError(f"{thing}: neither a model nor a file")
-    else:
-        with VideoReader(thing) as reader:
-            rows = _describe_video(reader.info)
+def encode(
+    sources: Sources,
+    target: LatentTarget,
+    model: Model = "tiny",
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    clip_frames: ClipFrames = None,
+    memory: Memory = None,
+    sample: Sample = False,
+    seed: Seed = None,
+    latent_dtype: LatentDtype = None,
+    scaled: Scaled = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    as_json: Json = False,
+) -> None:
+    """Encode videos to files of latents, which `decode`, and any reader of safetensors, reads."""
+    stored = None if latent_dtype is None else app.choose_dtype(latent_dtype)
+    length = _clip_length(clip_frames)
+    how = app.Encoding(sample=sample, seed=seed, dtype=stored, scaled=scaled,
+                       clip_frames=length, memory=memory)  # fmt: skip
+    jobs = plan_jobs(sources, target, VIDEO_SUFFIXES, SUFFIX, overwrite)
+    vae, record = app.load_model(model, app.choose_dtype(dtype), app.choose_device(device))
+
+    def work(source: Path, out: Path, index: int, meter: Meter) -> Result:
+        its = how if seed is None else replace(how, seed=seed + index)  # no two share their noise
+        done = app.encode(source, out, vae, record, its, overwrite=overwrite, progress=meter)
+        return done.info.frames, done.seconds, done.notes, describe_latents(str(out))
+
+    _work("encoding", jobs, work, Voice(quiet, verbose, as_json))
+
+
+@command.command()
+def decode(
+    sources: LatentSources,
+    target: Target,
+    model: NamedModel = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    memory: Memory = None,
+    sample: Sample = False,
+    seed: Seed = None,
+    any_model: AnyModel = False,
+    suffix: Suffix = ".mp4",
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    as_json: Json = False,
+) -> None:
+    """Decode files of latents to videos of the same frame count, size and timestamps."""
+    jobs = plan_jobs(sources, target, frozenset([SUFFIX]), suffix, overwrite)
+    _refuse_terminal(Path(), target)
+    name = model or app.model_of(jobs[0][0])
+    vae, record = app.load_model(name, app.choose_dtype(dtype), app.choose_device(device))
+
+    def work(source: Path, out: Path, index: int, meter: Meter) -> Result:
+        its = None if seed is None else seed + index
+        done = app.decode(source, out, vae, record, sample=sample, seed=its, any_model=any_model,
+                          memory=memory, overwrite=overwrite, progress=meter)  # fmt: skip
+        rows = {} if str(out) == PIPE else describe_video(str(out))
+        return done.frames, done.seconds, done.notes, rows
+
+    _work("decoding", jobs, work, Voice(quiet, verbose, as_json))
+
+
+@command.command()
+def info(thing: Thing = None, as_json: Json = False) -> None:
+    """Describe a model, a video or latents; without any, this installation."""
+    _show(describe_installation() if thing is None else describe(thing), as_json)
+
+
+@command.command()
+def stats(sources: LatentSources, any_model: AnyModel = False, as_json: Json = False) -> None:
+    """Mean and deviation of each channel, and the scale and shift that follow, for latents."""
+    files = find_inputs(sources, frozenset([SUFFIX]))
+    with Meter("reading") as meter:
+        found = latent_statistics(files, meter, any_model)
+    _show(describe_statistics(found), as_json)
+
+
+Result = tuple[int, float, tuple[str, ...], Rows]
+"""Frames, seconds, notes, and what there is to say of the file that was written."""
+
+
+@dataclass(frozen=True)
+class Voice:
+    """How much a command says."""
+
+    quiet: bool
+    verbose: bool
+    as_json: bool
+
+    def __post_init__(self) -> None:
+        if self.quiet and self.verbose:
+            raise ValueError("--quiet and --verbose exclude each other")
+
+    def tell(self, target: Path, result: Result) -> None:
+        """What was done: notes on stderr; on stdout a line, or what is known of the file."""
+        frames, seconds, notes, rows = result
+        for note in () if self.quiet else notes:
+            err.print(f"tvae: note: {note}", markup=False, soft_wrap=True)
+        rate = frames / max(seconds, 1e-9)
+        if self.as_json:
+            rows = {"path": str(target), "frames": frames, "seconds": seconds} | rows
+            out.print(to_json(rows | {"notes": notes}), markup=False, soft_wrap=True)
+        elif not self.quiet:
+            console = err if str(target) == PIPE else out
+            line = f"{target}: {frames} frames in {seconds:.1f} s, {rate:.2f} frames/s"
+            console.print(line, markup=False, soft_wrap=True)
+            for name, value in shown(rows).items() if self.verbose else ():
+                console.print(f"  {name}: {value}", markup=False, soft_wrap=True)
+
+
+def _work(
+    title: str, jobs: list[Job], work: Callable[[Path, Path, int, Meter], Result], voice: Voice
+) -> None:
+    """Job after job; of several one that fails is said and passed over, and the status tells."""
+    failed = 0
+    for index, (source, target) in enumerate(jobs):
+        name = title if len(jobs) == 1 else f"{title} {source.name} ({index + 1} of {len(jobs)})"
+        try:
+            with Meter(name, quiet=voice.quiet) as meter:
+                result = work(source, target, index, meter)
+        except (VideoError, ValueError, OSError) as error:
+            if len(jobs) == 1:
+                raise
+            failed += 1
+            _say_error(str(error))
+        else:
+            voice.tell(target, result)
+    if failed:
+        raise ValueError(f"{failed} of {len(jobs)} failed")
+
+
+def _show(rows: Rows, as_json: bool) -> None:
+    if as_json:
+        out.print(to_json(rows), markup=False, soft_wrap=True)
+        return
     table = Table(show_header=False, box=None)
-    for name, value in rows.items():
-        table.add_row(name, str(value))
+    for name, value in shown(rows).items():
+        table.add_row(name, value)
     out.print(table, markup=False, soft_wrap=True)
 
 
@@ -117,55 +294,16 @@ def _clip_length(text: str | None) -> int | Literal["all"] | None:
     return int(text)
 
 
-def _describe_installation() -> dict[str, object]:
-    return {
-        "temporal-video-vae": version("temporal-video-vae"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "device": app.choose_device("auto"),
-        "built-in models": ", ".join(checkpoint.builtin_names()),
-    }
-
-
-def _describe_model(vae: TemporalVAE) -> dict[str, object]:
-    return {
-        **{f.name: getattr(vae.config, f.name) for f in fields(vae.config)},
-        "parameters": f"{vae.parameter_count:,}",
-        "of the encoder": f"{sum(p.numel() for p in vae.encoder.parameters()):,}",
-        "of the decoder": f"{sum(p.numel() for p in vae.decoder.parameters()):,}",
-        "pixels per latent cell": vae.downsample_factor,
-        "frames a latent depends on": _reach(vae.encode_reach, vae.is_causal),
-        "latent frames a frame depends on": _reach(vae.decode_reach, vae.is_causal),
-    }
-
-
-def _reach(frames: int | None, causal: bool) -> str:
-    if frames is None:
-        return "the whole clip"
-    return f"{frames} back" if causal else f"{frames} on each side"
-
-
-def _describe_video(video: VideoInfo) -> dict[str, object]:
-    rows: dict[str, object] = {
-        "size": f"{video.width}x{video.height}",
-        "frames": "not stated" if video.frames is None else video.frames,
-        "frames per second": f"{float(video.fps):.6g} ({video.fps})",
-        "time base": video.time_base,
-        "codec": video.codec,
-        "pixel format": video.pixel_format,
-    }
-    return rows | {f"note {i}": note for i, note in enumerate(video.notes, 1)}
-
-
 class Meter:
     """Progress on stderr: a bar with frames/s and time left; in a log, a line every ten seconds."""
 
-    def __init__(self, title: str):
+    def __init__(self, title: str, quiet: bool = False):
+        self._quiet = quiet
         self._title, self._start, self._said = title, time.monotonic(), time.monotonic()
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
             TextColumn("{task.completed:.0f} frames, {task.fields[rate]}"), TimeRemainingColumn(),
-            console=err, transient=True, disable=not err.is_terminal,
+            console=err, transient=True, disable=quiet or not err.is_terminal,
         )  # fmt: skip
         self._task = self._bar.add_task(title, total=None, rate="")
 
@@ -181,7 +319,7 @@ class Meter:
         now = time.monotonic()
         rate = done / max(now - self._start, 1e-9)
         self._bar.update(self._task, completed=done, total=total, rate=f"{rate:.2f} frames/s")
-        if not err.is_terminal and now - self._said > 10:
+        if not err.is_terminal and not self._quiet and now - self._said > 10:
             self._said = now
             left = "" if total is None else f" of {total}, {max(0, total - done) / rate:.0f} s left"
             err.print(f"{self._title}: {done} frames{left}, {rate:.2f} frames/s")
@@ -220,8 +358,12 @@ def _keep_freed_memory() -> None:
 
 
 def _fail(message: str) -> None:
-    err.print(f"tvae: {' '.join(message.split())}", markup=False, soft_wrap=True)
+    _say_error(message)
     sys.exit(1)
+
+
+def _say_error(message: str) -> None:
+    err.print(f"tvae: {' '.join(message.split())}", markup=False, soft_wrap=True)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

@@ -34,7 +34,7 @@ from temporal_vae import (
 )
 from temporal_vae.config import NormScope, TemporalOptions, TemporalVAEConfig
 from temporal_vae.features import ChannelImportance
-from temporal_vae.latents import LatentDistribution
+from temporal_vae.latents import LatentDistribution, ModelRecord, weights_sha256
 from temporal_vae.layers import Timewise, draw_parameters, start_as_identity
 from temporal_vae.metadata import ModelMetadata
 from temporal_vae.network import Decoder, Encoder
@@ -877,6 +877,19 @@ class TemporalVAE(nn.Module):
             lambda state: self._owed_latents(state, *how),
         )
 
+    def moments_stream(self, plan: Plan | None = None) -> Stream:
+        """A stream to push frames into and get moments from, (B, 2*L, n, h, w); see `encode_step`.
+
+        They are the mean and the clamped log-variance of `encode_with_distribution`, joined.
+        """
+
+        def step(frames: Tensor, state: StreamState) -> tuple[Tensor | None, StreamState]:
+            clip = self._pixels(self._piece(frames, "frames"), "frames")
+            moments, state = self._step("encode", clip, state, plan)
+            return None if moments is None else self._joined(moments), state
+
+        return Stream(step, lambda state: map(self._joined, self._owed("encode", state, plan)))
+
     def decode_stream(self, plan: Plan | None = None) -> Stream:
         """A stream to push latents into and get frames from; see `decode_step`."""
         return Stream(partial(self.decode_step, plan=plan), partial(self._owed_frames, plan=plan))
@@ -930,6 +943,10 @@ class TemporalVAE(nn.Module):
         size = (int(side / scale) for side in tail.shape[3:])
         return tail.new_empty(1).expand(len(tail), channels, 1, *size)
 
+    def _joined(self, moments: Tensor) -> Tensor:
+        """Clamped and masked moments (B, 2*L, ...)."""
+        return torch.cat([*map(self._masked, LatentDistribution.from_moments(moments))], 1)
+
     def _latents(
         self, moments: Tensor, sample_mode: bool, generator: torch.Generator | None
     ) -> Tensor:
@@ -970,6 +987,27 @@ class TemporalVAE(nn.Module):
     def decode_video_from_diffusion(self, latent: Tensor, *, layout: Layout = "BCTHW") -> Tensor:
         """`unscale_latent`, then `decode`: a diffusion model's latents to pixels."""
         return self.decode(self.unscale_latent(latent), layout=layout)
+
+    def latent_record(self, name: str | None = None) -> ModelRecord:
+        """What a file of latents records of this model: scale, cells, and which weights these are.
+
+        The hashes are of the weights as they are now: in a narrower dtype they are others.
+        """
+        config = self.config
+        hashes = {}
+        for key, line in (("encoder", self.encoder), ("decoder", self.decoder)):
+            groups = ",".join(str(config.groups(width)) for width in config.widths)
+            structure = f"{key} norm_groups={groups}"
+            if any(isinstance(layer, Timewise) for layer in line.layers()):
+                structure += f" causal={config.causal_mode} temporal_norm={config.temporal_norm}"
+            hashes[f"{key}_sha256"] = weights_sha256(line.named_parameters(), structure)
+        return ModelRecord(
+            name=name,
+            downsample_factor=self.downsample_factor,
+            scale_factor=self.latent_scale_factor,
+            shift_factor=config.latent_shift_factor,
+            **hashes,
+        )
 
     # Training --------------------------------------------------------------------------------
 

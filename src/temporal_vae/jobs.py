@@ -1,0 +1,81 @@
+"""Which files a command reads, and which it writes."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from temporal_vae.video import PIPE
+
+VIDEO_SUFFIXES = frozenset([
+    ".3gp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg",
+    ".mts", ".mxf", ".ogv", ".ts", ".webm", ".wmv", ".y4m",
+])  # fmt: skip
+IMAGE_SUFFIXES = frozenset([".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"])
+
+Job = tuple[Path, Path]
+"""A file to read and one to write."""
+
+
+def find_inputs(words: Sequence[Path], suffixes: frozenset[str]) -> list[Path]:
+    """The files that words name: files, folders for all in them with these suffixes, and patterns.
+
+    A folder of images alone stands for one clip, where videos are looked for; "-" for standard
+    input.
+    Raises `ValueError` for a word that names nothing.
+    """
+    found: list[Path] = []
+    for word in words:
+        if str(word) == PIPE or word.is_file():
+            found.append(word)
+        elif word.is_dir():
+            found += _inside(word, suffixes)
+        elif glob.has_magic(str(word)) and not word.exists():
+            matches = sorted(Path(match) for match in glob.glob(str(word), recursive=True))
+            if not matches:
+                raise ValueError(f"no file matches {word}")
+            found += [match for match in matches if match.is_file()]
+        else:
+            found.append(word)  # whoever opens it says what is wrong
+    return found
+
+
+def plan_jobs(
+    words: Sequence[Path], target: Path, suffixes: frozenset[str], suffix: str, overwrite: bool
+) -> list[Job]:
+    """What to write for each input: `target`, or in that folder a file named like its input.
+
+    The target is a folder where there are several inputs, or the word is one, or ends in a slash.
+    Makes that folder. Raises `ValueError` before where two inputs would be written to one file,
+    or a file exists unless `overwrite`.
+    """
+    inputs = find_inputs(words, suffixes)
+    many = len(words) > 1 or len(inputs) > 1 or inputs != list(words)
+    if not (many or target.is_dir() or str(target).endswith("/")):
+        return [(inputs[0], target)]
+    if any(str(path) == PIPE for path in (*inputs, target)):
+        raise ValueError("- is one video: for a folder name files")
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target} is a file, and {len(inputs)} inputs need a folder")
+    jobs = [(path, target / (path.stem + suffix)) for path in inputs]
+    taken: dict[Path, Path] = {}
+    for path, out in jobs:
+        if out in taken:
+            raise ValueError(f"{taken[out]} and {path} would both be written to {out}")
+        if out.exists() and not overwrite:
+            raise ValueError(f"{out} exists: give --overwrite to replace it")
+        taken[out] = path
+    target.mkdir(parents=True, exist_ok=True)
+    return jobs
+
+
+def _inside(folder: Path, suffixes: frozenset[str]) -> list[Path]:
+    files = sorted(entry for entry in folder.iterdir() if entry.is_file())
+    chosen = [file for file in files if file.suffix.lower() in suffixes]
+    if chosen:
+        return chosen
+    if suffixes is VIDEO_SUFFIXES and any(f.suffix.lower() in IMAGE_SUFFIXES for f in files):
+        return [folder]
+    raise ValueError(f"{folder}{os.sep} holds none of {', '.join(sorted(suffixes))}")

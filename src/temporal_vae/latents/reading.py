@@ -1,0 +1,200 @@
+"""Latents from a file, by ranges of frames."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from types import TracebackType
+from typing import BinaryIO, Self
+
+import torch
+from torch import Tensor
+
+from temporal_vae.latents.distribution import LatentDistribution
+from temporal_vae.latents.header import MOST_HEADER_BYTES, Header, is_latents, unpack
+from temporal_vae.latents.info import MOST_STAMP, LatentFileError, LatentInfo, drawn
+
+PIECE_BYTES = 2**24
+"""`pieces` reads about so much at a time, at least a frame."""
+
+
+class LatentFile:
+    """A file of latents, read as asked: `with LatentFile(path) as file: file.read(0, 16)`.
+
+    Opening checks every field and the file's length. The file is read, not mapped: one that shrinks
+    meanwhile is an error instead of the end of the process.
+
+    Raises `LatentFileError` for a file that is missing, damaged, or of something else.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = os.fspath(path)
+        self._file = _open(self.path)
+        try:
+            header = self._header()
+        except BaseException:
+            self._file.close()
+            raise
+        self.info = header.info
+        self._header_read = header
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    def read(self, start: int = 0, frames: int | None = None) -> Tensor:
+        """What is stored of a range of frames, (1, C, n, h, w), in the file's dtype and scaling.
+
+        C is 2*L for moments (mean, then log-variance), L for a sample. All frames from `start` on
+        if `frames` is None.
+        Raises `LatentFileError` for a range outside the file, or numbers that are not finite.
+        """
+        count = self._range(start, frames)
+        _, *frame = self.info.shape
+        stored = torch.empty(count, *frame, dtype=self.info.dtype)
+        self._fill(stored, self._header_read.data_start + start * self.info.frame_bytes)
+        if not stored.isfinite().all():
+            raise LatentFileError(
+                f"{self.path}: frames {start} to {start + count - 1} hold NaN or infinity: the "
+                "file is damaged, or what made it overflowed"
+            )
+        return stored.transpose(0, 1).unsqueeze(0).contiguous()
+
+    def moments(self, start: int = 0, frames: int | None = None) -> LatentDistribution:
+        """The posterior of a range of frames, not scaled, in float32 at least.
+
+        Raises `LatentFileError` also where the file holds a sample.
+        """
+        if self.info.kind != "moments":
+            raise LatentFileError(f"{self.path} holds a sample, of which the moments are not known")
+        mean, log_variance = _widened(self.info.rescale(self.read(start, frames), False)).chunk(
+            2, 1
+        )
+        return LatentDistribution(mean.contiguous(), log_variance.contiguous())
+
+    def latents(
+        self,
+        start: int = 0,
+        frames: int | None = None,
+        *,
+        sample_mode: bool = False,
+        generator: torch.Generator | None = None,
+        scaled: bool = False,
+    ) -> Tensor:
+        """Latents (1, L, n, h, w) of a range of frames; see `read_latents`."""
+        if self.info.kind == "sample":
+            if generator is not None:
+                raise LatentFileError(f"{self.path} holds a sample already: nothing is drawn")
+            return _widened(self.info.rescale(self.read(start, frames), scaled))
+        x = _widened(self.info.rescale(self.read(start, frames), scaled))
+        return drawn(x, generator) if sample_mode else x.chunk(2, 1)[0].contiguous()
+
+    def timestamps(self, start: int = 0, frames: int | None = None) -> list[int]:
+        """Timestamps of a range of frames, in units of `info.time_base`, each above the last.
+
+        Raises `LatentFileError` for a range outside the file, or timestamps that do not grow.
+        """
+        count, first, step = self._range(start, frames), self.info.start, self.info.step
+        if step is not None:
+            return [first + step * index for index in range(start, start + count)]
+        assert self._header_read.stamps_start is not None
+        before = 1 if start else 0
+        stamps = torch.empty(count + before, dtype=torch.int64)
+        self._fill(stamps, self._header_read.stamps_start + 8 * (start - before))
+        sound = (stamps[1:] > stamps[:-1]).all() and stamps[0] >= 0 and stamps[-1] <= MOST_STAMP
+        if not sound:
+            raise LatentFileError(f"{self.path}: its timestamps do not grow: it is damaged")
+        found: list[int] = stamps[before:].tolist()
+        return found
+
+    def pieces(self, frames: int | None = None) -> Iterator[tuple[int, int]]:
+        """First and number of frames of ranges that cover the file, of `frames` or a few MiB."""
+        step = frames or max(1, PIECE_BYTES // self.info.frame_bytes)
+        for start in range(0, self.info.frames, step):
+            yield start, min(step, self.info.frames - start)
+
+    def _header(self) -> Header:
+        size = os.fstat(self._file.fileno()).st_size
+        start = self._file.read(8)
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or not 2 <= length <= size - 8 or length > MOST_HEADER_BYTES:
+            raise LatentFileError(f"{self.path}: no file of latents: it does not begin like one")
+        try:
+            return unpack(self._file.read(length), size)
+        except LatentFileError as error:
+            raise LatentFileError(f"{self.path}: {error}") from error
+
+    def _range(self, start: int, frames: int | None) -> int:
+        total = self.info.frames
+        count = total - start if frames is None else frames
+        if type(start) is not int or type(count) is not int or start < 0 or count < 1:
+            raise LatentFileError(f"no frames {start} + {frames} of {self.path}, which has {total}")
+        if start + count > total:
+            raise LatentFileError(
+                f"{self.path} has {total} frames: none from {start} to {start + count - 1}"
+            )
+        return count
+
+    def _fill(self, tensor: Tensor, position: int) -> None:
+        """Read a contiguous tensor from a position of the file."""
+        bytes_of = tensor.view(torch.uint8).numpy().data.cast("B")
+        self._file.seek(position)
+        if self._file.readinto(bytes_of) != len(bytes_of):  # type: ignore[attr-defined]
+            raise LatentFileError(f"{self.path} became shorter while it was read")
+
+
+def read_latents(
+    path: str | os.PathLike[str],
+    start: int = 0,
+    frames: int | None = None,
+    *,
+    sample_mode: bool = False,
+    generator: torch.Generator | None = None,
+    scaled: bool = False,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, LatentInfo]:
+    """Latents (1, L, n, h, w) of frames `start` to `start + frames - 1` (to the end if None).
+
+    Of moments the mean, or with `sample_mode` a draw by `generator`, for the frames that are read;
+    a file that holds a sample gives that one. Not scaled, unless `scaled` asks for what a diffusion
+    model works on; the file knows which of both it holds, so nothing is ever scaled twice.
+    float32 (float64 from a file of it), unless `dtype` says otherwise. `info` describes the file.
+
+    Raises `LatentFileError` for a file that is damaged or of something else, or a range outside it.
+    """
+    with LatentFile(path) as file:
+        latents = file.latents(
+            start, frames, sample_mode=sample_mode, generator=generator, scaled=scaled
+        )
+        return latents if dtype is None else latents.to(dtype), file.info
+
+
+def holds_latents(path: str | os.PathLike[str]) -> bool:
+    """Whether a file begins like a file of latents, sound or not."""
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        return is_latents(file.read(4096))
+
+
+def _open(path: str) -> BinaryIO:
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise LatentFileError(f"{path} is a folder, a device or a pipe, not a file of latents")
+        return open(path, "rb")
+    except FileNotFoundError as error:
+        raise LatentFileError(f"{path}: no such file") from error
+    except OSError as error:
+        raise LatentFileError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,233 @@
+"""Latents to a file, frame by frame in flat memory."""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from fractions import Fraction
+from importlib.metadata import version
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import torch
+from torch import Tensor
+
+from temporal_vae.files import atomic_path
+from temporal_vae.geometry import spans
+from temporal_vae.latents.distribution import LatentDistribution
+from temporal_vae.latents.header import alignment, pack, room_for
+from temporal_vae.latents.info import MOST_STAMP, LatentFileError, LatentInfo, ModelRecord
+
+SUFFIX = ".safetensors"
+WRITE_FRAMES = 64
+
+
+class LatentWriter:
+    """Append frames of latents to a new file; use it inside `files.atomic_path`.
+
+    The header has its room at the front and is written by `finish`, without which the file is none.
+    Of `info` the length and the timestamps are those of what comes.
+
+    Raises `LatentFileError` for a file that cannot be written, or not from its end to its start.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], info: LatentInfo):
+        self.path, self._info = os.fspath(path), replace(info, frames=1, start=0, step=1)
+        self._stamps = array("q")  # 8 bytes a frame
+        self._room = room_for(self._info)
+        try:
+            self._file: BinaryIO = open(path, "wb")  # noqa: SIM115 (closed by __exit__)
+        except OSError as error:
+            raise LatentFileError(f"cannot write {self.path}: {error.strerror}") from error
+        if not self._file.seekable():
+            self._file.close()
+            raise LatentFileError(
+                f"{self.path} is a pipe, and the header of latents is written last: name a file"
+            )
+        self._write(bytes(self._room))
+
+    @property
+    def unscaled(self) -> LatentInfo:
+        """The header of the same latents before they are scaled."""
+        return replace(self._info, scaled=False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            with suppress(OSError):  # what is still buffered may have no room either
+                self._file.close()
+            return
+        with _said_clearly():
+            self._file.close()
+
+    def write(self, stored: Tensor, timestamps: Sequence[int]) -> None:
+        """Append (1, C, n, h, w), scaled or not as `info` says, with n growing timestamps.
+
+        Raises `LatentFileError` for what does not continue the file, or does not fit its dtype.
+        """
+        _, *frame = self._info.shape
+        expected = (1, frame[0], len(timestamps), *frame[1:])
+        if tuple(stored.shape) != expected:
+            raise LatentFileError(f"latents must be {expected}, got {tuple(stored.shape)}")
+        for stamp in timestamps:
+            last = self._stamps[-1] if self._stamps else -1
+            if not last < stamp <= MOST_STAMP:
+                raise LatentFileError(
+                    f"timestamps must grow from 0 or above to 2**62, got {stamp} after {last} at "
+                    f"frame {len(self._stamps)}"
+                )
+            self._stamps.append(stamp)
+        rounded = stored.detach()[0].transpose(0, 1).to("cpu", self._info.dtype).contiguous()
+        if not rounded.isfinite().all():
+            raise LatentFileError(
+                f"the latents hold NaN or infinity as {self._info.dtype}: a model or a file in "
+                "float16 may overflow, so take bfloat16"
+            )
+        self._write(rounded.view(torch.uint8).numpy().data.cast("B"))
+
+    def finish(self, **late: Any) -> LatentInfo:
+        """Write timestamps and header, with fields of it that became known; gives the header.
+
+        Raises `LatentFileError` where no frame was written.
+        """
+        if not self._stamps:
+            raise LatentFileError("there are no frames to write")
+        start, step = self._stamps[0], _step(self._stamps)
+        late |= {"frames": len(self._stamps), "start": start if step else 0, "step": step}
+        info = replace(self._info, **late)
+        if step is None:
+            self._write(bytes(alignment(info)))
+            self._write(memoryview(self._stamps).cast("B"))
+        with _said_clearly():
+            self._file.seek(0)  # writes what is still buffered
+        self._write(pack(info, self._room))
+        return info
+
+    def _write(self, data: bytes | memoryview) -> None:
+        with _said_clearly():
+            self._file.write(data)
+
+
+@contextmanager
+def _said_clearly() -> Iterator[None]:
+    """A full disk and the like as one line that says what failed."""
+    try:
+        yield
+    except OSError as error:
+        raise LatentFileError(f"cannot write latents: {error.strerror}") from error
+
+
+def _step(stamps: Sequence[int]) -> int | None:
+    """What lies between any two neighbours; None if it varies. 1 for a lone frame."""
+    step = stamps[1] - stamps[0] if len(stamps) > 1 else 1
+    constant = all(stamp == stamps[0] + step * index for index, stamp in enumerate(stamps))
+    return step if constant else None
+
+
+def write_latents(
+    path: str | os.PathLike[str],
+    latents: Tensor | LatentDistribution,
+    model: ModelRecord,
+    *,
+    size: tuple[int, int] | None = None,
+    fps: Fraction | float = 25,
+    time_base: Fraction | None = None,
+    timestamps: Sequence[int] | None = None,
+    scaled: bool = False,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    **fields: Any,
+) -> LatentInfo:
+    """Write the latents of one clip, (1, L, T, h, w) or an image's (1, L, h, w), to a new file.
+
+    A posterior, as `encode_with_distribution` gives it, is stored as moments, a tensor as a sample.
+    The file appears whole or not at all.
+
+    Args:
+        path: ends in .safetensors.
+        latents: what to store; see `scaled`.
+        model: what made them, `vae.latent_record(name)`.
+        size: height and width of the video in pixels, where the frames were padded at the bottom
+            and the right to whole cells; None means no padding.
+        fps: frames per second.
+        time_base: seconds in a unit of `timestamps`; None means 1 / fps.
+        timestamps: of the frames, growing; None means 0, 1, 2, ...
+        scaled: whether `latents` are scaled, as `scale_latent` gives them. It is recorded, and
+            nothing is computed.
+        dtype: float32, bfloat16, float16 or float64; None means that of `latents`.
+        overwrite: replace a file of this name.
+        fields: further fields of `LatentInfo`: clip_frames, seed, colour, source, ...
+
+    Raises `LatentFileError` for what cannot be stored, `OSError` where nothing can be written.
+    """
+    kind, stored = ("sample", latents) if isinstance(latents, Tensor) else (
+        "moments", torch.cat(tuple(latents), 1))  # fmt: skip
+    stored = stored.unsqueeze(2) if stored.ndim == 4 else stored
+    if stored.ndim != 5 or len(stored) != 1:
+        raise LatentFileError(
+            f"one file holds one clip, (1, L, T, h, w), got {tuple(stored.shape)}: write each "
+            "sample of a batch to a file of its own"
+        )
+    check_target(path, overwrite)
+    _, channels, frames, rows, columns = stored.shape
+    rate, factor = Fraction(fps).limit_denominator(1001), model.downsample_factor
+    height, width = size or (rows * factor, columns * factor)
+    info = LatentInfo(
+        kind=kind,  # type: ignore[arg-type]
+        dtype=dtype or stored.dtype,
+        frames=1,
+        channels=channels // (2 if kind == "moments" else 1),
+        rows=rows,
+        columns=columns,
+        height=height,
+        width=width,
+        padding_bottom=rows * factor - height,
+        padding_right=columns * factor - width,
+        scaled=scaled,
+        fps=rate,
+        time_base=time_base or 1 / rate,
+        **record_fields(model),
+        **fields,
+    )
+    stamps = range(frames) if timestamps is None else timestamps
+    if len(stamps) != frames:
+        raise LatentFileError(f"there are {frames} frames, but {len(stamps)} timestamps")
+    with atomic_path(path) as partial, LatentWriter(partial, info) as writer:
+        for start, end in spans(frames, WRITE_FRAMES):
+            writer.write(stored[:, :, start:end], stamps[start:end])
+        return writer.finish()
+
+
+def record_fields(model: ModelRecord) -> dict[str, Any]:
+    """The fields of a `LatentInfo` that tell of the model and the library."""
+    return {
+        "model": model.name,
+        "scale_factor": float(model.scale_factor),
+        "shift_factor": float(model.shift_factor),
+        "encoder_sha256": model.encoder_sha256,
+        "decoder_sha256": model.decoder_sha256,
+        "library": f"temporal-video-vae {version('temporal-video-vae')}",
+    }
+
+
+def check_target(path: str | os.PathLike[str], overwrite: bool) -> None:
+    """Raise `LatentFileError` unless latents may be written under this name."""
+    name = os.fspath(path)
+    if name == "-" or (os.path.exists(path) and not os.path.isfile(path)):
+        raise LatentFileError(
+            f"latents cannot be written to {name!r}: their header is written last, so name a file"
+        )
+    if not name.endswith(SUFFIX):
+        raise LatentFileError(f"the name of a file of latents must end in {SUFFIX}, got {name!r}")
+    if os.path.exists(path) and not overwrite:
+        raise LatentFileError(f"{name} exists: overwrite=True (--overwrite) replaces it")

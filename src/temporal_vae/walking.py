@@ -1,0 +1,388 @@
+"""Frames of any number through a model in flat memory: pieces of a stream, or clips, as planned."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from temporal_vae.geometry import Padding, spans
+from temporal_vae.model import Stream, TemporalVAE
+from temporal_vae.video import Bytes, Frame, pad_frames, to_bytes, to_pixels
+from temporal_vae.walks.available import available_bytes
+from temporal_vae.walks.plan import Budget, Operation, Plan, parse_budget
+
+PIECE_FRAMES = 8
+PIECE_PIXELS = PIECE_FRAMES * 640 * 360
+"""A stream takes in so many frames at a time, or as few as have so many pixels, at least one."""
+PLANNED_PIECES = (32, 16, 8, 4, 2, 1)
+"""With a budget: the most frames that fit."""
+AUTO_SHARE = 0.8
+"""Of the free memory that "auto" takes."""
+
+NO_FRAMES: Bytes = np.empty((0, 1, 1, 3), np.uint8)
+
+
+def clip_length(model: TemporalVAE, asked: int | Literal["all"] | None) -> int | None:
+    """Frames of each clip; None for one clip that streams."""
+    if asked not in (None, "all") and (type(asked) is not int or not 1 <= asked <= sys.maxsize):
+        raise ValueError(f"clip_frames must be a number of frames or 'all', got {asked!r}")
+    streams = model.encode_reach is not None and model.decode_reach is not None
+    if asked == "all":
+        return None if streams else sys.maxsize
+    return asked or (None if streams else model.config.clip_frames)
+
+
+def pieces_of(frames: Iterator[Frame], length: int, stamps: deque[int]) -> Iterator[Bytes]:
+    """uint8 (n, H, W, 3) of up to `length` frames; their timestamps are put into `stamps`."""
+    while piece := list(islice(frames, length)):
+        stamps.extend(frame.pts for frame in piece)
+        yield np.stack([frame.image for frame in piece])
+
+
+# Memory --------------------------------------------------------------------------------------
+
+
+def memory_budget(memory: Budget, model: TemporalVAE) -> int | Literal["least"] | None:
+    """Bytes of a budget; "auto" is a share of what is free."""
+    free = available_bytes(model.device)
+    if memory != "auto":
+        budget = parse_budget(memory)
+        if isinstance(budget, int) and free is not None and budget > free:
+            raise ValueError(f"{memory} is above the memory that is free, {free / 2**30:.3f} GiB")
+        return budget
+    if free is None:
+        raise ValueError(f"how much memory is free on {model.device} is not known: give it in GiB")
+    return int(AUTO_SHARE * free)
+
+
+@dataclass(frozen=True, slots=True)
+class StreamPlans:
+    """How a video streams through encoder and decoder: pieces of `frames` frames."""
+
+    frames: int
+    encode: Plan
+    decode: Plan
+    beside: int
+    """Bytes of frames that lie about while a piece is walked."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """Largest memory in use: the state of one stream waits while a step of the other runs."""
+        encoding = self.encode.peak_bytes + self.decode.state_bytes
+        return self.beside + max(encoding, self.decode.peak_bytes + self.encode.state_bytes)
+
+
+def stream_plans(
+    model: TemporalVAE, size: tuple[int, int], budget: int | Literal["least"]
+) -> StreamPlans:
+    """Plans for frames of (height, width), in whole cells, within a budget for both streams.
+
+    Raises `ValueError` naming the smallest budget that can be met.
+    """
+    factor = model.downsample_factor
+    cells = (size[0] // factor, size[1] // factor)
+
+    def plan(operation: Operation, frames: int, budget: Budget) -> Plan:
+        pixels = (1, model.input_channels, frames, *size)
+        latents = (1, model.latent_channels, frames, *cells)
+        shape = pixels if operation == "encode" else latents
+        return model.plan(shape, operation, budget=budget, stream=True)
+
+    encode, decode = plan("encode", 1, "least"), plan("decode", 1, "least")
+    least = StreamPlans(1, encode, decode, _beside(model, 1, size))
+    if budget == "least":
+        return least
+    for frames in PLANNED_PIECES:
+        beside = _beside(model, frames, size)
+        left = budget - beside
+        with suppress(ValueError):
+            encode = plan("encode", frames, left - least.decode.state_bytes)
+            decode = plan("decode", frames, left - least.encode.state_bytes)
+            return StreamPlans(frames, encode, decode, beside)
+    needed = least.peak_bytes
+    raise ValueError(
+        f"{budget} bytes ({budget / 2**30:.3f} GiB) are below the least that a stream of "
+        f"{size[1]}x{size[0]} can do with: {needed} bytes ({needed / 2**30:.3f} GiB)"
+    )
+
+
+def _beside(model: TemporalVAE, frames: int, size: tuple[int, int]) -> int:
+    """Bytes of frames beside a walk: in 8 bits, and as the model takes them."""
+    pixels = frames * size[0] * size[1] * 3
+    return pixels * (3 + 4 + 2 * model.dtype.itemsize)
+
+
+def clip_plans(
+    model: TemporalVAE, shape: tuple[int, ...], budget: int | Literal["least"]
+) -> tuple[Plan, Plan, int]:
+    """Plans to encode and decode a clip (1, C, T, H, W), and the bytes for both, one at a time.
+
+    Raises `ValueError` naming the smallest budget that can be met.
+    """
+    factor = model.downsample_factor
+    latents = (1, model.latent_channels, shape[2], shape[3] // factor, shape[4] // factor)
+    beside = _beside(model, shape[2], (shape[3], shape[4]))
+    beside += math.prod(latents) * model.dtype.itemsize
+    least = [model.plan(shape, "encode", budget="least"), model.plan(latents, budget="least")]
+    needed = beside + max(plan.peak_bytes for plan in least)
+    if isinstance(budget, int):
+        if budget < needed:
+            raise ValueError(
+                f"{budget} bytes ({budget / 2**30:.3f} GiB) are below the least that a clip of "
+                f"{shape[2]} frames of {shape[4]}x{shape[3]} can do with: {needed} bytes "
+                f"({needed / 2**30:.3f} GiB)"
+            )
+        left = budget - beside
+        least = [model.plan(shape, "encode", budget=left), model.plan(latents, budget=left)]
+    encode, decode = least
+    return encode, decode, beside + max(encode.peak_bytes, decode.peak_bytes)
+
+
+def reserve(size: int, device: torch.device) -> None:
+    """Take memory and let it go: what cannot be had is missed now, not in the middle."""
+    try:
+        torch.empty(max(0, size), dtype=torch.uint8, device=device).fill_(0)
+    except RuntimeError as error:  # torch's own for the CPU; for a GPU a kind of it
+        raise ValueError(
+            f"the walk needs {size} bytes ({size / 2**30:.3f} GiB), which cannot be had: give "
+            "--memory less"
+        ) from error
+
+
+# Walks ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """Frames on their way through a model, uint8 (n, H, W, 3), and timestamps of those inside."""
+
+    frames: Iterator[Bytes]
+    stamps: deque[int]
+
+
+def start_walk(
+    frames: Iterator[Frame],
+    model: TemporalVAE,
+    length: int | None,
+    size: tuple[int, int],
+    budget: int | Literal["least"] | None,
+) -> Walk:
+    """A video as one clip that streams, or where there is a length as clips of it."""
+    stamps: deque[int] = deque()
+    if length is not None:
+        clips = pieces_of(frames, length, stamps)
+        return Walk(_walk_clips(clips, model, budget), stamps)
+    padded = Padding.to_cells(*size, model.downsample_factor).padded
+    if budget is None:
+        pieces = pieces_of(frames, _piece_frames(size), stamps)
+        return Walk(_walk_stream(pieces, model, None, None), stamps)
+    plans = stream_plans(model, padded, budget)
+    reserve(plans.peak_bytes, model.device)
+    pieces = pieces_of(frames, plans.frames, stamps)
+    return Walk(_walk_stream(pieces, model, plans.encode, plans.decode), stamps)
+
+
+@torch.no_grad()
+def _walk_clips(
+    clips: Iterator[Bytes], model: TemporalVAE, budget: int | Literal["least"] | None
+) -> Iterator[Bytes]:
+    """Each clip on its own, its frames as they are decoded."""
+    encode: Plan | None = None
+    decode: Plan | None = None
+    for clip in clips:
+        video = _padded_pixels(clip, model)
+        if budget is not None and (encode is None or encode.shape != tuple(video.shape)):
+            encode, decode, needed = clip_plans(model, tuple(video.shape), budget)
+            reserve(needed, model.device)
+        latents = model.encode(video, sample_mode=False, plan=encode)
+        del video
+        yield from map(to_bytes, model.iter_decode(latents, plan=decode))
+
+
+def _walk_stream(
+    pieces: Iterator[Bytes], model: TemporalVAE, encode: Plan | None, decode: Plan | None
+) -> Iterator[Bytes]:
+    """One clip in pieces, encoded and decoded; frames come padded, and late by the reach."""
+    latents = _encode_pieces(pieces, model, model.encode_stream(sample_mode=False, plan=encode))
+    return _decode_pieces(latents, model.decode_stream(plan=decode))
+
+
+@torch.no_grad()
+def _encode_pieces(
+    pieces: Iterator[Bytes], model: TemporalVAE, stream: Stream
+) -> Iterator[Tensor | None]:
+    """What a stream gives of each piece, None where that is nothing yet, so that progress shows."""
+    for piece in pieces:
+        yield stream.push(_padded_pixels(piece, model))
+    yield from stream.drain()
+
+
+@torch.no_grad()
+def _decode_pieces(pieces: Iterable[Tensor | None], stream: Stream) -> Iterator[Bytes]:
+    """Frames of each piece of latents, none where none can be given yet; see `_encode_pieces`."""
+    for latents in pieces:
+        frames = None if latents is None else stream.push(latents)
+        yield NO_FRAMES if frames is None else to_bytes(frames)
+    yield from map(to_bytes, stream.drain())
+
+
+# One way -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class LatentWalk:
+    """Latents on their way out of a model, and timestamps of the frames inside.
+
+    (1, 2*L, n, h, w) of moments, (1, L, n, h, w) of samples; None where nothing comes yet.
+    """
+
+    latents: Iterator[Tensor | None]
+    stamps: deque[int]
+
+
+def encode_walk(
+    frames: Iterator[Frame],
+    model: TemporalVAE,
+    length: int | None,
+    size: tuple[int, int],
+    budget: int | Literal["least"] | None,
+    generator: torch.Generator | None,
+) -> LatentWalk:
+    """The first half of `start_walk`: moments of the frames, or with a generator samples."""
+    stamps: deque[int] = deque()
+    if length is not None:
+        clips = pieces_of(frames, length, stamps)
+        return LatentWalk(_encode_clips(clips, model, budget, generator), stamps)
+    padded = Padding.to_cells(*size, model.downsample_factor).padded
+    piece, plan = _stream_piece(model, "encode", padded, budget)
+    if generator is None:
+        stream = model.moments_stream(plan)
+    else:
+        stream = model.encode_stream(True, generator, plan)
+    return LatentWalk(_encode_pieces(pieces_of(frames, piece, stamps), model, stream), stamps)
+
+
+@torch.no_grad()
+def _encode_clips(
+    clips: Iterator[Bytes],
+    model: TemporalVAE,
+    budget: int | Literal["least"] | None,
+    generator: torch.Generator | None,
+) -> Iterator[Tensor]:
+    plan: Plan | None = None
+    for clip in clips:
+        video = _padded_pixels(clip, model)
+        if plan is None or plan.shape != tuple(video.shape):
+            size = (video.shape[3], video.shape[4])
+            plan = _one_way_plan(model, "encode", len(clip), size, budget, stream=False)
+        if generator is None:
+            yield torch.cat(model.encode_with_distribution(video, plan=plan), 1)
+        else:
+            yield model.encode(video, True, generator, plan=plan)
+
+
+def decode_walk(
+    read: Callable[[int, int], Tensor],
+    frames: int,
+    model: TemporalVAE,
+    length: int | None,
+    cells: tuple[int, int],
+    budget: int | Literal["least"] | None,
+) -> Iterator[Bytes]:
+    """The second half of `start_walk`: padded frames of the latents that `read` gives.
+
+    `read(start, count)` gives unscaled latents (1, L, count, h, w).
+    """
+    size = (cells[0] * model.downsample_factor, cells[1] * model.downsample_factor)
+
+    def pieces(step: int) -> Iterator[Tensor]:
+        for start, end in spans(frames, step):
+            yield read(start, end - start).to(model.device, model.dtype)
+
+    if length is not None:
+        return _decode_clips(pieces(length), model, size, budget)
+    piece, plan = _stream_piece(model, "decode", size, budget)
+    return _decode_pieces(pieces(piece), model.decode_stream(plan))
+
+
+@torch.no_grad()
+def _decode_clips(
+    clips: Iterator[Tensor],
+    model: TemporalVAE,
+    size: tuple[int, int],
+    budget: int | Literal["least"] | None,
+) -> Iterator[Bytes]:
+    plan: Plan | None = None
+    for latents in clips:
+        if plan is None or plan.shape != tuple(latents.shape):
+            plan = _one_way_plan(model, "decode", latents.shape[2], size, budget, stream=False)
+        yield from map(to_bytes, model.iter_decode(latents, plan=plan))
+
+
+def _stream_piece(
+    model: TemporalVAE,
+    operation: Operation,
+    size: tuple[int, int],
+    budget: int | Literal["least"] | None,
+) -> tuple[int, Plan | None]:
+    """Frames of a piece, and how it is walked, for one stream within a budget."""
+    if budget is None:
+        return _piece_frames(size), None
+    for frames in PLANNED_PIECES if isinstance(budget, int) else ():
+        with suppress(ValueError):
+            return frames, _one_way_plan(model, operation, frames, size, budget, stream=True)
+    return 1, _one_way_plan(model, operation, 1, size, budget, stream=True)
+
+
+def _one_way_plan(
+    model: TemporalVAE,
+    operation: Operation,
+    frames: int,
+    size: tuple[int, int],
+    budget: int | Literal["least"] | None,
+    *,
+    stream: bool,
+) -> Plan | None:
+    """A plan whose memory, with that of the frames beside it, is within the budget and reserved.
+
+    Raises `ValueError` naming the smallest budget that can be met.
+    """
+    if budget is None:
+        return None
+    factor = model.downsample_factor
+    shape = (1, model.input_channels, frames, *size)
+    if operation == "decode":
+        shape = (1, model.latent_channels, frames, size[0] // factor, size[1] // factor)
+    beside = _beside(model, frames, size)
+    plan = model.plan(shape, operation, budget="least", stream=stream)
+    needed = beside + plan.peak_bytes
+    if isinstance(budget, int):
+        if budget < needed:
+            what = "a stream" if stream else f"a clip of {frames} frames"
+            raise ValueError(
+                f"{budget} bytes ({budget / 2**30:.3f} GiB) are below the least that {what} of "
+                f"{size[1]}x{size[0]} can do with: {needed} bytes ({needed / 2**30:.3f} GiB)"
+            )
+        plan = model.plan(shape, operation, budget=budget - beside, stream=stream)
+    reserve(beside + plan.peak_bytes, model.device)
+    return plan
+
+
+def _piece_frames(size: tuple[int, int]) -> int:
+    """Frames (height, width) of a piece of a stream that nothing bounds."""
+    return max(1, min(PIECE_FRAMES, PIECE_PIXELS // (size[0] * size[1])))
+
+
+def _padded_pixels(frames: Bytes, model: TemporalVAE) -> Tensor:
+    video = to_pixels(pad_frames(frames, model.downsample_factor))
+    return video.to(model.device, model.dtype)
