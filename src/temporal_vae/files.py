@@ -207,8 +207,8 @@ class Checksum:
 
 
 # A crc32 is the remainder of a polynomial whose coefficients are 0 and 1, the first of them in the
-# highest of 32 bits. Of two texts in a row it is that of the first, times x to the number of bits of
-# the second, plus that of the second.
+# highest of 32 bits. Of two texts in a row it is that of the first, times x to the number of bits
+# in the second, plus that of the second.
 
 
 def _product(a: int, b: int) -> int:
