@@ -403,8 +403,8 @@ def write_record(
 ) -> None:
     """Write a model from the file's current position on; flushed, not closed, never rewound.
 
-    `loss` names the loss of the model if it is not the usual one. Tensors off the CPU come over one
-    by one, twice: their checksum stands before them.
+    `loss` names the loss of the model if it is not the usual one. Tensors off the CPU come over a
+    few at a time, and twice: their checksum stands before them.
 
     Raises `TypeError` for what is no file, `ValueError` for one that cannot be written and for
     tensors that are on the meta device or no floating point.
