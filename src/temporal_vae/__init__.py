@@ -4,6 +4,7 @@ from temporal_vae.adapters.diffusers import to_diffusers, upgrade
 from temporal_vae.config import TemporalVAEConfig
 from temporal_vae.latents import LatentDistribution
 from temporal_vae.model import TemporalVAE
+from temporal_vae.video import VideoInfo, load_video
 from temporal_vae.walks.plan import Plan
 
 __all__ = [
@@ -11,6 +12,8 @@ __all__ = [
     "Plan",
     "TemporalVAE",
     "TemporalVAEConfig",
+    "VideoInfo",
+    "load_video",
     "to_diffusers",
     "upgrade",
 ]
