@@ -15,6 +15,7 @@ from temporal_vae.latents import (
 )
 from temporal_vae.metadata import ModelMetadata
 from temporal_vae.model import TemporalVAE
+from temporal_vae.video import VideoInfo, load_video
 from temporal_vae.walks.plan import Plan
 
 __all__ = [
@@ -29,6 +30,8 @@ __all__ = [
     "Plan",
     "TemporalVAE",
     "TemporalVAEConfig",
+    "VideoInfo",
+    "load_video",
     "read_latents",
     "to_diffusers",
     "upgrade",

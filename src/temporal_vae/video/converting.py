@@ -56,12 +56,16 @@ def orientation(frame: VideoFrame) -> npt.NDArray[np.int64] | None:
 
     None when it stands upright; raises `ValueError` for another angle.
     """
-    data = frame.side_data.get("DISPLAYMATRIX")
+    try:
+        data: Any = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # beside what PyAV has no name for, only the angle is to be had
+        turns = np.deg2rad(-frame.rotation)
+        matrix = np.rint([[np.cos(turns), np.sin(turns)], [-np.sin(turns), np.cos(turns)]])
+        return None if frame.rotation == 0 else matrix.astype(np.int64)
     if data is None:
         return None
-    buffer: Any = data
-    a, b, _, c, d = np.frombuffer(buffer, np.int32)[:5].astype(np.int64)
-    matrix: npt.NDArray[np.int64] = np.sign([[a, b], [c, d]]) * (np.abs([[a, b], [c, d]]) > 1 << 8)
+    a, b, _, c, d = np.frombuffer(data, np.int32)[:5].astype(np.int64)
+    matrix = np.sign([[a, b], [c, d]]) * (np.abs([[a, b], [c, d]]) > 1 << 8)
     if not matrix.any():  # damaged: players show such a picture as it is
         return None
     if not np.array_equal(np.abs(matrix).sum(0), [1, 1]) or not np.abs(matrix.sum(1)).all():

@@ -15,6 +15,7 @@ from av.video.frame import VideoFrame
 
 from temporal_vae.video.colour import colour_of, refuse_colour
 from temporal_vae.video.container import MAX_PIXELS, Stamped, described
+from temporal_vae.video.exif import refuse_mirrored
 from temporal_vae.video.frames import PIPE, VideoError, VideoInfo
 
 if TYPE_CHECKING:
@@ -168,6 +169,7 @@ def _image(file: Path) -> tuple[VideoFrame, str]:
     if frame is None or frame.is_corrupt:
         raise VideoError(f"{file}: not an image that can be read: it is damaged")
     refuse_colour(colour_of(frame), str(file))
+    refuse_mirrored(frame, str(file))
     return frame, codec
 
 
