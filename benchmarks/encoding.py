@@ -3,8 +3,8 @@
     python benchmarks/encoding.py [--frames 300] [--size 256x144] [--minutes 0]
 
 The waiting is the time inside the reader's iterator, over the time from its first frame to the
-finished file, with `tiny` in one process, bfloat16 latents. With --minutes, peak anonymous memory of
-the command (Linux) for ten seconds of video against so many minutes, 64x64, by a small model.
+finished file, with `tiny` in one process, bfloat16 latents. With --minutes, peak anonymous memory
+of the command (Linux) for ten seconds of video against so many minutes, 64x64, by a small model.
 """
 
 from __future__ import annotations

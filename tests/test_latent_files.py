@@ -252,7 +252,8 @@ def test_ranges_are_drawn_in_the_order_of_time(tmp_path: Path) -> None:
     ids=str,
 )
 def test_what_cannot_be_written(tmp_path: Path, change: dict[str, Any], words: str) -> None:
-    arguments = {"path": "a.safetensors", "latents": posterior(), "model": RECORD} | change
+    arguments: dict[str, Any] = {"path": "a.safetensors", "latents": posterior(), "model": RECORD}
+    arguments |= change
     path, latents, model = (arguments.pop(name) for name in ("path", "latents", "model"))
     with pytest.raises(LatentFileError, match=words):
         write_latents(tmp_path / path if path[0] == "a" else path, latents, model, **arguments)
