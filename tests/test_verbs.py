@@ -104,7 +104,9 @@ def assert_shape_is_kept(source: Path, target: Path, model: TemporalVAE) -> None
     assert difference.max() <= tolerance, "timestamps moved"
     whole = target.with_name(f"whole{target.suffix}")
     app.reconstruct(source, whole, model)
-    if target.suffix == ".mkv":  # lossless: a rounding at a half now and then
+    if model.is_causal or model.decode_reach is None:  # the same pieces, the same sums
+        assert np.array_equal(read_clip(whole), after), "the picture moved"
+    elif target.suffix == ".mkv":  # lossless: a rounding at a half now and then
         assert np.abs(read_clip(whole).astype(int) - after).max() <= 1, "the picture moved"
         assert (read_clip(whole) != after).mean() < 1e-3, "the picture moved"
     else:
@@ -197,7 +199,9 @@ def test_a_budget_never_changes_the_files(
     assert np.abs(clips[0] - clips[1]).max() <= 1
 
 
-@pytest.mark.parametrize("options", [{"causal_mode": True}, SVD_LIKE], ids=str)
+@pytest.mark.parametrize(
+    "options", [pytest.param({"causal_mode": True}, marks=pytest.mark.slow), SVD_LIKE], ids=str
+)
 def test_the_least_memory_can_be_met(tmp_path: Path, options: dict[str, Any]) -> None:
     model = awake(torch.float32, **options)
     record, latents = model.latent_record(), tmp_path / "a.safetensors"
@@ -386,8 +390,10 @@ def test_folders_and_patterns(
     names = ["a.safetensors", "b.safetensors", "c.safetensors"]
     assert sorted(os.listdir("lat")) == names
     assert "exists" in run("encode", "clips", "lat", *options).stderr
-    assert run("encode", "clips/*.mkv", "more/", *options).returncode == 0
+    assert run("encode", "clips/*.mkv", "more", *options).returncode == 0
     assert sorted(os.listdir("more")) == names[1:]
+    assert run("encode", "clips/a*", "one.safetensors", *options).returncode == 0
+    assert read_latents("one.safetensors")[1].frames == 2
     assert run("encode", "clips/a.mp4", "clips/b.mkv", "two", *options).returncode == 0
     assert sorted(os.listdir("two")) == names[:2]
     back = run("decode", "lat", "out", "--model", small_model, "--suffix", ".mkv", "--quiet")
@@ -435,6 +441,7 @@ def test_existing_files_are_kept(
         (("encode", "empty", "out"), "holds none of"),
         (("encode", "in.mkv", "in.mkv", "out"), "both be written"),
         (("encode", "in.mkv", "text.mp4", "in.mkv"), "need a folder"),
+        (("encode", "in.mkv", "text.mp4", "a.safetensors"), "need a folder"),
         (("encode", "-", "in.mkv", "out"), "name files"),
         (("encode", "in.mkv", "a.safetensors", "--seed", "3"), "--sample"),
         (("encode", "in.mkv", "a.safetensors", "--sample", "--seed", "-1"), "seed must be"),
@@ -504,7 +511,9 @@ def test_a_pipe_in_and_out(tmp_path: Path, small_model: Path) -> None:
 # Interruptions and disks ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_an_interruption_leaves_no_file(tmp_path: Path, small_model: Path, number: int) -> None:
     """Killed, a nameless piece stays that no reader takes; else nothing. The old file is whole."""
     source = write(tmp_path / "in.mkv", smooth(400, 160, 160))
@@ -527,7 +536,7 @@ def test_an_interruption_leaves_no_file(tmp_path: Path, small_model: Path, numbe
             LatentFile(piece)
 
 
-@pytest.mark.parametrize("verb", ["encode", "decode"])
+@pytest.mark.parametrize("verb", ["encode", pytest.param("decode", marks=pytest.mark.slow)])
 def test_a_full_disk_is_one_line(tmp_path: Path, small_model: Path, verb: str) -> None:
     source, latents = write(tmp_path / "in.mkv", smooth(40, 64, 64)), tmp_path / "in.safetensors"
     model = TemporalVAE.from_pretrained(small_model)
