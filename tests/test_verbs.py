@@ -516,7 +516,7 @@ def test_a_pipe_in_and_out(tmp_path: Path, small_model: Path) -> None:
 )
 def test_an_interruption_leaves_no_file(tmp_path: Path, small_model: Path, number: int) -> None:
     """Killed, a nameless piece stays that no reader takes; else nothing. The old file is whole."""
-    source = write(tmp_path / "in.mkv", smooth(400, 160, 160))
+    source = write(tmp_path / "in.mkv", smooth(300, 96, 96))
     target = tmp_path / "out.safetensors"
     target.write_text("old")
     words = ["encode", str(source), str(target), "--model", str(small_model), "--overwrite"]
