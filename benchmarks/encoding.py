@@ -3,8 +3,8 @@
     python benchmarks/encoding.py [--frames 300] [--size 256x144] [--minutes 0]
 
 The waiting is the time inside the reader's iterator, over the time from its first frame to the
-finished file, with `tiny` in one process, bfloat16 latents. With --minutes, peak anonymous memory of
-the command (Linux) for ten seconds of video against so many minutes, 64x64, by a small model.
+finished file, with `tiny` in one process, bfloat16 latents. With --minutes, peak anonymous memory
+of the command (Linux) for ten seconds of video against so many minutes, 64x64, by a small model.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from unittest import mock
 import torch
 from flat_memory import make_video, peak
 
-from temporal_vae import TemporalVAE, app
+from temporal_vae import TemporalVAE, app, coding
 from temporal_vae.latents import LatentWriter
 from temporal_vae.video import Frame, VideoReader
 
@@ -55,12 +55,12 @@ READ, WRITE = VideoReader.__iter__, LatentWriter.write
 def measure(source: Path, target: Path) -> None:
     """Print the shares of time and the size."""
     model, record = app.load_model("tiny", torch.float32, app.choose_device("auto"))
-    clock, how = Clock(), app.Encoding(dtype=torch.bfloat16)
+    clock, how = Clock(), coding.Encoding(dtype=torch.bfloat16)
     with (
         mock.patch.object(VideoReader, "__iter__", lambda reader: clock.timed_reading(reader)),
         mock.patch.object(LatentWriter, "write", lambda *a: clock.timed_writing(*a)),
     ):
-        done = app.encode(source, target, model, record, how, overwrite=True)
+        done = coding.encode(source, target, model, record, how, overwrite=True)
     payload = done.info.frames * done.info.frame_bytes
     print(
         f"{done.info.frames} frames in {done.seconds:.1f} s, {done.info.frames / done.seconds:.2f} "

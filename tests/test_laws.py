@@ -412,13 +412,15 @@ FLOORS = {
     "adapters.diffusers": 6, "adapters.drop_in": 6,
     "training.data": 6, "training.loop": 6,
     "evaluate": 7, "jobs": 7, "walking": 7,
-    "app": 8, "cli": 8, "describing": 8,
+    "app": 8, "cli": 8, "coding": 8, "describing": 8,
 }  # fmt: skip
 SAME_FLOOR = {
     ("adapters.diffusers", "adapters.drop_in"),
     ("checkpoint", "foreign"),
     ("cli", "app"),
+    ("cli", "coding"),
     ("cli", "describing"),
+    ("coding", "app"),
     ("describing", "app"),
     ("latents", "latents.distribution"),
     ("latents", "latents.identity"),

@@ -32,6 +32,7 @@ from temporal_vae import (
     TemporalVAE,
     app,
     cli,
+    coding,
     read_latents,
     walking,
     write_latents,
@@ -75,12 +76,16 @@ def record(model: TemporalVAE) -> ModelRecord:
 
 
 def through_latents(
-    source: Path, target: Path, model: TemporalVAE, how: app.Encoding | None = None, **options: Any
+    source: Path,
+    target: Path,
+    model: TemporalVAE,
+    how: coding.Encoding | None = None,
+    **options: Any,
 ) -> LatentFile:
     """`source` encoded to a file beside `target`, and decoded to `target`."""
     latents, record = target.with_suffix(".safetensors"), model.latent_record()
-    app.encode(source, latents, model, record, how, overwrite=True)
-    app.decode(latents, target, model, record, overwrite=True, **options)
+    coding.encode(source, latents, model, record, how, overwrite=True)
+    coding.decode(latents, target, model, record, overwrite=True, **options)
     with LatentFile(latents) as file:
         return file
 
@@ -104,11 +109,14 @@ def assert_shape_is_kept(source: Path, target: Path, model: TemporalVAE) -> None
     assert difference.max() <= tolerance, "timestamps moved"
     whole = target.with_name(f"whole{target.suffix}")
     app.reconstruct(source, whole, model)
-    if target.suffix == ".mkv":  # lossless: a rounding at a half now and then
-        assert np.abs(read_clip(whole).astype(int) - after).max() <= 1, "the picture moved"
-        assert (read_clip(whole) != after).mean() < 1e-3, "the picture moved"
-    else:
-        assert times(whole) == times(target)
+    assert times(whole) == times(target)
+    apart = np.abs(read_clip(whole).astype(int) - after)
+    if target.suffix == ".mp4":  # H.264 makes more of a rounding
+        assert apart.mean() < 2, "the picture moved"
+    elif model.is_causal or model.decode_reach is None:  # the same pieces, the same sums
+        assert not apart.any(), "the picture moved"
+    else:  # a rounding at a half now and then
+        assert apart.max() <= 1 and (apart > 0).mean() < 1e-3, "the picture moved"
 
 
 GRID = [
@@ -167,7 +175,7 @@ def test_clips_are_reconstructed_bit_for_bit(tmp_path: Path, asked: Any) -> None
     svd = awake(torch.float32, temporal_norm="clip", clip_frames=5, temporal_encoder=False)
     source = write(tmp_path / "in.mkv", smooth(12, 9, 14))
     app.reconstruct(source, tmp_path / "whole.mkv", svd, asked)
-    file = through_latents(source, tmp_path / "out.mkv", svd, app.Encoding(clip_frames=asked))
+    file = through_latents(source, tmp_path / "out.mkv", svd, coding.Encoding(clip_frames=asked))
     assert file.info.clip_frames == (5 if asked is None else None if asked == "all" else asked)
     assert np.array_equal(read_clip(tmp_path / "out.mkv"), read_clip(tmp_path / "whole.mkv"))
 
@@ -175,7 +183,7 @@ def test_clips_are_reconstructed_bit_for_bit(tmp_path: Path, asked: Any) -> None
 def test_clips_of_a_model_that_streams(tmp_path: Path, model: TemporalVAE) -> None:
     clip = smooth(12, 8, 8)
     source = write(tmp_path / "in.mkv", clip)
-    file = through_latents(source, tmp_path / "out.mkv", model, app.Encoding(clip_frames=5))
+    file = through_latents(source, tmp_path / "out.mkv", model, coding.Encoding(clip_frames=5))
     assert file.info.clip_frames == 5
     parts = [reconstruct_frames(clip[start : start + 5], model) for start in (0, 5, 10)]
     assert np.array_equal(read_clip(tmp_path / "out.mkv"), np.concatenate(parts))
@@ -189,7 +197,7 @@ def test_a_budget_never_changes_the_files(
     model = awake(torch.float32, **options)
     source = write(tmp_path / "in.mkv", smooth(11, 19, 30))
     whole = through_latents(source, tmp_path / "whole.mkv", model)
-    how = app.Encoding(memory=memory)
+    how = coding.Encoding(memory=memory)
     bounded = through_latents(source, tmp_path / "bounded.mkv", model, how, memory=memory)
     expected, got = (read_latents(file.path)[0] for file in (whole, bounded))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
@@ -197,17 +205,21 @@ def test_a_budget_never_changes_the_files(
     assert np.abs(clips[0] - clips[1]).max() <= 1
 
 
-@pytest.mark.parametrize("options", [{"causal_mode": True}, SVD_LIKE], ids=str)
+@pytest.mark.parametrize(
+    "options", [pytest.param({"causal_mode": True}, marks=pytest.mark.slow), SVD_LIKE], ids=str
+)
 def test_the_least_memory_can_be_met(tmp_path: Path, options: dict[str, Any]) -> None:
     model = awake(torch.float32, **options)
     record, latents = model.latent_record(), tmp_path / "a.safetensors"
     source = write(tmp_path / "in.mkv", smooth(5, 16, 16))
 
     def encode(memory: int) -> None:
-        app.encode(source, latents, model, record, app.Encoding(memory=memory), overwrite=True)
+        coding.encode(
+            source, latents, model, record, coding.Encoding(memory=memory), overwrite=True
+        )
 
     def decode(memory: int) -> None:
-        app.decode(latents, tmp_path / "a.mkv", model, record, memory=memory, overwrite=True)
+        coding.decode(latents, tmp_path / "a.mkv", model, record, memory=memory, overwrite=True)
 
     for work in (encode, decode):
         with pytest.raises(ValueError, match="below the least that a") as error:
@@ -223,7 +235,7 @@ def test_a_sample_is_that_of_its_seed(tmp_path: Path, model: TemporalVAE) -> Non
     """Encoded as a sample, or drawn when moments are decoded: the same latents, the same frames."""
     clip = smooth(11, 10, 14)
     source = write(tmp_path / "in.mkv", clip)
-    how = app.Encoding(sample=True, seed=5)
+    how = coding.Encoding(sample=True, seed=5)
     file = through_latents(source, tmp_path / "a.mkv", model, how)
     assert file.info.kind == "sample" and file.info.seed == 5
     video = to_pixels(pad_frames(clip, model.downsample_factor))
@@ -234,8 +246,8 @@ def test_a_sample_is_that_of_its_seed(tmp_path: Path, model: TemporalVAE) -> Non
     assert np.abs(a - b).max() <= 1
     through_latents(source, tmp_path / "c.mkv", model)
     assert np.abs(read_clip(tmp_path / "c.mkv").astype(int) - a).max() > 1  # the mean is another
-    unseeded = through_latents(source, tmp_path / "d.mkv", model, app.Encoding(sample=True)).info
-    again = app.Encoding(sample=True, seed=unseeded.seed)
+    unseeded = through_latents(source, tmp_path / "d.mkv", model, coding.Encoding(sample=True)).info
+    again = coding.Encoding(sample=True, seed=unseeded.seed)
     through_latents(source, tmp_path / "e.mkv", model, again)
     assert np.array_equal(read_clip(tmp_path / "d.mkv"), read_clip(tmp_path / "e.mkv"))
 
@@ -247,9 +259,9 @@ def test_a_scaled_file_decodes_to_the_same(tmp_path: Path, sample: bool) -> None
     model = awake(torch.float32, **options)
     source, seed = write(tmp_path / "in.mkv", smooth(9, 16, 16)), 1 if sample else None
     plain = through_latents(
-        source, tmp_path / "a.mkv", model, app.Encoding(sample=sample, seed=seed)
+        source, tmp_path / "a.mkv", model, coding.Encoding(sample=sample, seed=seed)
     )
-    how = app.Encoding(sample=sample, seed=seed, scaled=True)
+    how = coding.Encoding(sample=sample, seed=seed, scaled=True)
     scaled = through_latents(source, tmp_path / "b.mkv", model, how)
     assert (plain.info.scaled, scaled.info.scaled) == (False, True)
     for asked in (False, True):
@@ -257,7 +269,7 @@ def test_a_scaled_file_decodes_to_the_same(tmp_path: Path, sample: bool) -> None
             *(read_latents(file.path, scaled=asked)[0] for file in (plain, scaled))
         )
     other = awake(torch.float32)  # the same weights, another factor in its configuration
-    app.decode(scaled.path, tmp_path / "c.mkv", other, other.latent_record())
+    coding.decode(scaled.path, tmp_path / "c.mkv", other, other.latent_record())
     a, b, c = (read_clip(tmp_path / f"{name}.mkv").astype(int) for name in "abc")
     assert np.abs(a - b).max() <= 1 and np.array_equal(b, c)
 
@@ -271,7 +283,7 @@ def test_the_source_is_recorded(
     with VideoWriter(source, 16, 18, Fraction(25), None, Fraction(4, 3)) as writer:
         for index, image in enumerate(smooth(3, 16, 18)):
             writer.write(image, index)
-    done = app.encode(source, tmp_path / "a.safetensors", model, record)
+    done = coding.encode(source, tmp_path / "a.safetensors", model, record)
     info = done.info
     assert info.source == "a.mp4"
     assert info.source_sha256 == hashlib.sha256(source.read_bytes()).hexdigest()
@@ -282,7 +294,7 @@ def test_the_source_is_recorded(
     found = json.loads(run("info", tmp_path / "a.safetensors", "--json").stdout)
     assert found["size"] == [18, 16] and found["frames"] == 3 and found["scaled"] is False
     assert found["encoder_sha256"] == record.encoder_sha256
-    summary = app.decode(tmp_path / "a.safetensors", tmp_path / "b.mkv", model, record)
+    summary = coding.decode(tmp_path / "a.safetensors", tmp_path / "b.mkv", model, record)
     assert "4/3" in summary.notes[0]
 
 
@@ -312,21 +324,21 @@ def test_the_dtype_of_the_file(tmp_path: Path, run: Callable[..., Said], small_m
 def test_another_models_latents_are_refused(tmp_path: Path, model: TemporalVAE) -> None:
     source, latents = write(tmp_path / "in.mkv", smooth(3, 16, 16)), tmp_path / "a.safetensors"
     record = model.latent_record("one")
-    app.encode(source, latents, model, record)
+    coding.encode(source, latents, model, record)
     other = awake(torch.float32, seed=1)
     its = other.latent_record("two")
     assert record.encoder_sha256 is not None and its.encoder_sha256 is not None
     with pytest.raises(LatentFileError, match=r"by one .* not by two .* --any-model") as error:
-        app.decode(latents, tmp_path / "b.mkv", other, its)
+        coding.decode(latents, tmp_path / "b.mkv", other, its)
     assert record.encoder_sha256[:12] in str(error.value)
     assert its.encoder_sha256[:12] in str(error.value)
     assert not (tmp_path / "b.mkv").exists()
-    (note,) = app.decode(latents, tmp_path / "b.mkv", other, its, any_model=True).notes
+    (note,) = coding.decode(latents, tmp_path / "b.mkv", other, its, any_model=True).notes
     assert "by one" in note
     for options in ({"latent_channels": 5}, {"channel_multipliers": (1, 1, 2)}):
         strange = awake(torch.float32, **options)
         with pytest.raises(LatentFileError, match="its own model"):
-            app.decode(
+            coding.decode(
                 latents, tmp_path / "c.mkv", strange, strange.latent_record(), any_model=True
             )
 
@@ -334,14 +346,14 @@ def test_another_models_latents_are_refused(tmp_path: Path, model: TemporalVAE) 
 def test_a_decoder_that_was_trained_on_passes(tmp_path: Path) -> None:
     model = awake(torch.float32)
     source, latents = write(tmp_path / "in.mkv", smooth(3, 16, 16)), tmp_path / "a.safetensors"
-    app.encode(source, latents, model, model.latent_record("one"))
+    coding.encode(source, latents, model, model.latent_record("one"))
     with torch.no_grad():
         model.decoder.conv_out.bias.add_(0.1)
-    (note,) = app.decode(latents, tmp_path / "b.mkv", model, model.latent_record()).notes
+    (note,) = coding.decode(latents, tmp_path / "b.mkv", model, model.latent_record()).notes
     assert "decoder is another" in note
     write_latents(latents, torch.zeros(1, 4, 2, 3, 3), ModelRecord(downsample_factor=2),
                   overwrite=True)  # fmt: skip
-    (note,) = app.decode(latents, tmp_path / "c.mkv", model, model.latent_record()).notes
+    (note,) = coding.decode(latents, tmp_path / "c.mkv", model, model.latent_record()).notes
     assert "does not say which encoder" in note
     assert read_clip(tmp_path / "c.mkv").shape == (2, 6, 6, 3)
 
@@ -350,7 +362,7 @@ def test_a_grey_model_says_what_it_takes(tmp_path: Path) -> None:
     grey = awake(torch.float32, input_channels=1)
     source = write(tmp_path / "a.mkv", smooth(3, 16, 16))
     with pytest.raises(VideoError, match="takes 1 channels"):
-        app.encode(source, tmp_path / "a.safetensors", grey, grey.latent_record())
+        coding.encode(source, tmp_path / "a.safetensors", grey, grey.latent_record())
 
 
 # The command ---------------------------------------------------------------------------------
@@ -386,8 +398,10 @@ def test_folders_and_patterns(
     names = ["a.safetensors", "b.safetensors", "c.safetensors"]
     assert sorted(os.listdir("lat")) == names
     assert "exists" in run("encode", "clips", "lat", *options).stderr
-    assert run("encode", "clips/*.mkv", "more/", *options).returncode == 0
+    assert run("encode", "clips/*.mkv", "more", *options).returncode == 0
     assert sorted(os.listdir("more")) == names[1:]
+    assert run("encode", "clips/a*", "one.safetensors", *options).returncode == 0
+    assert read_latents("one.safetensors")[1].frames == 2
     assert run("encode", "clips/a.mp4", "clips/b.mkv", "two", *options).returncode == 0
     assert sorted(os.listdir("two")) == names[:2]
     back = run("decode", "lat", "out", "--model", small_model, "--suffix", ".mkv", "--quiet")
@@ -435,6 +449,7 @@ def test_existing_files_are_kept(
         (("encode", "empty", "out"), "holds none of"),
         (("encode", "in.mkv", "in.mkv", "out"), "both be written"),
         (("encode", "in.mkv", "text.mp4", "in.mkv"), "need a folder"),
+        (("encode", "in.mkv", "text.mp4", "a.safetensors"), "need a folder"),
         (("encode", "-", "in.mkv", "out"), "name files"),
         (("encode", "in.mkv", "a.safetensors", "--seed", "3"), "--sample"),
         (("encode", "in.mkv", "a.safetensors", "--sample", "--seed", "-1"), "seed must be"),
@@ -504,10 +519,12 @@ def test_a_pipe_in_and_out(tmp_path: Path, small_model: Path) -> None:
 # Interruptions and disks ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_an_interruption_leaves_no_file(tmp_path: Path, small_model: Path, number: int) -> None:
     """Killed, a nameless piece stays that no reader takes; else nothing. The old file is whole."""
-    source = write(tmp_path / "in.mkv", smooth(400, 160, 160))
+    source = write(tmp_path / "in.mkv", smooth(300, 96, 96))
     target = tmp_path / "out.safetensors"
     target.write_text("old")
     words = ["encode", str(source), str(target), "--model", str(small_model), "--overwrite"]
@@ -527,11 +544,11 @@ def test_an_interruption_leaves_no_file(tmp_path: Path, small_model: Path, numbe
             LatentFile(piece)
 
 
-@pytest.mark.parametrize("verb", ["encode", "decode"])
+@pytest.mark.parametrize("verb", ["encode", pytest.param("decode", marks=pytest.mark.slow)])
 def test_a_full_disk_is_one_line(tmp_path: Path, small_model: Path, verb: str) -> None:
     source, latents = write(tmp_path / "in.mkv", smooth(40, 64, 64)), tmp_path / "in.safetensors"
     model = TemporalVAE.from_pretrained(small_model)
-    app.encode(source, latents, model, model.latent_record())
+    coding.encode(source, latents, model, model.latent_record())
     words = {"encode": ["encode", str(source), str(tmp_path / "out.safetensors")],
              "decode": ["decode", str(latents), str(tmp_path / "out.mkv")]}[verb]  # fmt: skip
 
@@ -573,8 +590,8 @@ def test_memory_does_not_grow_with_the_length(tmp_path: Path) -> None:
         source = write(tmp_path / f"{frames}.mkv", smooth(frames, 32, 32))
         latents = str(tmp_path / f"{frames}.safetensors")
         for work in (
-            lambda source=source, out=latents: app.encode(source, out, model, record),
-            lambda source=latents: app.decode(source, f"{source}.mkv", model, record),
+            lambda source=source, out=latents: coding.encode(source, out, model, record),
+            lambda source=latents: coding.decode(source, f"{source}.mkv", model, record),
         ):
             with _Alive() as alive:
                 for parameter in model.parameters():

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import secrets
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -20,32 +15,16 @@ import torch
 
 from temporal_vae import checkpoint
 from temporal_vae.files import atomic_path
-from temporal_vae.geometry import Padding
-from temporal_vae.latents import (
-    LatentFile,
-    LatentFileError,
-    LatentInfo,
-    LatentWriter,
-    ModelRecord,
-    check_target,
-    record_fields,
-)
+from temporal_vae.latents import ModelRecord
 from temporal_vae.model import TemporalVAE
 from temporal_vae.video import (
     PIPE,
     VideoError,
-    VideoInfo,
     VideoReader,
     VideoWriter,
     check_suffix,
 )
-from temporal_vae.walking import (
-    clip_length,
-    decode_walk,
-    encode_walk,
-    memory_budget,
-    start_walk,
-)
+from temporal_vae.walking import clip_length, memory_budget, start_walk
 from temporal_vae.walks.plan import Budget
 
 Progress = Callable[[int, int | None], None]
@@ -94,6 +73,17 @@ def choose_dtype(name: str) -> torch.dtype:
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def load_model(
+    name: str, dtype: torch.dtype, device: torch.device
+) -> tuple[TemporalVAE, ModelRecord]:
+    """A model in a dtype, and what files record of it: of the weights before they were rounded."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    model = TemporalVAE.from_pretrained(name, dtype=wide)
+    is_path = name not in checkpoint.builtin_names() and os.path.exists(name)
+    record = model.latent_record(Path(name).resolve().name if is_path else name)
+    return model.to(device=device, dtype=dtype), record
+
+
 def reconstruct(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
@@ -120,10 +110,10 @@ def reconstruct(
     exist = os.path.exists(source) and os.path.exists(target)
     if exist and os.path.samefile(source, target):
         raise VideoError(f"{os.fspath(source)} would be overwritten by its reconstruction")
-    _check_channels(model)
+    check_channels(model)
     length, budget = clip_length(model, clip_frames), memory_budget(memory, model)
     start, done = time.monotonic(), 0
-    with VideoReader(source) as reader, _writable(target) as partial:
+    with VideoReader(source) as reader, writable(target) as partial:
         info = reader.info
         size, rate = (info.height, info.width), (info.fps, info.time_base)
         walk = start_walk(iter(reader), model, length, size, budget)
@@ -144,7 +134,7 @@ def reconstruct(
 
 
 @contextmanager
-def _writable(target: str | os.PathLike[str]) -> Iterator[str | os.PathLike[str]]:
+def writable(target: str | os.PathLike[str]) -> Iterator[str | os.PathLike[str]]:
     """Where to write: a file that takes the target's name at the end, or standard output."""
     if os.fspath(target) == PIPE:
         yield PIPE
@@ -153,264 +143,9 @@ def _writable(target: str | os.PathLike[str]) -> Iterator[str | os.PathLike[str]
             yield partial
 
 
-def _check_channels(model: TemporalVAE) -> None:
+def check_channels(model: TemporalVAE) -> None:
+    """Raise `VideoError` for a model of other pixels than video is read as."""
     if model.input_channels != 3:
         raise VideoError(
             f"the model takes {model.input_channels} channels, video is read as 3 (RGB)"
         )
-
-
-# Latents -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Encoding:
-    """How `encode` walks a video, and what it stores. Raises `ValueError` for what cannot be."""
-
-    sample: bool = False
-    """A latent drawn from the posterior, instead of its moments."""
-    seed: int | None = None
-    """Of a sample; None draws one, which the file records."""
-    dtype: torch.dtype | None = None
-    """Of the file; None means the model's, which rounds nothing."""
-    scaled: bool = False
-    """Store latents as `scale_latent` gives them."""
-    clip_frames: int | Literal["all"] | None = None
-    """See `reconstruct`."""
-    memory: Budget = None
-    """See `reconstruct`."""
-
-    def __post_init__(self) -> None:
-        if self.seed is not None and not self.sample:
-            raise ValueError("a seed is for a sample: give --sample too")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be a whole number in [0, 2**63), got {self.seed}")
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """What `encode` wrote."""
-
-    info: LatentInfo
-    bytes: int
-    seconds: float
-    notes: tuple[str, ...]
-
-
-def load_model(
-    name: str, dtype: torch.dtype, device: torch.device
-) -> tuple[TemporalVAE, ModelRecord]:
-    """A model in a dtype, and what files record of it: of the weights before they were rounded."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    model = TemporalVAE.from_pretrained(name, dtype=wide)
-    is_path = name not in checkpoint.builtin_names() and os.path.exists(name)
-    record = model.latent_record(Path(name).resolve().name if is_path else name)
-    return model.to(device=device, dtype=dtype), record
-
-
-def model_of(path: str | os.PathLike[str]) -> str:
-    """The built-in model that a file of latents names. Raises `LatentFileError` for another one."""
-    with LatentFile(path) as file:
-        if file.info.model in checkpoint.builtin_names():
-            return str(file.info.model)
-        raise LatentFileError(
-            f"{file.path} was encoded by {file.info.model or 'a model that it does not name'}, "
-            "which is not a built-in one: name it with --model"
-        )
-
-
-def encode(
-    source: str | os.PathLike[str],
-    target: str | os.PathLike[str],
-    model: TemporalVAE,
-    record: ModelRecord,
-    how: Encoding | None = None,
-    *,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> Encoded:
-    """Encode a video to a file of latents, in memory that does not grow with its length.
-
-    Walks as `reconstruct` does, and records what `decode` needs to give back the same frames. With
-    a decoder as well, the picture is that of `reconstruct`. `target` appears whole or not at all.
-
-    Raises `VideoError` for a source that cannot be read, `LatentFileError` for a target that cannot
-    be written, `ValueError` for memory that cannot do.
-    """
-    how = how or Encoding()
-    check_target(target, overwrite)
-    _check_channels(model)
-    length, budget = clip_length(model, how.clip_frames), memory_budget(how.memory, model)
-    start, done = time.monotonic(), 0
-    generator = _generator(how.sample, how.seed)
-    with (
-        VideoReader(source) as reader,
-        _checksum(source) as checksum,
-        atomic_path(target) as partial_file,
-        LatentWriter(
-            partial_file, _latent_info(reader.info, model, record, how, length, generator)
-        ) as writer,
-    ):
-        size = (reader.info.height, reader.info.width)
-        walk = encode_walk(iter(reader), model, length, size, budget, generator)
-        for latents in walk.latents:
-            if latents is not None:
-                count = latents.shape[2]
-                stamps = [walk.stamps.popleft() for _ in range(count)]
-                writer.write(writer.unscaled.rescale(latents, how.scaled), stamps)
-                done += count
-            if progress is not None:
-                progress(done + len(walk.stamps) // 2, reader.info.expected_frames)
-        info = writer.finish(source_sha256=checksum())
-        notes = [f"{os.fspath(source)}: {note}" for note in reader.notes]
-    if info.source_sha256 is None:
-        notes.append(f"{os.fspath(source)} is no file, so it has no checksum in the latents")
-    return Encoded(info, os.path.getsize(target), time.monotonic() - start, tuple(notes))
-
-
-def decode(
-    source: str | os.PathLike[str],
-    target: str | os.PathLike[str],
-    model: TemporalVAE,
-    record: ModelRecord,
-    *,
-    sample: bool = False,
-    seed: int | None = None,
-    any_model: bool = False,
-    memory: Budget = None,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> Summary:
-    """Decode a file of latents to a video of the frame count, size and timestamps it was made of.
-
-    Of moments the mean is decoded, or with `sample` a draw by `seed`. Clips are those of the file.
-    `target` appears whole or not at all; "-" is standard output.
-
-    Raises `LatentFileError` for a file that is damaged, or of another model unless `any_model`;
-    `VideoError` for a target that cannot be written, `ValueError` for memory that cannot do.
-    """
-    check_suffix(target)
-    if os.fspath(target) != PIPE and os.path.exists(target) and not overwrite:
-        raise VideoError(f"{os.fspath(target)} exists: give --overwrite to replace it")
-    _check_channels(model)
-    generator = _generator(sample, Encoding(sample=sample, seed=seed).seed)
-    start, done, budget = time.monotonic(), 0, memory_budget(memory, model)
-    with LatentFile(source) as file, _writable(target) as partial_file:
-        info = file.info
-        notes = _compare(file, model, record, any_model)
-        if sample and info.kind == "sample":
-            raise LatentFileError(f"{file.path} holds a sample already: nothing is drawn")
-        read = partial(file.latents, sample_mode=sample, generator=generator)
-        length = info.clip_frames or (None if model.decode_reach is not None else info.frames)
-        frames = decode_walk(read, info.frames, model, length, (info.rows, info.columns), budget)
-        shape = (info.height, info.width, info.fps, info.time_base, info.sample_aspect_ratio)
-        with VideoWriter(partial_file, *shape) as writer:
-            for images in frames:
-                stamps = file.timestamps(done, len(images)) if len(images) else []
-                for image, stamp in zip(images, stamps, strict=True):
-                    writer.write(image[: info.height, : info.width], stamp)
-                done += len(images)
-                if progress is not None:
-                    progress(done, info.frames)
-            if info.sample_aspect_ratio not in (None, 1) and not writer.keeps_aspect:
-                notes.append(
-                    f"the shape of its pixels, {info.sample_aspect_ratio}, is kept in .mp4 only"
-                )
-        if done != info.frames:
-            raise LatentFileError(f"{file.path}: {done} frames came of {info.frames}")
-    notes = [f"{os.fspath(source)}: {note}" for note in notes]
-    return Summary(done, time.monotonic() - start, info.clip_frames, tuple(notes))
-
-
-def _generator(sample: bool, seed: int | None) -> torch.Generator | None:
-    """What draws samples, by a seed of its own if there is none; None for moments and means."""
-    if not sample:
-        return None
-    return torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
-
-
-def _latent_info(
-    video: VideoInfo,
-    model: TemporalVAE,
-    record: ModelRecord,
-    how: Encoding,
-    length: int | None,
-    generator: torch.Generator | None,
-) -> LatentInfo:
-    """The header of a video's latents, as far as it is known before the first frame."""
-    factor = model.downsample_factor
-    padding = Padding.to_cells(video.height, video.width, factor)
-    name = os.path.basename(video.path)
-    return LatentInfo(
-        kind="moments" if generator is None else "sample",
-        dtype=how.dtype or model.dtype,
-        frames=1,
-        channels=model.latent_channels,
-        rows=padding.padded[0] // factor,
-        columns=padding.padded[1] // factor,
-        height=video.height,
-        width=video.width,
-        padding_bottom=padding.rows,
-        padding_right=padding.columns,
-        scaled=how.scaled,
-        fps=video.fps,
-        time_base=video.time_base,
-        sample_aspect_ratio=video.sample_aspect_ratio,
-        clip_frames=None if length in (None, sys.maxsize) else length,
-        seed=None if generator is None else generator.initial_seed(),
-        source=None if name == PIPE else os.fsencode(name).decode(errors="replace"),
-        **record_fields(record),
-    )
-
-
-def _compare(
-    file: LatentFile, model: TemporalVAE, record: ModelRecord, any_model: bool
-) -> list[str]:
-    """Refuse latents of another latent space; notes on what else differs.
-
-    The encoder decides what latents mean: a decoder that was trained on may decode them.
-    """
-    info = file.info
-    theirs = f"{info.model or 'another model'} (encoder {info.encoder_sha256 or '?':.12})"
-    ours = f"{record.name or 'this model'} ({record.encoder_sha256 or '?':.12})"
-    cells = (info.channels, info.downsample_factor)
-    if cells != (model.latent_channels, model.downsample_factor):
-        raise LatentFileError(
-            f"{file.path} was encoded by {theirs}: {cells[0]} channels for {cells[1]}x{cells[1]} "
-            f"pixels, where {ours} takes {model.latent_channels} for {model.downsample_factor}"
-            f"x{model.downsample_factor}: decode it with its own model"
-        )
-    if info.encoder_sha256 is None:
-        return ["it does not say which encoder made it"]
-    if info.encoder_sha256 != record.encoder_sha256:
-        if not any_model:
-            raise LatentFileError(
-                f"{file.path} was encoded by {theirs}, not by {ours}: decode it with that model, "
-                "or give --any-model if both have one latent space"
-            )
-        return [f"it was encoded by {theirs}, and is decoded by {ours}"]
-    if info.decoder_sha256 not in (None, record.decoder_sha256):
-        return ["the decoder is another one than was beside the encoder"]
-    return []
-
-
-@contextmanager
-def _checksum(source: str | os.PathLike[str]) -> Iterator[Callable[[], str | None]]:
-    """SHA-256 of a file, taken by a thread in the meantime; None of what is no file."""
-    if not os.path.isfile(source):
-        yield lambda: None
-        return
-    ended = threading.Event()
-
-    def take() -> str:
-        digest = hashlib.sha256()
-        with open(source, "rb") as file:
-            while not ended.is_set() and (block := file.read(2**20)):
-                digest.update(block)
-        return digest.hexdigest()
-
-    with ThreadPoolExecutor(1) as pool:
-        try:
-            yield pool.submit(take).result
-        finally:
-            ended.set()

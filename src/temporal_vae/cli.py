@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from temporal_vae import TemporalVAE, app
+from temporal_vae import TemporalVAE, app, coding
 from temporal_vae.describing import (
     Rows,
     describe,
@@ -152,14 +152,14 @@ def encode(
     """Encode videos to files of latents, which `decode`, and any reader of safetensors, reads."""
     stored = None if latent_dtype is None else app.choose_dtype(latent_dtype)
     length = _clip_length(clip_frames)
-    how = app.Encoding(sample=sample, seed=seed, dtype=stored, scaled=scaled,
+    how = coding.Encoding(sample=sample, seed=seed, dtype=stored, scaled=scaled,
                        clip_frames=length, memory=memory)  # fmt: skip
     jobs = plan_jobs(sources, target, VIDEO_SUFFIXES, SUFFIX, overwrite)
     vae, record = app.load_model(model, app.choose_dtype(dtype), app.choose_device(device))
 
     def work(source: Path, out: Path, index: int, meter: Meter) -> Result:
         its = how if seed is None else replace(how, seed=seed + index)  # no two share their noise
-        done = app.encode(source, out, vae, record, its, overwrite=overwrite, progress=meter)
+        done = coding.encode(source, out, vae, record, its, overwrite=overwrite, progress=meter)
         return done.info.frames, done.seconds, done.notes, describe_latents(str(out))
 
     _work("encoding", jobs, work, Voice(quiet, verbose, as_json))
@@ -185,12 +185,12 @@ def decode(
     """Decode files of latents to videos of the same frame count, size and timestamps."""
     jobs = plan_jobs(sources, target, frozenset([SUFFIX]), suffix, overwrite)
     _refuse_terminal(Path(), target)
-    name = model or app.model_of(jobs[0][0])
+    name = model or coding.model_of(jobs[0][0])
     vae, record = app.load_model(name, app.choose_dtype(dtype), app.choose_device(device))
 
     def work(source: Path, out: Path, index: int, meter: Meter) -> Result:
         its = None if seed is None else seed + index
-        done = app.decode(source, out, vae, record, sample=sample, seed=its, any_model=any_model,
+        done = coding.decode(source, out, vae, record, sample=sample, seed=its, any_model=any_model,
                           memory=memory, overwrite=overwrite, progress=meter)  # fmt: skip
         rows = {} if str(out) == PIPE else describe_video(str(out))
         return done.frames, done.seconds, done.notes, rows

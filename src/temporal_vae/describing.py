@@ -27,6 +27,10 @@ class Sides(tuple[int, ...]):
     """Lengths, shown as 640x360; in JSON a list."""
 
 
+class Count(int):
+    """A large number, shown as 1,234,567."""
+
+
 def describe(thing: str) -> Rows:
     """A built-in name, a model's folder or file, a file of latents, or a video.
 
@@ -61,9 +65,9 @@ def describe_model(name: str) -> Rows:
     return {
         "what": "model",
         **{f.name: getattr(vae.config, f.name) for f in fields(vae.config)},
-        "parameters": vae.parameter_count,
-        "of the encoder": sum(p.numel() for p in vae.encoder.parameters()),
-        "of the decoder": sum(p.numel() for p in vae.decoder.parameters()),
+        "parameters": Count(vae.parameter_count),
+        "of the encoder": Count(sum(p.numel() for p in vae.encoder.parameters())),
+        "of the decoder": Count(sum(p.numel() for p in vae.decoder.parameters())),
         "pixels per latent cell": vae.downsample_factor,
         "frames a latent depends on": _reach(vae.encode_reach, vae.is_causal),
         "latent frames a frame depends on": _reach(vae.decode_reach, vae.is_causal),
@@ -89,7 +93,7 @@ def describe_video(path: str) -> Rows:
             if field.name not in told and value is not None:
                 rows[field.name.replace("_", " ")] = value
         if os.path.isfile(path):
-            rows["bytes"] = os.path.getsize(path)
+            rows["bytes"] = Count(os.path.getsize(path))
         return rows | {f"note {i}": note for i, note in enumerate(video.notes, 1)}
 
 
@@ -111,7 +115,7 @@ def describe_latents(path: str) -> Rows:
         "last frame at second": float(stamps[1] * info.time_base),
         "timestamps": "listed" if info.step is None else f"every {info.step}",
         "pixels per latent cell": info.downsample_factor,
-        "bytes": size,
+        "bytes": Count(size),
         "bytes over the payload": round(size / (info.frames * info.frame_bytes), 5),
     }
     told = {"frames", "dtype", "kind", "scaled", "height", "width", "fps", "step", "colour"}
@@ -147,7 +151,7 @@ def _text(value: object) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.9g}"
-    if isinstance(value, int):
+    if isinstance(value, Count):
         return f"{value:,}"
     if isinstance(value, tuple) and all(isinstance(number, float) for number in value):
         return "  ".join(f"{number:.6g}" for number in value)

@@ -47,18 +47,18 @@ def plan_jobs(
 ) -> list[Job]:
     """What to write for each input: `target`, or in that folder a file named like its input.
 
-    The target is a folder where there are several inputs, or the word is one, or ends in a slash.
-    Makes that folder. Raises `ValueError` before where two inputs would be written to one file,
-    or a file exists unless `overwrite`.
+    The target is a folder where it is one, or where there are several inputs or a folder of them;
+    it is made. Raises `ValueError` before where two inputs would be written to one file, or a file
+    exists unless `overwrite`.
     """
     inputs = find_inputs(words, suffixes)
-    many = len(words) > 1 or len(inputs) > 1 or inputs != list(words)
-    if not (many or target.is_dir() or str(target).endswith("/")):
+    many = len(inputs) > 1 or any(word.is_dir() and word not in inputs for word in words)
+    if not (many or target.is_dir()):
         return [(inputs[0], target)]
     if any(str(path) == PIPE for path in (*inputs, target)):
         raise ValueError("- is one video: for a folder name files")
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"{target} is a file, and {len(inputs)} inputs need a folder")
+    if not target.is_dir() and (target.exists() or target.suffix == suffix):
+        raise ValueError(f"{target} is a file's name, and {len(inputs)} inputs need a folder")
     jobs = [(path, target / (path.stem + suffix)) for path in inputs]
     taken: dict[Path, Path] = {}
     for path, out in jobs:
@@ -72,7 +72,7 @@ def plan_jobs(
 
 
 def _inside(folder: Path, suffixes: frozenset[str]) -> list[Path]:
-    files = sorted(entry for entry in folder.iterdir() if entry.is_file())
+    files = sorted(entry for entry in folder.iterdir() if entry.is_file() and entry.name[0] != ".")
     chosen = [file for file in files if file.suffix.lower() in suffixes]
     if chosen:
         return chosen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -77,7 +78,7 @@ def _entry(dtype: str, shape: Sequence[int], start: int, end: int) -> dict[str, 
 
 def is_latents(start: bytes) -> bool:
     """Whether a file that starts so claims to hold latents, whole and sound or not."""
-    return f'"format":"{FORMAT}"'.encode() in start
+    return re.search(rb'"format"\s*:\s*"%b"' % re.escape(FORMAT.encode()), start) is not None
 
 
 def unpack(text: bytes, file_bytes: int) -> Header:
