@@ -17,12 +17,10 @@ import tempfile
 import time
 from importlib.metadata import files, version
 from pathlib import Path
-from typing import cast
 
 import av
 import numpy as np
 from av.video.frame import VideoFrame
-from av.video.stream import VideoStream
 
 from temporal_vae.video import VideoReader
 
@@ -67,7 +65,7 @@ def make(path: Path, pixel_format: str) -> Path:
     noise = np.random.default_rng(0).integers(0, 256, (45, 80, 3), dtype=np.uint8)
     texture = noise.repeat(8, 0).repeat(8, 1)
     with av.open(str(path), "w") as container:
-        stream = cast(VideoStream, container.add_stream("libx264", rate=30))
+        stream = container.add_stream("libx264", rate=30)
         stream.width, stream.height, stream.pix_fmt = 640, 360, pixel_format
         for index in range(300):
             image = np.ascontiguousarray(np.roll(texture, 2 * index, 1))

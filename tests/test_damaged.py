@@ -150,9 +150,10 @@ def mutated(files: list[bytes], seed: int) -> tuple[str, bytes]:
 
 def attempt(path: Path, seed: int) -> tuple[str, str]:
     """Read a file as a user would, and look at what comes."""
-    options: dict[str, Any] = [{}, {"start": 0.4}, {"channels": 4}, {"fps": 12}, {"width": 16}][
-        seed % 5
-    ]
+    choices: list[dict[str, Any]] = [
+        {}, {"start": 0.4}, {"channels": 4}, {"fps": 12}, {"width": 16}
+    ]  # fmt: skip
+    options = choices[seed % 5]
     last, shapes = None, set()
     count = 0
     try:
