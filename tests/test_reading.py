@@ -435,7 +435,7 @@ def turned_file(path: Path, turned: tuple[float, ...]) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("matrix", "expected"), TURNS, ids=str)
+@pytest.mark.parametrize(("matrix", "expected"), TURNS)
 def test_frames_come_upright(tmp_path: Path, matrix: tuple[int, ...], expected: Any) -> None:
     path = tmp_path / "a.mp4"
     with VideoWriter(path, 32, 48, Fraction(25), None, Fraction(4, 3)) as writer:
