@@ -140,7 +140,7 @@ def test_the_writer_is_read_by_five_lines() -> None:
     """The example of docs/formats.md, on a file of moments and on one of samples."""
     text = (Path(__file__).parent.parent / "docs/formats.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
-    assert len(code.strip().splitlines()) == 5 and "temporal_vae" not in code
+    assert len([line for line in code.splitlines() if line]) == 5 and "temporal_vae" not in code
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clip.safetensors"
         for latents in (posterior(), posterior().mean):
