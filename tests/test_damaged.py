@@ -188,7 +188,6 @@ def held_open() -> tuple[int, int]:
 
 def child(work: Connection, folder: str, files: list[bytes]) -> None:
     """Run cases by their seeds until None comes."""
-    av.logging.set_level(av.logging.PANIC)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     path = Path(folder) / f"case_{os.getpid()}"
     attempt(path, 0)  # what is loaded once is there
