@@ -6,6 +6,7 @@ import gzip
 import io
 import itertools
 import json
+import math
 import os
 import random
 import socket
@@ -197,6 +198,7 @@ def test_loading_leaves_the_rest_alone() -> None:
     optimizer = torch.optim.SGD(model.decoder.parameters(), lr=1.0)
     before, state = everything(model), torch.random.get_rng_state()
     model.deserialize(saved.serialize())
+    TemporalVAE.from_bytes(saved.serialize())
     assert everything(model)[1:] == before[1:]
     assert torch.equal(torch.random.get_rng_state(), state)
     for parameter in model.decoder.parameters():
@@ -734,6 +736,21 @@ def test_every_field_wrong_in_turn(forgery: str) -> None:
     document, payload = opened(tiny().serialize())
     change(document)
     assert_refused(tiny(1), sealed(document, payload), match)
+
+
+def test_tensors_that_are_not_aligned() -> None:
+    """Two bytes before everything of four: the offsets have no gap, and fit shapes and types."""
+    document, payload = opened(tiny().serialize())
+    narrow = "decoder.conv_out.bias"
+    place, rest = 0, {narrow: document.pop(narrow)}
+    for name in list(document)[1:]:
+        rest[name] = document.pop(name)
+    for name, slot in rest.items():
+        slot["dtype"] = "F16" if name == narrow else "F32"
+        size = (2 if name == narrow else 4) * math.prod(slot["shape"])
+        slot["data_offsets"] = [place, place + size]
+        place += size
+    assert_refused(tiny(1), sealed(document | rest, payload[:place]), "no proper place")
 
 
 def test_a_model_of_terabytes_is_not_made(tmp_path: Path) -> None:
