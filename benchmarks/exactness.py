@@ -1,6 +1,6 @@
 """What saving memory costs in quality: ours beside the ways of diffusers, on the same weights.
 
-    python benchmarks/exactness.py [--frames 14] [--size 128] [--clips FOLDER]
+    python benchmarks/exactness.py [--frames 14] [--size 128] [--clips FOLDER [--only-clips]]
 
 First the SVD preset with random weights, whose temporal layers are awake, in float32: the distance
 of each way from the whole decode, as PSNR over the range of its pixels (the higher the nearer).
@@ -115,6 +115,7 @@ def real_clips(folder: Path, frames: int) -> None:
         found.setdefault("whole", []).append(psnr(whole, clip, 2))
         for name, decode in ways(model, z, 16).items():
             found.setdefault(name, []).append(psnr(decode(z).clamp(-1, 1), clip, 2))
+        print(f"  {path.stem}: {found['whole'][-1]:.3f} dB", flush=True)
     mean = {name: sum(values) / len(values) for name, values in found.items()}
     print(f"tiny, {len(files)} clips of {frames} frames, 256 wide: {mean['whole']:.3f} dB")
     for name, value in mean.items():
@@ -128,9 +129,11 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=14)
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--clips", type=Path)
+    parser.add_argument("--only-clips", action="store_true", help="leave out the random weights")
     options = parser.parse_args()
     print(f"{datetime.date.today()}  torch {torch.__version__}, float32")
-    random_weights(options.frames, options.size)
+    if not options.only_clips:
+        random_weights(options.frames, options.size)
     if options.clips:
         real_clips(options.clips, options.frames)
 
