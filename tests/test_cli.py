@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -405,6 +406,22 @@ def test_a_stream_is_planned_within_its_budget(options: dict[str, Any]) -> None:
             given = sum(len(images) for images in walk)
         assert given == len(frames)
         assert 0.4 * plans.peak_bytes < alive.most <= plans.peak_bytes
+
+
+def test_a_piece_that_fits_whole_is_taken_before_a_longer_one_in_bands() -> None:
+    """Bands compute their edges twice: they are for frames that do not fit otherwise."""
+
+    def plans(frames: int, banded_from: int, most: int) -> tuple[Any, ...]:
+        if frames > most:
+            raise ValueError
+        return (SimpleNamespace(banded=frames >= banded_from),)
+
+    def chosen(banded_from: int, most: int) -> int | None:
+        found = walking._largest_piece(lambda n: plans(n, banded_from, most))
+        return found and found[0]
+
+    assert [chosen(99, 99), chosen(99, 8), chosen(16, 99), chosen(2, 99)] == [32, 8, 8, 1]
+    assert [chosen(1, 99), chosen(1, 4), chosen(1, 0)] == [32, 4, None]
 
 
 @pytest.mark.parametrize("options", [{}, SVD_LIKE], ids=str)

@@ -24,8 +24,8 @@ from temporal_vae.walks.plan import Budget, Operation, Plan, parse_budget
 PIECE_FRAMES = 8
 PIECE_PIXELS = PIECE_FRAMES * 640 * 360
 """A stream takes in so many frames at a time, or as few as have so many pixels, at least one."""
-PLANNED_PIECES = (32, 16, 8, 4, 2, 1)
-"""With a budget: the most frames that fit."""
+PLANNED_PIECES = (32, 16, 8, 4, 2)
+"""With a budget: the most frames that fit whole, or if not even one does, that fit in bands."""
 AUTO_SHARE = 0.8
 """Of the free memory that "auto" takes."""
 
@@ -102,18 +102,44 @@ def stream_plans(
     least = StreamPlans(1, encode, decode, _beside(model, 1, size))
     if budget == "least":
         return least
-    for frames in PLANNED_PIECES:
-        beside = _beside(model, frames, size)
-        left = budget - beside
-        with suppress(ValueError):
-            encode = plan("encode", frames, left - least.decode.state_bytes)
-            decode = plan("decode", frames, left - least.encode.state_bytes)
-            return StreamPlans(frames, encode, decode, beside)
+
+    def within(frames: int) -> tuple[Plan, Plan]:
+        left = budget - _beside(model, frames, size)
+        encode = plan("encode", frames, left - least.decode.state_bytes)
+        return encode, plan("decode", frames, left - least.encode.state_bytes)
+
+    if found := _largest_piece(within):
+        frames, (encode, decode) = found
+        return StreamPlans(frames, encode, decode, _beside(model, frames, size))
     needed = least.peak_bytes
     raise ValueError(
         f"{budget} bytes ({budget / 2**30:.3f} GiB) are below the least that a stream of "
         f"{size[1]}x{size[0]} can do with: {needed} bytes ({needed / 2**30:.3f} GiB)"
     )
+
+
+def _largest_piece(
+    within: Callable[[int], tuple[Plan, ...]],
+) -> tuple[int, tuple[Plan, ...]] | None:
+    """The best of `PLANNED_PIECES`, and what `within` plans for it; None when none fits.
+
+    `within` raises `ValueError` for what does not fit.
+    """
+
+    def planned(frames: int) -> tuple[Plan, ...]:
+        with suppress(ValueError):
+            return within(frames)
+        return ()
+
+    one = planned(1)
+    if not one:
+        return None
+    hopeless = any(plan.banded for plan in one)
+    for frames in PLANNED_PIECES:
+        plans = planned(frames)
+        if plans and (hopeless or not any(plan.banded for plan in plans)):
+            return frames, plans
+    return 1, one
 
 
 def _beside(model: TemporalVAE, frames: int, size: tuple[int, int]) -> int:
@@ -338,10 +364,13 @@ def _stream_piece(
     """Frames of a piece, and how it is walked, for one stream within a budget."""
     if budget is None:
         return _piece_frames(size), None
-    for frames in PLANNED_PIECES if isinstance(budget, int) else ():
-        with suppress(ValueError):
-            return frames, _one_way_plan(model, operation, frames, size, budget, stream=True)
-    return 1, _one_way_plan(model, operation, 1, size, budget, stream=True)
+
+    def within(frames: int) -> tuple[Plan, ...]:
+        return (_fitting_plan(model, operation, frames, size, budget, stream=True)[0],)
+
+    found = _largest_piece(within) if isinstance(budget, int) else None
+    frames = found[0] if found else 1
+    return frames, _one_way_plan(model, operation, frames, size, budget, stream=True)
 
 
 def _one_way_plan(
@@ -353,12 +382,27 @@ def _one_way_plan(
     *,
     stream: bool,
 ) -> Plan | None:
-    """A plan whose memory, with that of the frames beside it, is within the budget and reserved.
+    """A plan whose memory, with that of the frames beside it, is within the budget and reserved."""
+    if budget is None:
+        return None
+    plan, needed = _fitting_plan(model, operation, frames, size, budget, stream=stream)
+    reserve(needed, model.device)
+    return plan
+
+
+def _fitting_plan(
+    model: TemporalVAE,
+    operation: Operation,
+    frames: int,
+    size: tuple[int, int],
+    budget: int | Literal["least"],
+    *,
+    stream: bool,
+) -> tuple[Plan, int]:
+    """A plan, and what it needs with the frames beside it.
 
     Raises `ValueError` naming the smallest budget that can be met.
     """
-    if budget is None:
-        return None
     factor = model.downsample_factor
     shape = (1, model.input_channels, frames, *size)
     if operation == "decode":
@@ -374,8 +418,7 @@ def _one_way_plan(
                 f"{size[1]}x{size[0]} can do with: {needed} bytes ({needed / 2**30:.3f} GiB)"
             )
         plan = model.plan(shape, operation, budget=budget - beside, stream=stream)
-    reserve(beside + plan.peak_bytes, model.device)
-    return plan
+    return plan, beside + plan.peak_bytes
 
 
 def _piece_frames(size: tuple[int, int]) -> int:

@@ -111,6 +111,11 @@ class Plan:
         return "whole" if self.bounds is None else "bounded"
 
     @property
+    def banded(self) -> bool:
+        """Whether frames are cut into bands of rows, whose edges are computed twice."""
+        return self.bounds is not None and self.bounds.rows is not None
+
+    @property
     def offload(self) -> Offload:
         """Where the clip's activation lies, if not beside the weights: "host" or a folder."""
         return None if self.bounds is None else self.bounds.offload
