@@ -1,6 +1,6 @@
 """What saving memory costs in quality: ours beside the ways of diffusers, on the same weights.
 
-    python benchmarks/exactness.py [--frames 14] [--size 128] [--clips FOLDER [--only-clips]]
+    python benchmarks/exactness.py [--frames 14] [--size 128] [--clips FOLDER [--only-clips] [--every 1]]
 
 First the SVD preset with random weights, whose temporal layers are awake, in float32: the distance
 of each way from the whole decode, as PSNR over the range of its pixels (the higher the nearer).
@@ -103,11 +103,11 @@ def random_weights(frames: int, size: int) -> None:
 
 
 @torch.no_grad()
-def real_clips(folder: Path, frames: int) -> None:
-    """The bundled weights on real frames."""
+def real_clips(folder: Path, frames: int, every: int) -> None:
+    """The bundled weights on real frames, of every n-th clip."""
     model = TemporalVAE.from_pretrained("tiny")
     found: dict[str, list[float]] = {}
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".mp4", ".mkv"))
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".mp4", ".mkv"))[::every]
     for path in files:
         clip = to_pixels(pad_frames(read_clip(path, frames, 256), model.downsample_factor))
         z = model.encode(clip, sample_mode=False)
@@ -129,13 +129,14 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=14)
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--clips", type=Path)
+    parser.add_argument("--every", type=int, default=1, help="take every n-th clip")
     parser.add_argument("--only-clips", action="store_true", help="leave out the random weights")
     options = parser.parse_args()
     print(f"{datetime.date.today()}  torch {torch.__version__}, float32")
     if not options.only_clips:
         random_weights(options.frames, options.size)
     if options.clips:
-        real_clips(options.clips, options.frames)
+        real_clips(options.clips, options.frames, options.every)
 
 
 if __name__ == "__main__":
