@@ -1,6 +1,6 @@
 """What saving memory costs in quality: ours beside the ways of diffusers, on the same weights.
 
-    python benchmarks/exactness.py [--frames 14] [--size 128] [--clips FOLDER [--only-clips] [--every 1]]
+    python benchmarks/exactness.py [--frames 14] [--size 128] [--clips FOLDER]
 
 First the SVD preset with random weights, whose temporal layers are awake, in float32: the distance
 of each way from the whole decode, as PSNR over the range of its pixels (the higher the nearer).
