@@ -769,6 +769,20 @@ def test_a_model_of_terabytes_is_not_made(tmp_path: Path) -> None:
         TemporalVAE.from_file(tmp_path / "file")
 
 
+def test_a_tensor_without_memory_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a file with holes, whose size is as claimed."""
+
+    def full(*shape: object, **options: object) -> Tensor:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    model, data = tiny(1), tiny().serialize()
+    before = everything(model)
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(CheckpointError, match="there is no memory"):
+        model.deserialize(data)
+    assert everything(model) == before
+
+
 def test_every_metadata_is_needed() -> None:
     data, model = tiny().serialize(), tiny(1)
     for name in ("crc32", "header_crc32"):

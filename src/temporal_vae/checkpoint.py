@@ -28,6 +28,7 @@ from temporal_vae.files import (
     CheckpointError,
     Checksum,
     Header,
+    Slot,
     atomic_path,
     lay_out,
     read_header,
@@ -483,14 +484,14 @@ class Record:
         Each has its own memory, on the CPU in the record's type unless said otherwise; each is
         converted as it comes, so that no more is held than what is returned, and one tensor.
 
-        Raises `CheckpointError`, before the payload for tensors that do not fit, and after it for
-        one that is damaged.
+        Raises `CheckpointError`, before the payload for tensors that do not fit, at one for which
+        there is no memory, and after the payload if it is damaged.
         """
         check_fit(_stored(self.config, self._header), expected)
         tensors: dict[str, Tensor] = {}
         with Checksum() as checksum:
             for name, slot in self._header.slots.items():
-                tensor = torch.empty(slot.shape, dtype=_TYPES[slot.dtype], device="cpu")
+                tensor = _room(name, slot)
                 for piece in _pieces(_bytes(tensor)):
                     read_into(self._file, piece)
                     checksum.add(piece)
@@ -536,6 +537,15 @@ def _config_of(header: Header) -> TemporalVAEConfig:
 def _stored(config: TemporalVAEConfig, header: Header) -> Stored:
     entries = {n: Entry(Path(), n, slot.shape, slot.dtype) for n, slot in header.slots.items()}
     return Stored("the record", config, entries)
+
+
+def _room(name: str, slot: Slot) -> Tensor:
+    try:
+        return torch.empty(slot.shape, dtype=_TYPES[slot.dtype], device="cpu")
+    except RuntimeError as error:  # a file with holes is as large as it likes
+        raise CheckpointError(
+            f"{name} takes {slot.end - slot.begin} bytes, for which there is no memory: {error}"
+        ) from error
 
 
 def _pieces(view: memoryview) -> Iterator[memoryview]:

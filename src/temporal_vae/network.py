@@ -48,8 +48,8 @@ class Line(nn.Module):
     """
 
     stream_scale = 1.0
-    _fitted = False
     """What the residual stream is carried multiplied by."""
+    _fitted = False
 
     def __init__(self, config: TemporalVAEConfig):
         super().__init__()
