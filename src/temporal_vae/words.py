@@ -39,7 +39,7 @@ def reader_options(
 
 def seconds(text: str) -> Fraction:
     """Seconds, or minutes and hours before them: 2.5, 1:02.5, 1:00:02."""
-    parts = re.fullmatch(r"(?:(?:(\d+):)?(\d+):)?(\d+(?:\.\d*)?|\.\d+)", text)
+    parts = re.fullmatch(r"(?:(?:([0-9]+):)?([0-9]+):)?([0-9]+(?:\.[0-9]*)?|\.[0-9]+)", text)
     if parts is None:
         raise ValueError(f"--start takes seconds, or [hours:]minutes:seconds, got {text!r}")
     hours, minutes, rest = parts.groups()
@@ -48,14 +48,14 @@ def seconds(text: str) -> Fraction:
 
 def rate(text: str) -> Fraction:
     """Frames per second: 25, 29.97 or 30000/1001."""
-    if not re.fullmatch(r"\d+(\.\d+)?|\d+/\d*[1-9]\d*", text):
+    if not re.fullmatch(r"[0-9]+(\.[0-9]+)?|[0-9]+/[0-9]*[1-9][0-9]*", text):
         raise ValueError(f"--fps takes a number or a fraction such as 30000/1001, got {text!r}")
     return Fraction(text)
 
 
 def sides(text: str) -> tuple[int, int]:
     """WIDTHxHEIGHT as (height, width)."""
-    parts = re.fullmatch(r"(\d{1,6})x(\d{1,6})", text)
+    parts = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", text)
     if parts is None:
         raise ValueError(f"--size takes WIDTHxHEIGHT, such as 640x360, got {text!r}")
     return int(parts[2]), int(parts[1])
@@ -65,7 +65,7 @@ def cut(text: str) -> str | tuple[int, int, int, int]:
     """WIDTHxHEIGHT+X+Y as (top, left, height, width), or "centre"."""
     if text in ("centre", "center"):
         return "centre"
-    parts = re.fullmatch(r"(\d{1,6})x(\d{1,6})\+(\d{1,6})\+(\d{1,6})", text)
+    parts = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})\+([0-9]{1,6})\+([0-9]{1,6})", text)
     if parts is None:
         raise ValueError(
             f"--crop takes centre, or WIDTHxHEIGHT+X+Y from the upper left corner, got {text!r}"
