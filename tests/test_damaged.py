@@ -360,3 +360,19 @@ def test_timestamps_that_fall_are_repaired_and_said(tmp_path: Path) -> None:
         stamps = [frame.pts for frame in video]
     assert stamps == sorted(set(stamps))
     assert len(stamps) == 6
+
+
+def test_a_title_in_another_alphabet(tmp_path: Path) -> None:
+    """Old files name themselves in Latin-1, which is no UTF-8."""
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "abcdef"
+        stream = container.add_stream("ffv1", rate=25)
+        stream.width = stream.height = 16
+        stream.pix_fmt = "bgr0"
+        container.mux(stream.encode(av.VideoFrame(16, 16, "bgr0")))
+        container.mux(stream.encode(None))
+    path.write_bytes(path.read_bytes().replace(b"abcdef", "déjàvu".encode("latin-1")))
+    before = held_open()
+    assert attempt(path, 0) == ("read", "1 frames")
+    assert held_open() == before

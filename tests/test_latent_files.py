@@ -108,7 +108,8 @@ def test_every_field_is_kept(tmp_path: Path) -> None:
         kind="sample", dtype=torch.float16, frames=1, channels=4, rows=3, columns=2, height=11,
         width=8, padding_bottom=1, scaled=True, scale_factor=0.3461, shift_factor=-1 / 3,
         fps=Fraction(30000, 1001), time_base=Fraction(1, 90000), start=5, step=1,
-        sample_aspect_ratio=Fraction(64, 45), clip_frames=14, seed=2**63 - 1, model="ein Modell é",
+        sample_aspect_ratio=Fraction(64, 45), clip_frames=14, seed=2**63 - 1, bit_depth=10,
+        model="ein Modell é",
         encoder_sha256="0" * 64, decoder_sha256="1" * 64, colour=(("matrix", "bt709"),),
         source="é\ud800.mp4".encode(errors="replace").decode(), source_sha256="2" * 64,
         library="x",
@@ -354,11 +355,20 @@ WRONG = {
     "sample_aspect_ratio": ["0/1", "1:1", "1/0"],
     "clip_frames": ["0", "-2", "all"],
     "seed": ["-1", "9999999999999999999", "x"],
+    "bit_depth": ["0", "64", "8.0"],
     "encoder_sha256": ["", "g" * 64, "a" * 63],
     "decoder_sha256": ["A" * 64],
     "source_sha256": ["0x" + "0" * 62],
     "colour_MATRIX": ["bt709"],
 }
+
+
+def test_no_field_is_left_out() -> None:
+    """All but those of the shape, and of free text."""
+    free = {"model", "source", "library", "channels", "rows", "columns", "colour"}
+    assert {f.name for f in fields(LatentInfo)} - free == set(WRONG) - {
+        "format", "format_version", "colour_MATRIX"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -385,7 +395,7 @@ def test_a_missing_field_is_one_line(tmp_path: Path, name: str) -> None:
     path = tmp_path / "a.safetensors"
     info = write_latents(path, posterior(), RECORD)
     optional = {"step", "sample_aspect_ratio", "clip_frames", "seed", "model", "encoder_sha256",
-                "decoder_sha256", "source", "source_sha256", "library"}  # fmt: skip
+                "decoder_sha256", "source", "source_sha256", "library", "bit_depth"}  # fmt: skip
     rewritten(path, lambda content: content["__metadata__"].pop(name, None))
     if name == "step":  # then the timestamps must be listed
         assert "timestamps" in assert_refused(path)

@@ -411,7 +411,7 @@ FLOORS = {
     "model": 5,
     "adapters.diffusers": 6, "adapters.drop_in": 6,
     "training.data": 6, "training.loop": 6,
-    "evaluate": 7, "jobs": 7, "walking": 7,
+    "evaluate": 7, "jobs": 7, "walking": 7, "words": 7,
     "app": 8, "cli": 8, "coding": 8, "describing": 8,
 }  # fmt: skip
 SAME_FLOOR = {

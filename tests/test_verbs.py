@@ -10,7 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -22,7 +23,7 @@ import torch
 from conftest import awake
 from test_bounded import SVD_LIKE
 from test_cli import COMMAND, assert_one_line_error, times, tvae
-from test_video import smooth, write
+from test_video import noise, smooth, write
 
 from temporal_vae import (
     LatentDistribution,
@@ -559,6 +560,42 @@ def test_a_full_disk_is_one_line(tmp_path: Path, small_model: Path, verb: str) -
                           capture_output=True, text=True)  # fmt: skip
     assert_one_line_error(said, "File too large")
     assert set(tmp_path.iterdir()) == {source, latents}
+
+
+@contextmanager
+def mounted(folder: Path, options: str) -> Iterator[Path]:
+    """A file system of its own, in memory."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    if not hasattr(os, "geteuid") or os.geteuid() != 0 or subprocess.run(
+        command, capture_output=True
+    ).returncode:  # fmt: skip
+        pytest.skip("file systems may not be mounted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ("size=64k", "No space left on device"), ("ro,size=64k", "Read-only file system"),
+])  # fmt: skip
+def test_a_disk_that_is_full_or_read_only(
+    tmp_path: Path, model: TemporalVAE, small_model: Path, run: Callable[..., Said],
+    options: str, message: str,
+) -> None:  # fmt: skip
+    """Of 64 KiB, for files that take more: one line, and not a byte of them."""
+    source, latents = write(tmp_path / "in.mkv", noise(40, 64, 64)), tmp_path / "in.safetensors"
+    coding.encode(source, latents, model, model.latent_record())
+    with mounted(tmp_path / "disk", options) as disk:
+        for words in (
+            ("encode", source, disk / "out.safetensors"),
+            ("decode", latents, disk / "out.mkv"),
+            ("decode", latents, disk / "out.mp4"),
+            ("reconstruct", source, disk / "out.mkv"),
+        ):
+            assert_one_line_error(run(*words, "--model", small_model), message)
+            assert list(disk.iterdir()) == []
 
 
 # Memory --------------------------------------------------------------------------------------

@@ -7,10 +7,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
 from temporal_vae import checkpoint
@@ -19,6 +20,9 @@ from temporal_vae.latents import ModelRecord
 from temporal_vae.model import TemporalVAE
 from temporal_vae.video import (
     PIPE,
+    Frame,
+    Image,
+    Options,
     VideoError,
     VideoReader,
     VideoWriter,
@@ -91,14 +95,16 @@ def reconstruct(
     clip_frames: int | Literal["all"] | None = None,
     progress: Progress | None = None,
     memory: Budget = None,
+    options: Options | None = None,
 ) -> Summary:
     """Encode a video to the posterior mean, decode it, and write the result.
 
     Frame count, size and timestamps are kept: frames are padded to whole latent cells by repeating
-    their edge, and cropped back. The video is one clip, streamed, so that its length changes
-    neither the result nor the memory. A model with a norm over the clip cannot stream: it walks
-    clips of its own length. `clip_frames` cuts any model's video into clips of that length, or with
-    "all" takes it as one.
+    their edge, and cropped back. `options` choose frames and a part of them, see `Selection`;
+    timestamps are counted from their `start`. The video is one clip, streamed, so that its length
+    changes neither the result nor the memory. A model with a norm over the clip cannot stream: it
+    walks clips of its own length. `clip_frames` cuts any model's video into clips of that length,
+    or with "all" takes it as one.
     `memory` bounds what the model takes over its weights, reserved before the first frame: bytes,
     words such as "2GiB", "auto" for most of what is free, None for no bound; it never changes the
     result. `target` appears whole or not at all; "-" is standard input, and standard output.
@@ -110,24 +116,22 @@ def reconstruct(
     exist = os.path.exists(source) and os.path.exists(target)
     if exist and os.path.samefile(source, target):
         raise VideoError(f"{os.fspath(source)} would be overwritten by its reconstruction")
-    check_channels(model)
+    check_alpha(target, model, options)
     length, budget = clip_length(model, clip_frames), memory_budget(memory, model)
     start, done = time.monotonic(), 0
-    with VideoReader(source) as reader, writable(target) as partial:
-        info = reader.info
-        size, rate = (info.height, info.width), (info.fps, info.time_base)
-        walk = start_walk(iter(reader), model, length, size, budget)
-        with VideoWriter(partial, *size, *rate, info.sample_aspect_ratio) as writer:
+    with open_reader(source, model, options) as reader, writable(target) as partial:
+        info, ratio = reader.info, reader.sample_aspect_ratio
+        size, rate = reader.size, (info.fps, info.time_base)
+        walk = start_walk(timed(reader), model, length, size, budget)
+        with VideoWriter(partial, *size, *rate, ratio) as writer:
             for images in walk.frames:
-                for image in images:
-                    writer.write(image[: info.height, : info.width], walk.stamps.popleft())
+                for image in rgb(images):
+                    writer.write(image[: size[0], : size[1]], walk.stamps.popleft())
                 done += len(images)
                 if progress is not None:  # a frame taken in, and not given yet, is half done
                     progress(done + len(walk.stamps) // 2, info.expected_frames)
-            if info.sample_aspect_ratio not in (None, 1) and not writer.keeps_aspect:
-                reader.notes.append(
-                    f"the shape of its pixels, {info.sample_aspect_ratio}, is kept in .mp4 only"
-                )
+            if ratio not in (None, 1) and not writer.keeps_aspect:
+                reader.notes.append(f"the shape of its pixels, {ratio}, is kept in .mp4 only")
         notes = tuple(f"{os.fspath(source)}: {note}" for note in reader.notes)
     cut = None if length == sys.maxsize else length
     return Summary(done, time.monotonic() - start, cut, notes)
@@ -143,9 +147,41 @@ def writable(target: str | os.PathLike[str]) -> Iterator[str | os.PathLike[str]]
             yield partial
 
 
-def check_channels(model: TemporalVAE) -> None:
-    """Raise `VideoError` for a model of other pixels than video is read as."""
-    if model.input_channels != 3:
+def open_reader(
+    source: str | os.PathLike[str], model: TemporalVAE, options: Options | None = None
+) -> VideoReader:
+    """A reader of the pixels that a model takes: grey, RGB, or RGB and alpha.
+
+    Raises `VideoError` where an alpha channel is to be kept that the model has no place for.
+    """
+    asked: Options = {**(options or {}), "channels": model.input_channels}
+    if asked.get("alpha") == "keep" and model.input_channels != 4:
         raise VideoError(
-            f"the model takes {model.input_channels} channels, video is read as 3 (RGB)"
+            f"the model takes {model.input_channels} channels, none of them alpha: take one with "
+            "input_channels=4, or --alpha drop"
         )
+    if model.input_channels == 4:
+        asked["alpha"] = None  # it is the fourth channel, and needs no plane of its own
+    return VideoReader(source, **asked)
+
+
+def check_alpha(
+    target: str | os.PathLike[str], model: TemporalVAE, options: Options | None
+) -> None:
+    """Raise `VideoError` where a model's alpha would get lost in silence."""
+    if model.input_channels == 4 and (options or {}).get("alpha") != "drop":
+        raise VideoError(
+            f"{os.fspath(target)} has no place for the alpha channel that the model gives: "
+            "--alpha drop writes the colours alone"
+        )
+
+
+def timed(reader: VideoReader) -> Iterator[Frame]:
+    """Its frames, with timestamps that are counted from the `start` that was asked for."""
+    begin = reader.begin
+    return (replace(frame, pts=frame.pts - begin) for frame in reader)
+
+
+def rgb(images: Image) -> Image:
+    """(n, H, W, C) as a model gives them -> (n, H, W, 3) as a file has them: grey in each."""
+    return np.repeat(images, 3, 3) if images.shape[3] == 1 else images[..., :3]

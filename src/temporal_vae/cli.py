@@ -34,6 +34,7 @@ from temporal_vae.describing import (
 from temporal_vae.jobs import VIDEO_SUFFIXES, Job, find_inputs, plan_jobs
 from temporal_vae.latents import SUFFIX, latent_statistics
 from temporal_vae.video import PIPE, VideoError
+from temporal_vae.words import reader_options
 
 command = typer.Typer(
     help="Temporal VAEs for video: pixels to latents and back.",
@@ -44,7 +45,9 @@ command = typer.Typer(
 err = Console(stderr=True, highlight=False)
 out = Console(highlight=False)
 
-Source = Annotated[Path, typer.Argument(metavar="IN", help="Video to read; - from a pipe.")]
+Source = Annotated[
+    Path, typer.Argument(metavar="IN", help="Video or folder of images; - from a pipe.")
+]
 Target = Annotated[
     Path,
     typer.Argument(metavar="OUT", help="Video to write: .mp4, .mkv (lossless); - .mkv to a pipe."),
@@ -60,12 +63,28 @@ Memory = Annotated[
     str | None,
     typer.Option(metavar="SIZE|auto", help="Bound of the memory over the weights: 2GiB, least."),
 ]
+Start = Annotated[str | None, typer.Option(metavar="TIME", help="Begin there: seconds, or 1:02.5.")]
+Frames = Annotated[int | None, typer.Option(help="The most frames to take.")]
+Stride = Annotated[int | None, typer.Option(help="Take every n-th frame.")]
+Fps = Annotated[
+    str | None,
+    typer.Option(metavar="RATE", help="Take an even rate, such as 24 or 30000/1001; of images."),
+]
+Size = Annotated[str | None, typer.Option(metavar="WxH", help="Scale to WIDTHxHEIGHT.")]
+Crop = Annotated[
+    str | None,
+    typer.Option(metavar="WxH+X+Y", help="Cut out first; or centre, the shape of --size."),
+]
+AlphaWord = Annotated[
+    Literal["keep", "drop"] | None,
+    typer.Option("--alpha", help="keep an alpha channel (a model of 4 channels), or drop it."),
+]
 Thing = Annotated[
     str | None, typer.Argument(metavar="[MODEL|FILE]", help="A model, a video, or latents.")
 ]
 Sources = Annotated[
     list[Path],
-    typer.Argument(metavar="IN...", help="Videos, folders of them, patterns; - from a pipe."),
+    typer.Argument(metavar="IN...", help="Videos, images, folders, patterns; - from a pipe."),
 ]
 LatentSources = Annotated[
     list[Path],
@@ -109,14 +128,24 @@ def reconstruct(
     dtype: Dtype = "float32",
     clip_frames: ClipFrames = None,
     memory: Memory = None,
+    start: Start = None,
+    frames: Frames = None,
+    stride: Stride = None,
+    fps: Fps = None,
+    size: Size = None,
+    crop: Crop = None,
+    alpha: AlphaWord = None,
 ) -> None:
     """Encode a video to the posterior mean, decode it, and write the result; - is a pipe."""
+    options = reader_options(start=start, frames=frames, stride=stride, fps=fps, size=size,
+                             crop=crop, alpha=alpha)  # fmt: skip
     _refuse_terminal(source, target)
     vae = TemporalVAE.from_pretrained(
         model, dtype=app.choose_dtype(dtype), device=app.choose_device(device)
     )
     with Meter("reconstructing") as meter:
-        summary = app.reconstruct(source, target, vae, _clip_length(clip_frames), meter, memory)
+        length = _clip_length(clip_frames)
+        summary = app.reconstruct(source, target, vae, length, meter, memory, options)
     for note in summary.notes:
         err.print(f"tvae: note: {note}", markup=False, soft_wrap=True)
     rate = summary.frames / max(summary.seconds, 1e-9)
@@ -144,12 +173,21 @@ def encode(
     seed: Seed = None,
     latent_dtype: LatentDtype = None,
     scaled: Scaled = False,
+    start: Start = None,
+    frames: Frames = None,
+    stride: Stride = None,
+    fps: Fps = None,
+    size: Size = None,
+    crop: Crop = None,
+    alpha: AlphaWord = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Encode videos to files of latents, which `decode`, and any reader of safetensors, reads."""
+    options = reader_options(start=start, frames=frames, stride=stride, fps=fps, size=size,
+                             crop=crop, alpha=alpha)  # fmt: skip
     stored = None if latent_dtype is None else app.choose_dtype(latent_dtype)
     length = _clip_length(clip_frames)
     how = coding.Encoding(sample=sample, seed=seed, dtype=stored, scaled=scaled,
@@ -159,7 +197,8 @@ def encode(
 
     def work(source: Path, out: Path, index: int, meter: Meter) -> Result:
         its = how if seed is None else replace(how, seed=seed + index)  # no two share their noise
-        done = coding.encode(source, out, vae, record, its, overwrite=overwrite, progress=meter)
+        done = coding.encode(source, out, vae, record, its, options=options, overwrite=overwrite,
+                             progress=meter)  # fmt: skip
         return done.info.frames, done.seconds, done.notes, describe_latents(str(out))
 
     _work("encoding", jobs, work, Voice(quiet, verbose, as_json))
@@ -176,6 +215,7 @@ def decode(
     sample: Sample = False,
     seed: Seed = None,
     any_model: AnyModel = False,
+    alpha: AlphaWord = None,
     suffix: Suffix = ".mp4",
     overwrite: Overwrite = False,
     quiet: Quiet = False,
@@ -191,7 +231,8 @@ def decode(
     def work(source: Path, out: Path, index: int, meter: Meter) -> Result:
         its = None if seed is None else seed + index
         done = coding.decode(source, out, vae, record, sample=sample, seed=its, any_model=any_model,
-                          memory=memory, overwrite=overwrite, progress=meter)  # fmt: skip
+                          alpha=alpha, memory=memory, overwrite=overwrite,
+                          progress=meter)  # fmt: skip
         rows = {} if str(out) == PIPE else describe_video(str(out))
         return done.frames, done.seconds, done.notes, rows
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import secrets
 import sys
 import threading
@@ -11,14 +12,14 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
 import torch
 
 from temporal_vae import checkpoint
-from temporal_vae.app import Progress, Summary, check_channels, writable
+from temporal_vae.app import Progress, Summary, check_alpha, open_reader, rgb, timed, writable
 from temporal_vae.files import atomic_path
 from temporal_vae.geometry import Padding
 from temporal_vae.latents import (
@@ -33,14 +34,19 @@ from temporal_vae.latents import (
 from temporal_vae.model import TemporalVAE
 from temporal_vae.video import (
     PIPE,
+    Alpha,
+    Colour,
+    Options,
     VideoError,
-    VideoInfo,
     VideoReader,
     VideoWriter,
     check_suffix,
 )
 from temporal_vae.walking import clip_length, decode_walk, encode_walk, memory_budget
 from temporal_vae.walks.plan import Budget
+
+COLOUR_TAGS = ("matrix", "primaries", "range", "transfer")
+"""Of `Colour`, that a file of latents keeps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,33 +101,33 @@ def encode(
     record: ModelRecord,
     how: Encoding | None = None,
     *,
+    options: Options | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Encoded:
     """Encode a video to a file of latents, in memory that does not grow with its length.
 
-    Walks as `reconstruct` does, and records what `decode` needs to give back the same frames. With
-    a decoder as well, the picture is that of `reconstruct`. `target` appears whole or not at all.
+    Walks as `reconstruct` does, by the same `options`, and records what `decode` needs to give back
+    the same frames. With a decoder as well, the picture is that of `reconstruct`. `target` appears
+    whole or not at all.
 
     Raises `VideoError` for a source that cannot be read, `LatentFileError` for a target that cannot
     be written, `ValueError` for memory that cannot do.
     """
     how = how or Encoding()
     check_target(target, overwrite)
-    check_channels(model)
     length, budget = clip_length(model, how.clip_frames), memory_budget(how.memory, model)
     start, done = time.monotonic(), 0
     generator = _generator(how.sample, how.seed)
     with (
-        VideoReader(source) as reader,
+        open_reader(source, model, options) as reader,
         _checksum(source) as checksum,
         atomic_path(target) as partial_file,
         LatentWriter(
-            partial_file, _latent_info(reader.info, model, record, how, length, generator)
+            partial_file, _latent_info(reader, model, record, how, length, generator)
         ) as writer,
     ):
-        size = (reader.info.height, reader.info.width)
-        walk = encode_walk(iter(reader), model, length, size, budget, generator)
+        walk = encode_walk(timed(reader), model, length, reader.size, budget, generator)
         for latents in walk.latents:
             if latents is not None:
                 count = latents.shape[2]
@@ -146,6 +152,7 @@ def decode(
     sample: bool = False,
     seed: int | None = None,
     any_model: bool = False,
+    alpha: Alpha | None = None,
     memory: Budget = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -153,6 +160,7 @@ def decode(
     """Decode a file of latents to a video of the frame count, size and timestamps it was made of.
 
     Of moments the mean is decoded, or with `sample` a draw by `seed`. Clips are those of the file.
+    `alpha` "drop" lets go what a model of four channels makes of an alpha channel.
     `target` appears whole or not at all; "-" is standard output.
 
     Raises `LatentFileError` for a file that is damaged, or of another model unless `any_model`;
@@ -161,12 +169,12 @@ def decode(
     check_suffix(target)
     if os.fspath(target) != PIPE and os.path.exists(target) and not overwrite:
         raise VideoError(f"{os.fspath(target)} exists: give --overwrite to replace it")
-    check_channels(model)
+    check_alpha(target, model, {"alpha": alpha})
     generator = _generator(sample, Encoding(sample=sample, seed=seed).seed)
     start, done, budget = time.monotonic(), 0, memory_budget(memory, model)
     with LatentFile(source) as file, writable(target) as partial_file:
         info = file.info
-        notes = _compare(file, model, record, any_model)
+        notes = [*_compare(file, model, record, any_model), *colour_notes(colour_of(info))]
         if sample and info.kind == "sample":
             raise LatentFileError(f"{file.path} holds a sample already: nothing is drawn")
         read = partial(file.latents, sample_mode=sample, generator=generator)
@@ -176,7 +184,7 @@ def decode(
         with VideoWriter(partial_file, *shape) as writer:
             for images in frames:
                 stamps = file.timestamps(done, len(images)) if len(images) else []
-                for image, stamp in zip(images, stamps, strict=True):
+                for image, stamp in zip(rgb(images), stamps, strict=True):
                     writer.write(image[: info.height, : info.width], stamp)
                 done += len(images)
                 if progress is not None:
@@ -199,7 +207,7 @@ def _generator(sample: bool, seed: int | None) -> torch.Generator | None:
 
 
 def _latent_info(
-    video: VideoInfo,
+    reader: VideoReader,
     model: TemporalVAE,
     record: ModelRecord,
     how: Encoding,
@@ -207,8 +215,9 @@ def _latent_info(
     generator: torch.Generator | None,
 ) -> LatentInfo:
     """The header of a video's latents, as far as it is known before the first frame."""
-    factor = model.downsample_factor
-    padding = Padding.to_cells(video.height, video.width, factor)
+    factor, video = model.downsample_factor, reader.info
+    height, width = reader.size
+    padding = Padding.to_cells(height, width, factor)
     name = os.path.basename(video.path)
     return LatentInfo(
         kind="moments" if generator is None else "sample",
@@ -217,19 +226,42 @@ def _latent_info(
         channels=model.latent_channels,
         rows=padding.padded[0] // factor,
         columns=padding.padded[1] // factor,
-        height=video.height,
-        width=video.width,
+        height=height,
+        width=width,
         padding_bottom=padding.rows,
         padding_right=padding.columns,
         scaled=how.scaled,
         fps=video.fps,
         time_base=video.time_base,
-        sample_aspect_ratio=video.sample_aspect_ratio,
+        sample_aspect_ratio=reader.sample_aspect_ratio,
+        colour=colour_fields(video.colour),
+        bit_depth=video.bit_depth,
         clip_frames=None if length in (None, sys.maxsize) else length,
         seed=None if generator is None else generator.initial_seed(),
         source=None if name == PIPE else os.fsencode(name).decode(errors="replace"),
         **record_fields(record),
     )
+
+
+def colour_fields(colour: Colour) -> tuple[tuple[str, str], ...]:
+    """A source's colours as the header of its latents has them."""
+    return tuple((name, str(getattr(colour, name))) for name in COLOUR_TAGS)
+
+
+def colour_of(info: LatentInfo) -> Colour:
+    """The source's colours of a file of latents; what it does not say, or not so, is unknown."""
+    colour = Colour()
+    for name, text in info.colour:
+        if name in COLOUR_TAGS and re.fullmatch("[0-9]{1,3}", text):
+            colour = replace(colour, **{name: int(text)})  # type: ignore[arg-type]
+    return colour
+
+
+def colour_notes(colour: Colour) -> Iterator[str]:
+    """What is tagged otherwise than what is written, BT.709, a line each."""
+    for name in ("primaries", "transfer"):
+        if (code := getattr(colour, name)) not in (1, 2, 6):
+            yield f"the source's colour {name} ({code}) are not written"
 
 
 def _compare(

@@ -80,7 +80,7 @@ def describe_model(name: str) -> Rows:
 
 def describe_video(path: str) -> Rows:
     """What its file claims, and what of it would not be carried over."""
-    with VideoReader(path) as reader:
+    with VideoReader(path, alpha="drop") as reader:
         video = reader.info
         rows: Rows = {"what": "video", "size": Sides((video.width, video.height))}
         rows["frames"] = "not stated" if video.frames is None else video.frames

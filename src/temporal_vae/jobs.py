@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from temporal_vae.video import PIPE
+from temporal_vae.video.images import is_animated_webp
 
 VIDEO_SUFFIXES = frozenset([
     ".3gp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg",
@@ -22,8 +23,8 @@ Job = tuple[Path, Path]
 def find_inputs(words: Sequence[Path], suffixes: frozenset[str]) -> list[Path]:
     """The files that words name: files, folders for all in them with these suffixes, and patterns.
 
-    A folder of images alone stands for one clip, where videos are looked for; "-" for standard
-    input.
+    Where videos are looked for, a folder of images stands for one clip, and so does each such
+    folder in a folder; "-" for standard input.
     Raises `ValueError` for a word that names nothing.
     """
     found: list[Path] = []
@@ -31,12 +32,16 @@ def find_inputs(words: Sequence[Path], suffixes: frozenset[str]) -> list[Path]:
         if str(word) == PIPE or word.is_file():
             found.append(word)
         elif word.is_dir():
-            found += _inside(word, suffixes)
+            inside = _inside(word, suffixes)
+            if not inside:
+                raise ValueError(f"{word}{os.sep} holds none of {', '.join(sorted(suffixes))}")
+            found += inside
         elif glob.has_magic(str(word)) and not word.exists():
             matches = sorted(Path(match) for match in glob.glob(str(word), recursive=True))
             if not matches:
                 raise ValueError(f"no file matches {word}")
-            found += [match for match in matches if match.is_file()]
+            for match in matches:
+                found += [match] if match.is_file() else _inside(match, suffixes)
         else:
             found.append(word)  # whoever opens it says what is wrong
     return found
@@ -59,7 +64,7 @@ def plan_jobs(
         raise ValueError("- is one video: for a folder name files")
     if not target.is_dir() and (target.exists() or target.suffix == suffix):
         raise ValueError(f"{target} is a file's name, and {len(inputs)} inputs need a folder")
-    jobs = [(path, target / (path.stem + suffix)) for path in inputs]
+    jobs = [(path, target / (_title(path) + suffix)) for path in inputs]
     taken: dict[Path, Path] = {}
     for path, out in jobs:
         if out in taken:
@@ -72,10 +77,31 @@ def plan_jobs(
 
 
 def _inside(folder: Path, suffixes: frozenset[str]) -> list[Path]:
-    files = sorted(entry for entry in folder.iterdir() if entry.is_file() and entry.name[0] != ".")
-    chosen = [file for file in files if file.suffix.lower() in suffixes]
-    if chosen:
-        return chosen
-    if suffixes is VIDEO_SUFFIXES and any(f.suffix.lower() in IMAGE_SUFFIXES for f in files):
-        return [folder]
-    raise ValueError(f"{folder}{os.sep} holds none of {', '.join(sorted(suffixes))}")
+    """What a folder holds, or the folder itself where it is a clip; nothing if neither."""
+    entries = sorted(entry for entry in folder.iterdir() if entry.name[0] != ".")
+    videos = suffixes is VIDEO_SUFFIXES
+    chosen = [
+        entry for entry in entries
+        if (entry.is_file() and _suits(entry, suffixes)) or (videos and _is_clip(entry))
+    ]  # fmt: skip
+    return chosen or ([folder] if videos and _is_clip(folder) else [])
+
+
+def _suits(file: Path, suffixes: frozenset[str]) -> bool:
+    return file.suffix.lower() in suffixes or (
+        suffixes is VIDEO_SUFFIXES and is_animated_webp(str(file))
+    )
+
+
+def _is_clip(folder: Path) -> bool:
+    """Whether it is a folder with images, and without videos."""
+    if not folder.is_dir():
+        return False
+    files = [entry for entry in folder.iterdir() if entry.is_file() and entry.name[0] != "."]
+    images = any(file.suffix.lower() in IMAGE_SUFFIXES for file in files)
+    return images and not any(_suits(file, VIDEO_SUFFIXES) for file in files)
+
+
+def _title(path: Path) -> str:
+    """What is named after an input: a file's name without its suffix, a folder's whole name."""
+    return path.resolve().name if path.is_dir() else path.stem

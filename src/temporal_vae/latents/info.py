@@ -86,7 +86,9 @@ class LatentInfo:
     """Of the encoder that made the latents, as `weights_sha256` gives it."""
     decoder_sha256: str | None = None
     colour: tuple[tuple[str, str], ...] = ()
-    """The source's colour tags, by name."""
+    """The source's colour tags, by name: primaries, transfer, matrix, range."""
+    bit_depth: int | None = None
+    """Bits of a component in the source's file."""
     source: str | None = None
     """Name of the source's file."""
     source_sha256: str | None = None
@@ -202,8 +204,9 @@ _WHOLE: tuple[tuple[str, int, int], ...] = (
     ("step", 1, MOST_STAMP),
     ("clip_frames", 1, MOST_FRAMES),
     ("seed", 0, 2**63 - 1),
+    ("bit_depth", 1, 32),
 )
-_OPTIONAL = {"step", "clip_frames", "seed"}
+_OPTIONAL = {"step", "clip_frames", "seed", "bit_depth"}
 
 
 def _check_whole(name: str, value: object, least: int, most: int) -> None:
@@ -263,6 +266,7 @@ _PARSERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "sample_aspect_ratio": (_parse_fraction, "n/d"),
     "clip_frames": (_parse_whole, "a whole number"),
     "seed": (_parse_whole, "a whole number"),
+    "bit_depth": (_parse_whole, "a whole number"),
     "model": (str, "text"),
     "encoder_sha256": (str, "text"),
     "decoder_sha256": (str, "text"),
@@ -271,8 +275,8 @@ _PARSERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "library": (str, "text"),
 }
 _MAY_LACK = {
-    "step", "sample_aspect_ratio", "clip_frames", "seed", "model", "encoder_sha256",
-    "decoder_sha256", "source", "source_sha256", "library",
+    "step", "sample_aspect_ratio", "clip_frames", "seed", "bit_depth", "model",
+    "encoder_sha256", "decoder_sha256", "source", "source_sha256", "library",
 }  # fmt: skip
 
 

@@ -14,17 +14,19 @@ from temporal_vae.video.frames import (
     to_pixels,
 )
 from temporal_vae.video.reading import VideoReader, load_video, read_clip
-from temporal_vae.video.selecting import Selection
+from temporal_vae.video.selecting import Alpha, Options, Selection
 from temporal_vae.video.writing import H264_CRF, WRITERS, VideoWriter, check_suffix
 
 __all__ = [
     "H264_CRF",
     "PIPE",
     "WRITERS",
+    "Alpha",
     "Bytes",
     "Colour",
     "Frame",
     "Image",
+    "Options",
     "Selection",
     "VideoError",
     "VideoInfo",

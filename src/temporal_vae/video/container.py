@@ -310,7 +310,8 @@ def _open(path: str) -> av.container.InputContainer:
 
 def _open_as(path: str, url: str) -> av.container.InputContainer:
     try:
-        return av.open(url)
+        # a strict decoding of damaged titles would fail, and leave the file open
+        return av.open(url, metadata_errors="replace")
     except (av.error.FFmpegError, OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise VideoError(f"{path}: not a video that can be read ({reason})") from error

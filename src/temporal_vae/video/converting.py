@@ -216,7 +216,7 @@ class Converter:
 DEEP_NAMES = {1: "gray16le", 3: "rgb48le", 4: "rgba64le"}
 ALPHA_LOST = (
     "its alpha channel would be lost: keep it beside the picture with alpha='keep' (or as a fourth "
-    "channel with channels=4), or let it go with alpha='drop'"
+    "channel with channels=4), or let it go with alpha='drop' (--alpha drop)"
 )
 
 

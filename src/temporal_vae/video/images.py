@@ -156,7 +156,7 @@ def natural(name: str) -> list[tuple[int, int | str]]:
 def _image(file: Path) -> tuple[VideoFrame, str]:
     """The picture in a file, and its codec."""
     try:
-        with av.open(str(file.absolute())) as container:
+        with av.open(str(file.absolute()), metadata_errors="replace") as container:
             stream = next(iter(container.streams.video), None)
             if stream is None or stream.codec_context is None:
                 raise VideoError(f"{file}: holds no picture")

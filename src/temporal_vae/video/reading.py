@@ -58,8 +58,9 @@ class VideoReader:
             shape = self._shape()
             watched = self._source.opaque_until_seen and self._selection.alpha != "drop"
             self._converter, self._size = Converter(self.path, shape, watched), shape.size
-            self.notes += _distortion(shape, self._file_info)
             self.info = self._selected_info()
+            self._squeeze = _squeeze(shape, self._file_info)
+            self.notes += _distortion(shape, self._file_info, self._squeeze)
         except BaseException:
             self._source.close()
             raise
@@ -91,6 +92,21 @@ class VideoReader:
     def size(self) -> tuple[int, int]:
         """Height and width of the frames that come out."""
         return self._size
+
+    @property
+    def sample_aspect_ratio(self) -> Fraction | None:
+        """Width to height of a pixel of the frames that come out, None where none is stated.
+
+        That of the file, unless `size` changes the shape of the picture: shown with this one, the
+        picture has its own shape again.
+        """
+        ratio = self.info.sample_aspect_ratio
+        return ratio if self._squeeze == 1 else (ratio or 1) * self._squeeze
+
+    @property
+    def begin(self) -> int:
+        """Where `start` lies from the first frame, in units of `info.time_base`."""
+        return self._selection.start_ticks(self.info.time_base)
 
     def _frames(self) -> Iterator[Frame]:
         last: tuple[VideoFrame, Frame] | None = None
@@ -160,11 +176,20 @@ def _open(path: str, selection: Selection) -> Source:
     return VideoFile(path, alpha=selection.channels == 4 or selection.alpha == "keep")
 
 
-def _distortion(shape: Shape, info: VideoInfo) -> Iterator[str]:
-    """A line where a size changes the picture's own shape by more than a pixel's rounding."""
+def _squeeze(shape: Shape, info: VideoInfo) -> Fraction:
+    """By what a size makes pixels wider than they were; 1 within a pixel's rounding."""
     rows, columns = shape.crop[2:] if shape.crop else (info.height, info.width)
     height, width = shape.size
-    if abs(rows * width - columns * height) > max(rows, columns) + max(width, height):
+    if abs(rows * width - columns * height) <= max(rows, columns) + max(width, height):
+        return Fraction(1)
+    return Fraction(columns * height, rows * width).limit_denominator(10_000)
+
+
+def _distortion(shape: Shape, info: VideoInfo, squeeze: Fraction) -> Iterator[str]:
+    """A line where pixels are neither square nor as they were."""
+    if squeeze != 1 and (info.sample_aspect_ratio or 1) * squeeze != 1:
+        rows, columns = shape.crop[2:] if shape.crop else (info.height, info.width)
+        height, width = shape.size
         yield f"{columns}x{rows} is squeezed to {width}x{height}: crop='centre' keeps its shape"
 
 
