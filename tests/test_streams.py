@@ -232,8 +232,8 @@ def test_under_autocast_a_state_keeps_its_dtype(
 def test_law_2_sees_a_dropped_tail(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = TimeConv.advance_scaled
 
-    def forgetful(self: TimeConv, *args: Any) -> tuple[Tensor, Tensor]:
-        y, tail = honest(self, *args)
+    def forgetful(self: TimeConv, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        y, tail = honest(self, *args, **options)
         return y, torch.zeros_like(tail)
 
     monkeypatch.setattr(TimeConv, "advance_scaled", forgetful)

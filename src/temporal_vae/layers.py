@@ -493,23 +493,24 @@ class TimeConv(Timewise):
         last: bool,
         before: Callable[[Tensor], Tensor],
         gain: Tensor | None,
+        raw: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """`advance` for the convolution of `before(x)`, times `gain`; (outputs, new tail).
 
-        A causal tail holds `before(x)`, ready to read, and starts as the zeros of the padding. One
-        that looks ahead holds x itself, since a block needs it for its delayed shortcut; there the
-        padding stands where `before` would have made something of frames that never were.
+        The tail holds `before(x)`, ready to read, and starts as the zeros of the padding. A `raw`
+        one holds x itself, for a shortcut that is late; there the padding stands where `before`
+        would have made something of frames that never were.
         """
         weight, bias = self._weights(gain)
-        if self.future:
+        if raw:
             kept = torch.cat([tail, x], 2)
             unborn = max(0, tail.shape[2] - age)
             u = self.scales.enter(before(kept[:, :, unborn:]))
-            u = F.pad(u, (0, 0, unborn, self.future if last else 0))
-            early = max(0, self.future - age)
+            u = F.pad(u, (0, 0, unborn, 0)) if unborn else u
         else:
             u = kept = torch.cat([tail, self.scales.enter(before(x))], 2)
-            early = 0
+        u = F.pad(u, (0, 0, 0, self.future)) if last and self.future else u
+        early = max(0, self.future - age)
         y = (
             F.conv2d(u, weight, bias)[:, :, early:]
             if u.shape[2] >= weight.shape[2]
@@ -588,15 +589,17 @@ class TemporalBlock(Timewise):
         first, second = tails
         ahead = self.conv1.future
         h, kept1 = self.conv1.advance_scaled(
-            x, past.least, first, last, lambda u: silu(self.norm1(u)), None
+            x, past.least, first, last, lambda u: silu(self.norm1(u)), None, raw=ahead > 0
         )
         y, kept2 = self.conv2.advance_scaled(
             h, past.later(ahead).least, second, last, lambda u: silu(self.norm2(u)),
             torch.sigmoid(self.mix_factor),
         )  # fmt: skip
         if ahead:  # the shortcut is late by twice the reach ahead: as long as the first tail
-            unborn = max(0, first.shape[2] - past.least)
-            x = torch.cat([first, x], 2)[:, :, unborn : unborn + y.shape[2]]
+            waiting = first[:, :, max(0, first.shape[2] - past.least) :][:, :, : y.shape[2]]
+            y[:, :, : waiting.shape[2]].add_(waiting)
+            y[:, :, waiting.shape[2] :].add_(x[:, :, : y.shape[2] - waiting.shape[2]])
+            return y, (kept1, kept2)
         return y.add_(x), (kept1, kept2)
 
 
