@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import FrozenInstanceError
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,13 @@ def everything(model: TemporalVAE) -> dict[str, Any]:
         "active": model.get_active_feature_indices(),
         "grad mode": torch.is_grad_enabled(),
     }
+
+
+@pytest.fixture(autouse=True)
+def _global_random_state() -> Iterator[None]:
+    before = torch.get_rng_state()
+    yield
+    assert torch.equal(torch.get_rng_state(), before), "no member draws from it"
 
 
 def assert_same(a: Any, b: Any) -> None:
@@ -120,6 +128,27 @@ def test_what_overflows_the_weights_own_dtype_is_not_finite() -> None:
     with pytest.raises(ValueError, match=r"1 of \d+ numbers that are not finite in torch.float16"):
         model.set_parameters(vector)
     assert torch.equal(model.sanitize_parameters(vector), model.get_parameters())
+
+
+def test_each_half_keeps_a_dtype_of_its_own() -> None:
+    model = awake(torch.float32)
+    model.encoder.half()
+    before = everything(model)
+    for vector in (model.get_parameters(), model.sanitize_parameters(model.get_parameters())):
+        model.set_parameters(vector)
+        assert_same(everything(model), before)
+    model = awake(torch.float32)
+    model.decoder.half()
+    loud = model.get_parameters() * 6
+    model.set_parameters(loud)
+    assert (
+        model.stream_scales["decoder"]
+        == awake(torch.float16).with_parameters(loud).stream_scales["decoder"]
+        < 1
+    )
+    loud[-1] = 1e6
+    with pytest.raises(ValueError, match=r"1 of \d+ numbers that are not finite"):
+        model.set_parameters(loud)
 
 
 def test_sanitised_is_the_current_value_where_it_must_be() -> None:
@@ -207,6 +236,15 @@ def test_a_copy_of_a_model_that_never_ran_is_the_same() -> None:
     model = TemporalVAE(base_channels=8, channel_multipliers=(1, 2))
     x = pixels(2, 8, 8).float()
     assert torch.equal(model.clone().predict(x), model.predict(x))
+
+
+def test_a_copy_made_in_inference_mode_can_be_trained() -> None:
+    model, x = awake(torch.float32), pixels(2, 8, 8).float()
+    with torch.inference_mode():
+        copies = [model.clone(), model.deep_copy(), model.with_parameters(model.get_parameters())]
+        expected = model.compute_gradients(x, x.flip(-1))
+    for other in copies:
+        assert torch.equal(other.compute_gradients(x, x.flip(-1)), expected)
 
 
 class Weighted(nn.Module):
@@ -406,17 +444,37 @@ def test_a_step_uses_the_loss_of_the_model_and_spares_what_is_frozen() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_step_into_nothing_changes_nothing() -> None:
-    def bottomless(prediction: Tensor, target: Tensor) -> Tensor:
-        return (prediction.mean() * 0).log()
-
-    model = TemporalVAE(
-        base_channels=8, channel_multipliers=(1, 2), loss_function=bottomless, seed=0
-    )
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda p, t: (p.mean() * 0).log(),
+        lambda p, t: p.mean() + math.inf,  # its gradient is finite
+        lambda p, t: (p * 0).abs().sqrt().sum(),  # its gradient alone is not
+    ],
+    ids=["nowhere", "infinite", "edge"],
+)
+def test_a_step_into_nothing_changes_no_parameter(loss: Any) -> None:
+    model = TemporalVAE(base_channels=8, channel_multipliers=(1, 2), loss_function=loss, seed=0)
     before = model.get_parameters()
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match=r"must be finite|not finite"):
         model.train_step(pixels(2, 8, 8).float())
     assert torch.equal(model.get_parameters(), before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_a_divergence_may_be_larger_than_the_weights_dtype_holds(dtype: torch.dtype) -> None:
+    """As the sum over a long clip is in float16; here over a short one of large means."""
+    model, x = awake(dtype), pixels(2, 16, 16)
+    quant = model.encoder.quant_conv
+    assert quant is not None
+    with torch.no_grad():
+        quant.bias[:4] += 40
+    posterior = model.encode_with_distribution(x.to(dtype))
+    expected = float(losses.kl_divergence(*(moment.double() for moment in posterior)).detach())
+    assert expected > 65_504
+    assert math.isclose(float(model.kl_divergence(*posterior).detach()), expected, rel_tol=1e-4)
+    found = model.train_step(x.to(dtype))["kl"]
+    assert math.isclose(found, losses.KL_WEIGHT * expected / posterior.mean.numel(), rel_tol=0.02)
 
 
 def test_predict_has_no_side_effect() -> None:
@@ -442,6 +500,7 @@ def test_metadata_of_svd_are_the_known_counts() -> None:
     }  # fmt: skip
     assert (meta.encode_reach, meta.encode_delay) == (0, 0)
     assert (meta.decode_reach, meta.decode_delay) == (None, None)
+    assert meta.device == "meta"
     with pytest.raises(FrozenInstanceError):
         meta.device = "cpu"  # type: ignore[misc]
 
@@ -449,18 +508,25 @@ def test_metadata_of_svd_are_the_known_counts() -> None:
 @pytest.mark.parametrize("causal", [False, True])
 def test_metadata_are_json_and_the_delay_is_what_a_stream_shows(causal: bool) -> None:
     model = awake(torch.float32, causal_mode=causal, temporal_attention_reach=2)
+    model.set_active_feature_indices([1, 3])
     meta = model.get_metadata()
     record = json.loads(json.dumps(meta.to_dict()))
     assert TemporalVAEConfig.from_dict(record["config"]) == model.config
     assert (record["dtype"], record["device"]) == ("float32", "cpu")
-    late, state = 0, None
-    for _ in range(99):
-        given, state = model.decode_step(torch.zeros(1, 4, 1, 2, 2), state)
-        if given is not None:
-            break
-        late += 1
-    assert meta.decode_delay == late
-    assert (late > 0) != causal
+    assert (record["active_features"], record["version"]) == ([1, 3], version("temporal-video-vae"))
+    assert (meta.encode_reach, meta.decode_reach) == (model.encode_reach, model.decode_reach)
+    lateness = [meta.encode_delay, meta.decode_delay]
+    steps: list[tuple[Callable[..., Any], Tensor]] = [
+        (model.encode_step, torch.zeros(1, 3, 1, 4, 4)),
+        (model.decode_step, torch.zeros(1, 4, 1, 2, 2)),
+    ]
+    for late, (step, piece) in zip(lateness, steps, strict=True):
+        given, state = step(piece)
+        found = 0
+        while given is None:
+            given, state = step(piece, state)
+            found += 1
+        assert late == found and (late > 0) != causal
 
 
 # Features ------------------------------------------------------------------------------------
@@ -473,7 +539,7 @@ def test_metadata_are_json_and_the_delay_is_what_a_stream_shows(causal: bool) ->
 )
 def test_masked_channels_say_nothing(active: list[int], causal: bool) -> None:
     model, x = awake(causal_mode=causal, temporal_attention_reach=1), pixels(3, 8, 8)
-    plain, latent = model.encode(x, False), torch.randn(1, 4, 3, 4, 4, dtype=torch.float64)
+    plain, latent = model.encode(x, False), pixels(3, 4, 4, channels=4)
     model.set_active_feature_indices(active)
     assert model.get_active_feature_indices() == sorted(active)
     assert [model.is_feature_used(i) for i in range(4)] == [i in active for i in range(4)]
@@ -494,6 +560,8 @@ def test_masked_channels_say_nothing(active: list[int], causal: bool) -> None:
     )
     frames = list(model.encode_stream(sample_mode=False).pull(x.split(2, 2)))
     assert difference(torch.cat(frames, 2), model.encode(x, False)) < 1e-10
+    moments = torch.cat(list(model.moments_stream().pull(x.split(2, 2))), 2)
+    assert difference(moments, torch.cat([mean, log_variance], 1)) < 1e-10
     moved = other.clone()
     moved[:, active] += 1.0
     assert difference(model.decode(moved), model.decode(latent)) > 1e-3
@@ -530,6 +598,11 @@ def test_a_channel_that_is_none_is_no_index() -> None:
             awake(torch.float32).is_feature_used(index)
 
 
+def test_what_is_no_number_is_not_taken_for_equal_shares() -> None:
+    found = awake(torch.float32).get_feature_importance(pixels(2, 8, 8).float() * math.nan)
+    assert all(math.isnan(f.share) for f in found.values())
+
+
 def test_importance_is_measured() -> None:
     """On a model with a channel that the encoder leaves empty, and one the decoder never reads."""
     model, clips = awake(), [pixels(3, 8, 8), pixels(2, 8, 8, batch=2)]
@@ -556,6 +629,19 @@ def test_importance_is_measured() -> None:
         terms = (mean**2 + log_variance.exp() - 1 - log_variance) / 2
         expected += terms.mean((0, 2, 3, 4)).detach() / 2
     assert torch.allclose(torch.tensor([f.kl for f in found.values()]).double(), expected)
+
+    lost = 0.0
+    for clip in clips:
+        z = model.encode(clip, False)
+        for sign, latent in ((1, z), (-1, z.index_fill(1, torch.tensor(3), 0.0))):
+            picture = model.decode(latent).detach().clamp(-1, 1)
+            lost -= sign * 10 * math.log10(losses.mean_squared_error(picture, clip)) / len(clips)
+    assert math.isclose(found["channel_3"].decibels or 0, lost, rel_tol=1e-9)
+
+    means = [model.encode(clip, False).detach().transpose(0, 1).flatten(1) for clip in clips]
+    at = float(torch.cat(means, 1)[3].var(correction=0))
+    for threshold, active in ((at * 0.999, True), (at * 1.001, False)):
+        assert (3 in model.get_active_feature_indices(clips, threshold)) == active
 
     unmeasured = model.get_feature_importance()
     assert unmeasured["channel_2"] == (0.0, None, None)
@@ -610,6 +696,20 @@ def test_a_causal_step_is_one_graph_for_every_step() -> None:
     assert graphs.frame_count <= 2, "one for the first step, one for all others"
 
 
+def test_a_graph_that_breaks_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = awake(torch.float32, **SLIM)
+    forward = model.encoder.conv_in.forward
+
+    def breaks(x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return forward(x)
+
+    monkeypatch.setattr(model.encoder.conv_in, "forward", breaks)
+    model.compile(backend=BACKEND)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        model.predict(pixels(2, 8, 8).float())
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's own look at it
 def test_a_compiled_model_trains_and_is_copied() -> None:
     model, x = awake(torch.float32, **SLIM), pixels(3, 8, 8).float()
@@ -619,6 +719,7 @@ def test_a_compiled_model_trains_and_is_copied() -> None:
     other = model.clone()
     other.set_parameters(torch.zeros(other.parameter_count))
     assert not other.predict(x).any() and model.predict(x).any(), "each compiles its own weights"
+    assert {"encode", "decode"} == set(other._compiled)
 
 
 def test_switching_after_compiling_takes_effect() -> None:
@@ -647,6 +748,16 @@ def test_switching_after_compiling_takes_effect() -> None:
         model.set_slicing_enabled(False)
         model.predict(x)
         assert seen == [2, 1, 1, 2]
+
+
+def test_tiling_goes_before_a_budget() -> None:
+    model, z = awake(torch.float32), pixels(5, 16, 16, channels=4).float()
+    model.set_memory_budget("1GiB")
+    model.set_tiling_enabled(True)
+    with pytest.raises(ValueError, match="no_grad"):  # as bounded walks ask for
+        model.decode(z)
+    model.set_tiling_enabled(False)
+    assert model.decode(z).requires_grad, "a budget of plenty walks whole"
 
 
 @pytest.mark.slow
@@ -685,7 +796,10 @@ def test_a_graph_of_images_and_of_masks() -> None:
     assert difference(graph(other), model.predict(other)) < 1e-4
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 2, 8, 8), (2, 3, 1, 8, 8), (2, 3, 2, 7, 8), (3, 2, 8)])
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 3, 2, 8, 8), (2, 3, 1, 8, 8), (2, 3, 2, 7, 8), (3, 2, 8), (2, 3, 2, 2, 8), (2, 3, 8, 2)],
+)
 def test_an_example_that_cannot_vary_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"example must|multiples of 2, got 7x8"):
         awake(torch.float32).export_computation_graph(torch.zeros(shape))

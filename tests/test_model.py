@@ -208,6 +208,10 @@ def test_seeds() -> None:
     video = pixels(2, 16, 16).float()
     assert torch.equal(a.encode(video), b.encode(video))
     assert not torch.equal(a.encode(video), a.encode(video))
+    zeros, own = torch.zeros(1, 4, 2, 2), a._generator.get_state()
+    a.sample(zeros, zeros, seed=5)
+    a.sample(zeros, zeros, generator=torch.Generator())
+    assert torch.equal(a._generator.get_state(), own), "the model's own generator was touched"
     assert torch.equal(torch.get_rng_state(), state), "the global random state was touched"
 
 

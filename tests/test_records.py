@@ -218,6 +218,11 @@ def test_values_are_cast_to_the_model(dtype: torch.dtype) -> None:
         assert weights(made) == weights(model)
 
 
+def test_a_new_model_is_where_it_is_wanted() -> None:
+    made = TemporalVAE.from_bytes(tiny().serialize(), device="meta")
+    assert all(p.is_meta for p in made.parameters())
+
+
 def test_a_dtype_must_be_floating_point() -> None:
     with pytest.raises(ValueError, match="floating-point"):
         TemporalVAE.from_bytes(tiny().serialize(), dtype=torch.int64)

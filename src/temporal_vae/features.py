@@ -131,7 +131,7 @@ def _named(
     weights: Tensor, kl: list[float] | list[None], lost: list[float] | list[None]
 ) -> dict[str, ChannelImportance]:
     total = float(weights.sum())
-    shares = (weights / total if total > 0 else torch.full_like(weights, 1 / len(weights))).tolist()
+    shares = (weights / total if total else torch.full_like(weights, 1 / len(weights))).tolist()
     values = zip(shares, kl, lost, strict=True)
     return {f"channel_{i}": ChannelImportance(*value) for i, value in enumerate(values)}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 KL_WEIGHT = 1e-4
@@ -27,6 +28,7 @@ def mean_squared_error(prediction: Tensor, target: Tensor) -> Tensor:
 def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
     """KL(N(mean, exp(log_variance)) || N(0, 1)) in nats: summed over a sample, mean over samples.
 
+    In float32 at least, since the sum over a clip soon leaves float16.
     Raises `ValueError` for shapes that differ.
     Source: Kingma and Welling 2014, arXiv 1312.6114, appendix B.
     """
@@ -47,6 +49,8 @@ def _divergences(mean: Tensor, log_variance: Tensor) -> Tensor:
             f"mean and log_variance must have one shape, got {tuple(mean.shape)} and "
             f"{tuple(log_variance.shape)}"
         )
+    wide = torch.promote_types(mean.dtype, torch.float32)
+    mean, log_variance = mean.to(wide), log_variance.to(wide)
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
 
 

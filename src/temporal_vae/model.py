@@ -1070,7 +1070,7 @@ class TemporalVAE(nn.Module):
 
         Raises:
             ValueError: for a wrong input or rate, and for a loss that is not finite, or whose
-                gradient is not; nothing is changed then.
+                gradient is not; no parameter is changed then.
         """
         _check_rate(learning_rate)
         with _recording(input, target) as (x, y):
@@ -1080,9 +1080,12 @@ class TemporalVAE(nn.Module):
                 "kl": losses.KL_WEIGHT * self.kl_divergence(*posterior) / posterior.mean[0].numel(),
             }
             terms["loss"] = sum(terms.values(), start=x.new_zeros(()))
+            found = {name: float(value.detach()) for name, value in terms.items()}
+            if not math.isfinite(found["loss"]):
+                raise ValueError(f"the loss must be finite to step down from, got {found}")
             gradients = self._gradients(terms["loss"])
         self.apply_gradients(gradients, learning_rate)
-        return {name: float(value.detach()) for name, value in terms.items()}
+        return found
 
     def compute_gradients(
         self, input: Tensor, target: Tensor, loss: LossFunction | None = None
@@ -1208,9 +1211,8 @@ class TemporalVAE(nn.Module):
 
     def _weights_written(self) -> None:
         """In float16 the stream's scales depend on the weights; see `Line.fit_scales`."""
-        if self.dtype == torch.float16:
-            self.encoder.fit_scales()
-            self.decoder.fit_scales()
+        self.encoder.fit_scales()
+        self.decoder.fit_scales()
 
     # Copies ----------------------------------------------------------------------------------
 
@@ -1221,7 +1223,8 @@ class TemporalVAE(nn.Module):
         slicing, tiling, memory budget, active features, compilation, the state of the generator,
         and a copy of the loss. Gradients are not copied. Takes the memory of one more model.
         """
-        return copy.deepcopy(self)
+        with torch.inference_mode(False):  # what is made in it could not be trained
+            return copy.deepcopy(self)
 
     def deep_copy(self) -> Self:
         """The same as `clone`, by the page's other name; `copy.deepcopy` does it too."""
@@ -1340,16 +1343,17 @@ class TemporalVAE(nn.Module):
     def export_computation_graph(self, example: Tensor) -> ExportedProgram:
         """`predict` as a graph of torch operations, by `torch.export`.
 
-        Batch, frames, height and width may vary, H and W in multiples of `downsample_factor`. The
-        graph keeps no loop over pieces, so it takes more memory than the model; masked channels are
-        part of it.
+        Batch, frames, height and width may vary, H and W in multiples of `downsample_factor` from
+        two of them on. The graph keeps no loop over pieces, so it takes more memory than the model;
+        masked channels are part of it. The weights are the model's own: a step of training shows in
+        both, and outside of `torch.no_grad` a graph records its way back to them.
 
         Args:
             example: pixels (B, C, T, H, W), or an image (B, C, H, W), of which rank the graph will
-                take its input; sizes of at least 2 in all that varies.
+                take its input; at least 2 samples, 2 frames, and 2 latent cells each way.
 
         Raises:
-            ValueError: as `encode`, and for a size of 1, which torch would take for fixed.
+            ValueError: as `encode`, and for 1 of any of these, which torch would take for fixed.
 
         Example:
             >>> vae = TemporalVAE(base_channels=8, channel_multipliers=(1,), seed=0)
@@ -1358,10 +1362,11 @@ class TemporalVAE(nn.Module):
             (1, 3, 7, 16, 24)
         """
         self._pixels(example, "example")
-        if any(example.shape[axis] < 2 for axis in range(example.ndim) if axis != 1):
+        f, (samples, _, *frames, rows, columns) = self.downsample_factor, example.shape
+        if min(samples, *frames, rows // f, columns // f) < 2:
             raise ValueError(
-                f"example must have at least 2 of what may vary, got {tuple(example.shape)}: a "
-                "graph takes sizes of 1 for fixed"
+                f"example must have at least 2 samples, 2 frames, and {2 * f} pixels each way, got "
+                f"{tuple(example.shape)}: a graph takes what there is 1 of for fixed"
             )
         encoder, decoder = self.encoder.ready(), self.decoder.ready()
         return graph.export(encoder, decoder, self._active, example)

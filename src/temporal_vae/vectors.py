@@ -16,7 +16,7 @@ def gather(parameters: Iterable[nn.Parameter]) -> Tensor:
 def check(
     vector: Tensor, parameters: Iterable[nn.Parameter], name: str, *, way_out: str | None = None
 ) -> Tensor:
-    """`vector` (N,) in the dtype and on the device of the parameters.
+    """`vector` (N,) as `gather` gives: on the device of the parameters, in the dtype of each.
 
     Raises `ValueError` unless it is flat, as long as they have numbers, and floating point; and
     for values that are not finite in their dtype, if there is a `way_out` to name.
@@ -32,7 +32,8 @@ def check(
         )
     if not vector.is_floating_point():
         raise ValueError(f"{name} must be floating point, got {vector.dtype}: convert it first")
-    converted = vector.detach().to(like[0])
+    pieces = vector.detach().to(like[0].device).split([p.numel() for p in like])
+    converted = torch.cat([piece.to(p.dtype) for piece, p in zip(pieces, like, strict=True)])
     if way_out and (bad := int((~converted.isfinite()).sum())):
         raise ValueError(
             f"{name} has {bad} of {count} numbers that are not finite in {converted.dtype}: "
