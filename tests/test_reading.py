@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import threading
 import time
@@ -950,3 +951,17 @@ def test_what_waits_is_few_frames(tmp_path: Path) -> None:
             time.sleep(0.002)
             assert frame.pts >= index
     assert len(alive) == 40
+
+
+def test_frames_go_when_they_are_done_with(tmp_path: Path) -> None:
+    """Without the garbage collector, whose time comes after hundreds of frames."""
+    path = h264(tmp_path / "a.mp4")
+    gc.collect()
+    before = sum(type(o) is VideoFrame for o in gc.get_objects())
+    gc.disable()
+    try:
+        assert len(read_all(path)) == 60
+        left = sum(type(o) is VideoFrame for o in gc.get_objects())
+    finally:
+        gc.enable()
+    assert left - before <= 2

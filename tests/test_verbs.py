@@ -585,7 +585,7 @@ def test_a_disk_that_is_full_or_read_only(
     options: str, message: str,
 ) -> None:  # fmt: skip
     """Of 64 KiB, for files that take more: one line, and not a byte of them."""
-    source, latents = write(tmp_path / "in.mkv", noise(40, 64, 64)), tmp_path / "in.safetensors"
+    source, latents = write(tmp_path / "in.mkv", noise(16, 64, 64)), tmp_path / "in.safetensors"
     coding.encode(source, latents, model, model.latent_record())
     with mounted(tmp_path / "disk", options) as disk:
         for words in (

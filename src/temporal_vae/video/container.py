@@ -17,7 +17,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from temporal_vae.video.colour import colour_notes, colour_of, is_grey, refuse_colour
-from temporal_vae.video.converting import depth_of, has_alpha, orientation
+from temporal_vae.video.converting import WayUp, depth_of, has_alpha, orientation
 from temporal_vae.video.exif import refuse_mirrored
 from temporal_vae.video.frames import PIPE, VideoError, VideoInfo
 
@@ -62,6 +62,7 @@ class VideoFile:
         self.path, self._alpha = path, alpha
         self._packets_lost = self._timestamps_made = self._damaged = self._count = 0
         self._end: Fraction | None = None
+        self._orientation = WayUp()
         self._container = _open(path)
         try:
             self._prepare()
@@ -181,7 +182,7 @@ class VideoFile:
         """Frames with timestamps that rise, from 0 or later; those made up are counted."""
         size, last = (self.info.width, self.info.height), None
         for frame in frames:
-            _same_size(frame, size, self.path, max(0, self._count))
+            self._same_size(frame, size)
             pts = None if frame.pts is None else frame.pts + self._shift
             if pts is None or (last is not None and pts <= last):
                 pts = self._origin if last is None else last + self._step
@@ -192,6 +193,20 @@ class VideoFile:
             last = pts
             self._end = (pts + self._step) * self.info.time_base
             yield frame, pts
+
+    def _same_size(self, frame: VideoFrame, size: tuple[int, int]) -> None:
+        try:
+            matrix = self._orientation(frame)
+        except ValueError:
+            matrix = None
+        found = frame.width, frame.height
+        if matrix is not None and matrix[0, 0] == 0:
+            found = frame.height, frame.width
+        if found != size:
+            raise VideoError(
+                f"{self.path}: the frame size changes from {size[0]}x{size[1]} to "
+                f"{found[0]}x{found[1]} at frame {max(0, self._count)}: split the file there"
+            )
 
     # What the file says ------------------------------------------------------------------------
 
@@ -266,21 +281,6 @@ def described(head: VideoFrame, info: VideoInfo) -> VideoInfo:
         bit_depth=depth_of(head), rotation=0 if matrix is None else head.rotation, colour=colour,
         alpha=info.alpha or has_alpha(head), interlaced=head.interlaced_frame,
     )  # fmt: skip
-
-
-def _same_size(frame: VideoFrame, size: tuple[int, int], path: str, index: int) -> None:
-    try:
-        matrix = orientation(frame)
-    except ValueError:
-        matrix = None
-    found = frame.width, frame.height
-    if matrix is not None and matrix[0, 0] == 0:
-        found = frame.height, frame.width
-    if found != size:
-        raise VideoError(
-            f"{path}: the frame size changes from {size[0]}x{size[1]} to {found[0]}x{found[1]} "
-            f"at frame {index}: split the file there"
-        )
 
 
 def _refuse_size(width: int, height: int, path: str) -> None:
