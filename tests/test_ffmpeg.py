@@ -105,14 +105,14 @@ def in_levels(image: Image) -> Image:
 
 
 def converted(ffmpeg: str, path: Path, filters: str, name: str, shape: tuple[int, ...]) -> Image:
-    """Frames (T, H, W, C) in 0..255 of one of the command's pixel formats, in order R, G, B."""
+    """Frames (T, H, W, 3) in 0..255 of one of the command's pixel formats, in order R, G, B."""
     data = run(ffmpeg, "-v", "error", "-i", path, "-vf", f"{filters},format={name}",
                "-fps_mode", "passthrough", "-f", "rawvideo", "-")  # fmt: skip
     values: Image = np.frombuffer(data, np.uint16 if "16" in name or "48" in name else np.uint8)
     values = in_levels(values)
     if name.startswith("gbrp"):
         return values.reshape(-1, 3, *shape)[:, [2, 0, 1]].transpose(0, 2, 3, 1)
-    return values.reshape(-1, *shape, 1 if name.startswith("gray") else 3)
+    return values.reshape(-1, *shape, 3)
 
 
 def probed(path: Path) -> list[Fraction]:
@@ -152,12 +152,10 @@ def assert_read_as_ffmpeg_does(
     ours = in_levels(ours)
     _, zimg, _ = MATRICES[matrix]
     place = "left" if pixel_format in codec.left else "center"
-    told = f"zscale=min={zimg}:rin={range_}:r=pc:f=bilinear:cin={place}"
-    told += "" if grey else ":m=gbr"
-    name = ("gray" if grey else "gbrp") + ("16le" if deep else "")
-    theirs = converted(ffmpeg, path, told, name, ours.shape[1:3])
+    told = f"zscale=min={zimg}:rin={range_}:m=gbr:r=pc:f=bilinear:cin={place}"
+    theirs = converted(ffmpeg, path, told, "gbrp16le" if deep else "gbrp", ours.shape[1:3])
+    assert ours.shape == theirs.shape
     apart = np.abs(ours - theirs)
-    assert ours.shape[:3] == theirs.shape[:3]
     most = 0.03 if deep else 1.01
     assert apart.mean() < 0.01 and apart.max() <= most, "zimg sees other colours"
     if not (subsampled or grey):

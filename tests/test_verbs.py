@@ -591,7 +591,6 @@ def test_a_disk_that_is_full_or_read_only(
         for words in (
             ("encode", source, disk / "out.safetensors"),
             ("decode", latents, disk / "out.mkv"),
-            ("decode", latents, disk / "out.mp4"),
             ("reconstruct", source, disk / "out.mkv"),
         ):
             assert_one_line_error(run(*words, "--model", small_model), message)
