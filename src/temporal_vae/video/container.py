@@ -18,7 +18,7 @@ from av.video.stream import VideoStream
 
 from temporal_vae.video.colour import colour_notes, colour_of, is_grey, refuse_colour
 from temporal_vae.video.converting import WayUp, depth_of, has_alpha, orientation
-from temporal_vae.video.exif import refuse_mirrored
+from temporal_vae.video.exif import has_exif, refuse_mirrored
 from temporal_vae.video.frames import PIPE, VideoError, VideoInfo
 
 MAX_PIXELS = 1 << 27
@@ -216,8 +216,8 @@ class VideoFile:
         refuse_colour(colour, path)
         refuse_colour(replace(colour, transfer=stream.codec_context.color_trc), path)
         _refuse_samples(head, path)
-        if path != PIPE and stream.codec_context.name in STILLS:
-            refuse_mirrored(head, path)
+        if path != PIPE and stream.codec_context.name in STILLS and has_exif(head):
+            refuse_mirrored(path)
         fps = Fraction(stream.average_rate or stream.guessed_rate or 25)
         time_base = Fraction(stream.time_base or 1 / fps)
         self._step = max(1, round(1 / (fps * time_base)))
