@@ -123,7 +123,9 @@ class VideoFile:
         while True:
             try:
                 packet = next(packets)
-            except StopIteration:
+            except (StopIteration, IndexError):
+                # PyAV flushes each stream at the end, and stumbles over one that began on the way;
+                # ours comes before it
                 return
             except av.error.FFmpegError:
                 self._packets_lost += 1
