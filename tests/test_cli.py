@@ -178,13 +178,6 @@ def test_what_is_not_carried_is_said(tmp_path: Path, echo: Echo) -> None:
     assert "4/3" in note and ".mp4 only" in note
 
 
-def test_a_grey_model_says_what_it_takes(tmp_path: Path) -> None:
-    grey = awake(torch.float32, input_channels=1)
-    source = write(tmp_path / "a.mkv", smooth(3, 16, 16))
-    with pytest.raises(VideoError, match="takes 1 channels"):
-        app.reconstruct(source, tmp_path / "b.mkv", grey)
-
-
 def test_progress_knows_what_is_left(tmp_path: Path, echo: Echo) -> None:
     """Also for a container that does not count its frames."""
     seen: list[tuple[int, int | None]] = []

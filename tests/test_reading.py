@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import threading
 import time
@@ -579,6 +580,28 @@ def test_a_seek_that_lands_elsewhere_is_not_believed(
     assert all(np.array_equal(a[1], b[1]) for a, b in zip(part, expected, strict=True))
 
 
+def test_a_stream_that_begins_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the end PyAV may look for such a stream where it is not: all frames have come by then."""
+    from temporal_vae.video import container
+
+    class Stumbling:
+        def __init__(self, truth: Any):
+            self.truth = truth
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.truth, name)
+
+        def demux(self, stream: Any) -> Iterator[Any]:
+            yield from self.truth.demux(stream)
+            raise IndexError("list index out of range")
+
+    path = h264(tmp_path / "a.ts")
+    expected = read_all(path)
+    honest = container._open
+    monkeypatch.setattr(container, "_open", lambda path: Stumbling(honest(path)))
+    assert [t for t, _ in read_all(path)] == [t for t, _ in expected]
+
+
 def test_a_start_after_the_end_is_said(tmp_path: Path) -> None:
     with pytest.raises(VideoError, match="no frame begins at 100 s or later"):
         read_all(h264(tmp_path / "a.mp4"), start=100)
@@ -950,3 +973,21 @@ def test_what_waits_is_few_frames(tmp_path: Path) -> None:
             time.sleep(0.002)
             assert frame.pts >= index
     assert len(alive) == 40
+
+
+def test_frames_go_when_they_are_done_with(tmp_path: Path) -> None:
+    """Without the garbage collector, whose time comes after hundreds of frames."""
+    path = h264(tmp_path / "a.mp4")
+    (tmp_path / "images").mkdir()
+    for index, image in enumerate(noise(9, 8, 8)):
+        save(tmp_path / "images" / f"{index}.png", image, "png", "rgb24")
+    gc.collect()
+    before = sum(type(o) is VideoFrame for o in gc.get_objects())
+    gc.disable()
+    try:
+        assert len(read_all(path)) == 60
+        assert len(read_all(tmp_path / "images")) == 9
+        left = sum(type(o) is VideoFrame for o in gc.get_objects())
+    finally:
+        gc.enable()
+    assert left - before <= 4

@@ -39,7 +39,7 @@ from temporal_vae import (
     write_latents,
 )
 from temporal_vae.evaluate import reconstruct_frames
-from temporal_vae.video import VideoError, VideoWriter, pad_frames, read_clip, to_pixels
+from temporal_vae.video import VideoWriter, pad_frames, read_clip, to_pixels
 from temporal_vae.walks.plan import _Alive
 
 Said = subprocess.CompletedProcess[str]
@@ -112,10 +112,10 @@ def assert_shape_is_kept(source: Path, target: Path, model: TemporalVAE) -> None
     app.reconstruct(source, whole, model)
     assert times(whole) == times(target)
     apart = np.abs(read_clip(whole).astype(int) - after)
-    if target.suffix == ".mp4":  # H.264 makes more of a rounding
-        assert apart.mean() < 2, "the picture moved"
-    elif model.is_causal or model.decode_reach is None:  # the same pieces, the same sums
+    if model.is_causal or model.decode_reach is None:  # the same pieces, the same sums
         assert not apart.any(), "the picture moved"
+    elif target.suffix == ".mp4":  # H.264 makes more of a rounding
+        assert apart.mean() < 2, "the picture moved"
     else:  # a rounding at a half now and then
         assert apart.max() <= 1 and (apart > 0).mean() < 1e-3, "the picture moved"
 
@@ -359,13 +359,6 @@ def test_a_decoder_that_was_trained_on_passes(tmp_path: Path) -> None:
     assert read_clip(tmp_path / "c.mkv").shape == (2, 6, 6, 3)
 
 
-def test_a_grey_model_says_what_it_takes(tmp_path: Path) -> None:
-    grey = awake(torch.float32, input_channels=1)
-    source = write(tmp_path / "a.mkv", smooth(3, 16, 16))
-    with pytest.raises(VideoError, match="takes 1 channels"):
-        coding.encode(source, tmp_path / "a.safetensors", grey, grey.latent_record())
-
-
 # The command ---------------------------------------------------------------------------------
 
 
@@ -585,13 +578,12 @@ def test_a_disk_that_is_full_or_read_only(
     options: str, message: str,
 ) -> None:  # fmt: skip
     """Of 64 KiB, for files that take more: one line, and not a byte of them."""
-    source, latents = write(tmp_path / "in.mkv", noise(40, 64, 64)), tmp_path / "in.safetensors"
+    source, latents = write(tmp_path / "in.mkv", noise(8, 64, 64)), tmp_path / "in.safetensors"
     coding.encode(source, latents, model, model.latent_record())
     with mounted(tmp_path / "disk", options) as disk:
         for words in (
             ("encode", source, disk / "out.safetensors"),
             ("decode", latents, disk / "out.mkv"),
-            ("decode", latents, disk / "out.mp4"),
             ("reconstruct", source, disk / "out.mkv"),
         ):
             assert_one_line_error(run(*words, "--model", small_model), message)

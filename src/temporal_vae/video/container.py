@@ -17,8 +17,8 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from temporal_vae.video.colour import colour_notes, colour_of, is_grey, refuse_colour
-from temporal_vae.video.converting import depth_of, has_alpha, orientation
-from temporal_vae.video.exif import refuse_mirrored
+from temporal_vae.video.converting import WayUp, depth_of, has_alpha, orientation
+from temporal_vae.video.exif import has_exif, refuse_mirrored
 from temporal_vae.video.frames import PIPE, VideoError, VideoInfo
 
 MAX_PIXELS = 1 << 27
@@ -62,6 +62,7 @@ class VideoFile:
         self.path, self._alpha = path, alpha
         self._packets_lost = self._timestamps_made = self._damaged = self._count = 0
         self._end: Fraction | None = None
+        self._orientation = WayUp()
         self._container = _open(path)
         try:
             self._prepare()
@@ -122,7 +123,9 @@ class VideoFile:
         while True:
             try:
                 packet = next(packets)
-            except StopIteration:
+            except (StopIteration, IndexError):
+                # PyAV flushes each stream at the end, and stumbles over one that began on the way;
+                # ours comes before it
                 return
             except av.error.FFmpegError:
                 self._packets_lost += 1
@@ -181,7 +184,7 @@ class VideoFile:
         """Frames with timestamps that rise, from 0 or later; those made up are counted."""
         size, last = (self.info.width, self.info.height), None
         for frame in frames:
-            _same_size(frame, size, self.path, max(0, self._count))
+            self._same_size(frame, size)
             pts = None if frame.pts is None else frame.pts + self._shift
             if pts is None or (last is not None and pts <= last):
                 pts = self._origin if last is None else last + self._step
@@ -193,6 +196,20 @@ class VideoFile:
             self._end = (pts + self._step) * self.info.time_base
             yield frame, pts
 
+    def _same_size(self, frame: VideoFrame, size: tuple[int, int]) -> None:
+        try:
+            matrix = self._orientation(frame)
+        except ValueError:
+            matrix = None
+        found = frame.width, frame.height
+        if matrix is not None and matrix[0, 0] == 0:
+            found = frame.height, frame.width
+        if found != size:
+            raise VideoError(
+                f"{self.path}: the frame size changes from {size[0]}x{size[1]} to "
+                f"{found[0]}x{found[1]} at frame {max(0, self._count)}: split the file there"
+            )
+
     # What the file says ------------------------------------------------------------------------
 
     def _describe(self, head: VideoFrame) -> VideoInfo:
@@ -201,8 +218,8 @@ class VideoFile:
         refuse_colour(colour, path)
         refuse_colour(replace(colour, transfer=stream.codec_context.color_trc), path)
         _refuse_samples(head, path)
-        if path != PIPE and stream.codec_context.name in STILLS:
-            refuse_mirrored(head, path)
+        if path != PIPE and stream.codec_context.name in STILLS and has_exif(head):
+            refuse_mirrored(path)
         fps = Fraction(stream.average_rate or stream.guessed_rate or 25)
         time_base = Fraction(stream.time_base or 1 / fps)
         self._step = max(1, round(1 / (fps * time_base)))
@@ -266,21 +283,6 @@ def described(head: VideoFrame, info: VideoInfo) -> VideoInfo:
         bit_depth=depth_of(head), rotation=0 if matrix is None else head.rotation, colour=colour,
         alpha=info.alpha or has_alpha(head), interlaced=head.interlaced_frame,
     )  # fmt: skip
-
-
-def _same_size(frame: VideoFrame, size: tuple[int, int], path: str, index: int) -> None:
-    try:
-        matrix = orientation(frame)
-    except ValueError:
-        matrix = None
-    found = frame.width, frame.height
-    if matrix is not None and matrix[0, 0] == 0:
-        found = frame.height, frame.width
-    if found != size:
-        raise VideoError(
-            f"{path}: the frame size changes from {size[0]}x{size[1]} to {found[0]}x{found[1]} "
-            f"at frame {index}: split the file there"
-        )
 
 
 def _refuse_size(width: int, height: int, path: str) -> None:

@@ -73,6 +73,26 @@ def orientation(frame: VideoFrame) -> npt.NDArray[np.int64] | None:
     return None if np.array_equal(matrix, np.eye(2)) else matrix
 
 
+class WayUp:
+    """The orientations of a video's frames, looked up where the angle changes.
+
+    PyAV's side data and their frame hold each other: a frame that was asked for them stays, with
+    its pixels, until the garbage collector comes by, hundreds of frames later.
+    """
+
+    def __init__(self) -> None:
+        self._angle: int | None = None
+        self._matrix: npt.NDArray[np.int64] | None = None
+
+    def __call__(self, frame: VideoFrame) -> npt.NDArray[np.int64] | None:
+        """See `orientation`, which also says what is raised."""
+        angle = frame.rotation
+        if angle != self._angle:
+            self._matrix = orientation(frame)
+            self._angle = angle
+        return self._matrix
+
+
 def turn(image: npt.NDArray[Any], matrix: npt.NDArray[np.int64] | None) -> npt.NDArray[Any]:
     """(H, W, ...) as stored -> as shown: the matrix maps (x, y) stored to (x, y) shown, as rows."""
     if matrix is None:
@@ -94,6 +114,7 @@ class Converter:
     def __init__(self, path: str, shape: Shape, watched: bool):
         self._path, self._shape, self._watched = path, shape, watched
         self._scaler, self._second = VideoReformatter(), VideoReformatter()
+        self._orientation = WayUp()
 
     def __call__(self, frame: VideoFrame, pts: int) -> Frame:
         """Convert one frame."""
@@ -102,7 +123,7 @@ class Converter:
             raise VideoError(
                 f"{self._path}: frames of {depth_of(frame)} bits after frames of 8: split it there"
             )
-        matrix = orientation(frame)
+        matrix = self._orientation(frame)
         height, width = shape.size
         if shape.crop is not None:
             height, width = frame.height, frame.width

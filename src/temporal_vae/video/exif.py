@@ -22,16 +22,19 @@ HEADS = (b"Exif\0\0", b"eXIf")
 
 
 def has_exif(frame: VideoFrame) -> bool:
-    """Whether a frame has side data, as Exif is, that PyAV has no name for."""
+    """Whether a frame has side data, as Exif is, that PyAV has no name for.
+
+    To ask makes the frame stay until the garbage collector comes by.
+    """
     try:
         return not hasattr(frame.side_data, "get")
     except ValueError:
         return True
 
 
-def refuse_mirrored(frame: VideoFrame, path: str) -> None:
+def refuse_mirrored(path: str) -> None:
     """Raise `VideoError` for a photograph that Exif says to mirror."""
-    if has_exif(frame) and orientation_number(Path(path).read_bytes()) in MIRRORED:
+    if orientation_number(Path(path).read_bytes()) in MIRRORED:
         raise VideoError(f"{path}: its Exif data says to mirror it, which is not followed")
 
 

@@ -169,7 +169,7 @@ def _image(file: Path) -> tuple[VideoFrame, str]:
     if frame is None or frame.is_corrupt:
         raise VideoError(f"{file}: not an image that can be read: it is damaged")
     refuse_colour(colour_of(frame), str(file))
-    refuse_mirrored(frame, str(file))
+    refuse_mirrored(str(file))
     return frame, codec
 
 
