@@ -15,7 +15,7 @@ from temporal_vae.latents import (
 )
 from temporal_vae.metadata import ModelMetadata
 from temporal_vae.model import TemporalVAE
-from temporal_vae.video import VideoInfo, load_video
+from temporal_vae.video import VideoInfo, load_video, save_video
 from temporal_vae.walks.plan import Plan
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "VideoInfo",
     "load_video",
     "read_latents",
+    "save_video",
     "to_diffusers",
     "upgrade",
     "write_latents",

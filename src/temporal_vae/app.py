@@ -6,8 +6,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
@@ -15,11 +16,11 @@ import numpy as np
 import torch
 
 from temporal_vae import checkpoint
-from temporal_vae.files import atomic_path
 from temporal_vae.latents import ModelRecord
 from temporal_vae.model import TemporalVAE
 from temporal_vae.video import (
-    PIPE,
+    CopiedStreams,
+    Format,
     Frame,
     Image,
     Options,
@@ -27,6 +28,9 @@ from temporal_vae.video import (
     VideoReader,
     VideoWriter,
     check_suffix,
+    depth_for,
+    tag_notes,
+    writable,
 )
 from temporal_vae.walking import clip_length, memory_budget, start_walk
 from temporal_vae.walks.plan import Budget
@@ -96,6 +100,7 @@ def reconstruct(
     progress: Progress | None = None,
     memory: Budget = None,
     options: Options | None = None,
+    format: Format | None = None,
 ) -> Summary:
     """Encode a video to the posterior mean, decode it, and write the result.
 
@@ -108,22 +113,33 @@ def reconstruct(
     `memory` bounds what the model takes over its weights, reserved before the first frame: bytes,
     words such as "2GiB", "auto" for most of what is free, None for no bound; it never changes the
     result. `target` appears whole or not at all; "-" is standard input, and standard output.
+    `format` says more than its name of how it is written; a source deeper than 8 bits is written as
+    deep where that can be. Its colours' tags, its sound and its subtitles are passed on.
 
     Raises `VideoError` for a source that cannot be read or a target that cannot be written,
     `ValueError` for memory that cannot do.
     """
-    check_suffix(target)
+    format = format or Format()
+    check_suffix(target, format)
     exist = os.path.exists(source) and os.path.exists(target)
     if exist and os.path.samefile(source, target):
         raise VideoError(f"{os.fspath(source)} would be overwritten by its reconstruction")
     check_alpha(target, model, options)
     length, budget = clip_length(model, clip_frames), memory_budget(memory, model)
     start, done = time.monotonic(), 0
-    with open_reader(source, model, options) as reader, writable(target) as partial:
+    with (
+        open_reader(source, model, options) as reader,
+        copied_streams(source, reader, options or {}) as copied,
+        writable(target, format) as partial,
+    ):
         info, ratio = reader.info, reader.sample_aspect_ratio
         size, rate = reader.size, (info.fps, info.time_base)
-        walk = start_walk(timed(reader), model, length, size, budget)
-        with VideoWriter(partial, *size, *rate, ratio) as writer:
+        format = replace(format, depth=depth_for(target, format, info.bit_depth))
+        depth = 8 if format.depth == 8 else 16
+        walk = start_walk(timed(reader), model, length, size, budget, depth)
+        with VideoWriter(
+            partial, *size, *rate, ratio, format=format, colour=info.colour, copied=copied
+        ) as writer:
             for images in walk.frames:
                 for image in rgb(images):
                     writer.write(image[: size[0], : size[1]], walk.stamps.popleft())
@@ -132,19 +148,12 @@ def reconstruct(
                     progress(done + len(walk.stamps) // 2, info.expected_frames)
             if ratio not in (None, 1) and not writer.keeps_aspect:
                 reader.notes.append(f"the shape of its pixels, {ratio}, is kept in .mp4 only")
-        notes = tuple(f"{os.fspath(source)}: {note}" for note in reader.notes)
+        settled = set(tag_notes(info.colour) if writer.keeps_tags else ())
+        settled |= set() if copied is None else copied.settled
+        notes = [note for note in reader.notes if note not in settled] + writer.notes
     cut = None if length == sys.maxsize else length
-    return Summary(done, time.monotonic() - start, cut, notes)
-
-
-@contextmanager
-def writable(target: str | os.PathLike[str]) -> Iterator[str | os.PathLike[str]]:
-    """Where to write: a file that takes the target's name at the end, or standard output."""
-    if os.fspath(target) == PIPE:
-        yield PIPE
-    else:
-        with atomic_path(target) as partial:
-            yield partial
+    told = tuple(f"{os.fspath(source)}: {note}" for note in notes)
+    return Summary(done, time.monotonic() - start, cut, told)
 
 
 def open_reader(
@@ -163,6 +172,20 @@ def open_reader(
     if model.input_channels == 4:
         asked["alpha"] = None  # it is the fourth channel, and needs no plane of its own
     return VideoReader(source, **asked)
+
+
+def copied_streams(
+    source: str | os.PathLike[str], reader: VideoReader, options: Options
+) -> AbstractContextManager[CopiedStreams | None]:
+    """Sound and subtitles of the frames that were asked for; none where their rate is another."""
+    if options.get("stride", 1) != 1 or options.get("fps") is not None:
+        if any(note.endswith("is not copied") for note in reader.notes):
+            reader.notes.append("sound and subtitles are left out, as frames are at another rate")
+        return nullcontext()
+    skipped = reader.begin * reader.info.time_base
+    start = Fraction(reader.info.start) + skipped - reader.shift if skipped else None
+    ends = options.get("frames") is not None
+    return CopiedStreams(source, start, shift=reader.shift - skipped, to_last_frame=ends)
 
 
 def check_alpha(

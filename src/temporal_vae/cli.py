@@ -33,7 +33,7 @@ from temporal_vae.describing import (
 )
 from temporal_vae.jobs import VIDEO_SUFFIXES, Job, find_inputs, plan_jobs
 from temporal_vae.latents import SUFFIX, latent_statistics
-from temporal_vae.video import PIPE, VideoError
+from temporal_vae.video import PIPE, Format, VideoError, check_suffix
 from temporal_vae.words import reader_options
 
 command = typer.Typer(
@@ -50,7 +50,20 @@ Source = Annotated[
 ]
 Target = Annotated[
     Path,
-    typer.Argument(metavar="OUT", help="Video to write: .mp4, .mkv (lossless); - .mkv to a pipe."),
+    typer.Argument(
+        metavar="OUT",
+        help="Video to write: .mp4, .mov, .mkv (lossless), .webm, .y4m, .rgb; a name without a "
+        "suffix for a folder of PNG; - for a pipe (.mkv).",
+    ),
+]
+Codec = Annotated[
+    str | None, typer.Option(help="h264, h265, vp9, ffv1, png, y4m or rgb, where OUT holds it.")
+]
+Depth = Annotated[
+    int | None, typer.Option(help="Bits of a component; as many as the source if none.")
+]
+Quality = Annotated[
+    float | None, typer.Option(help="Rate factor of a lossy codec: 0 is best, 51 worst.")
 ]
 Model = Annotated[str, typer.Option(help="Built-in name, or folder of a saved model.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
@@ -135,17 +148,22 @@ def reconstruct(
     size: Size = None,
     crop: Crop = None,
     alpha: AlphaWord = None,
+    codec: Codec = None,
+    depth: Depth = None,
+    quality: Quality = None,
 ) -> None:
     """Encode a video to the posterior mean, decode it, and write the result; - is a pipe."""
     options = reader_options(start=start, frames=frames, stride=stride, fps=fps, size=size,
                              crop=crop, alpha=alpha)  # fmt: skip
     _refuse_terminal(source, target)
+    format = Format(codec=codec, depth=depth, quality=quality)
+    check_suffix(target, format)
     vae = TemporalVAE.from_pretrained(
         model, dtype=app.choose_dtype(dtype), device=app.choose_device(device)
     )
     with Meter("reconstructing") as meter:
         length = _clip_length(clip_frames)
-        summary = app.reconstruct(source, target, vae, length, meter, memory, options)
+        summary = app.reconstruct(source, target, vae, length, meter, memory, options, format)
     for note in summary.notes:
         err.print(f"tvae: note: {note}", markup=False, soft_wrap=True)
     rate = summary.frames / max(summary.seconds, 1e-9)

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 
 from temporal_vae import checkpoint
-from temporal_vae.app import Progress, Summary, check_alpha, open_reader, rgb, timed, writable
+from temporal_vae.app import Progress, Summary, check_alpha, open_reader, rgb, timed
 from temporal_vae.files import atomic_path
 from temporal_vae.geometry import Padding
 from temporal_vae.latents import (
@@ -36,11 +36,14 @@ from temporal_vae.video import (
     PIPE,
     Alpha,
     Colour,
+    Format,
     Options,
     VideoError,
     VideoReader,
     VideoWriter,
     check_suffix,
+    depth_for,
+    writable,
 )
 from temporal_vae.walking import clip_length, decode_walk, encode_walk, memory_budget
 from temporal_vae.walks.plan import Budget
@@ -174,14 +177,17 @@ def decode(
     start, done, budget = time.monotonic(), 0, memory_budget(memory, model)
     with LatentFile(source) as file, writable(target) as partial_file:
         info = file.info
-        notes = [*_compare(file, model, record, any_model), *colour_notes(colour_of(info))]
+        notes = _compare(file, model, record, any_model)
         if sample and info.kind == "sample":
             raise LatentFileError(f"{file.path} holds a sample already: nothing is drawn")
         read = partial(file.latents, sample_mode=sample, generator=generator)
         length = info.clip_frames or (None if model.decode_reach is not None else info.frames)
-        frames = decode_walk(read, info.frames, model, length, (info.rows, info.columns), budget)
+        format = Format(depth=depth_for(target, Format(), info.bit_depth or 8))
+        cells, depth = (info.rows, info.columns), 8 if format.depth == 8 else 16
+        frames = decode_walk(read, info.frames, model, length, cells, budget, depth)
         shape = (info.height, info.width, info.fps, info.time_base, info.sample_aspect_ratio)
-        with VideoWriter(partial_file, *shape) as writer:
+        colour = colour_of(info) if info.colour else None
+        with VideoWriter(partial_file, *shape, format=format, colour=colour) as writer:
             for images in frames:
                 stamps = file.timestamps(done, len(images)) if len(images) else []
                 for image, stamp in zip(rgb(images), stamps, strict=True):
@@ -195,7 +201,7 @@ def decode(
                 )
         if done != info.frames:
             raise LatentFileError(f"{file.path}: {done} frames came of {info.frames}")
-    notes = [f"{os.fspath(source)}: {note}" for note in notes]
+    notes = [f"{os.fspath(source)}: {note}" for note in notes + writer.notes]
     return Summary(done, time.monotonic() - start, info.clip_frames, tuple(notes))
 
 
@@ -255,13 +261,6 @@ def colour_of(info: LatentInfo) -> Colour:
         if name in COLOUR_TAGS and re.fullmatch("[0-9]{1,3}", text):
             colour = replace(colour, **{name: int(text)})  # type: ignore[arg-type]
     return colour
-
-
-def colour_notes(colour: Colour) -> Iterator[str]:
-    """What is tagged otherwise than what is written, BT.709, a line each."""
-    for name in ("primaries", "transfer"):
-        if (code := getattr(colour, name)) not in (1, 2, 6):
-            yield f"the source's colour {name} ({code}) are not written"
 
 
 def _compare(

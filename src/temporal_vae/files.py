@@ -13,6 +13,7 @@ import io
 import json
 import math
 import os
+import shutil
 import struct
 import uuid
 import zlib
@@ -61,8 +62,7 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
     if not final.parent.is_dir():
         raise FileNotFoundError(f"{final.parent} is not a folder")
     suffix = Path(target).suffix  # of the name that was given: it may choose the format
-    stem = os.fsencode(final.stem)[:80].decode(errors="ignore")  # names have 255 bytes at most
-    partial = final.with_name(f".{stem}.{uuid.uuid4().hex[:8]}.part{suffix}")
+    partial = final.with_name(f".{_stem(final)}.{uuid.uuid4().hex[:8]}.part{suffix}")
     try:
         partial.touch(exist_ok=False)
     except OSError as error:
@@ -76,6 +76,40 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(partial, final)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """A new folder beside `target` to fill with files; it takes the name of `target` at the end.
+
+    When the block raises, the new folder is removed, and there is none by the name of `target`.
+
+    Raises `FileExistsError`, `FileNotFoundError` or `PermissionError` before the block starts when
+    `target` could not be made: only an empty folder is replaced.
+    """
+    final = Path(os.path.realpath(target))
+    if final.exists() and not (final.is_dir() and not any(final.iterdir())):
+        raise FileExistsError(f"{target} exists: a new folder needs a name that is free")
+    if not final.parent.is_dir():
+        raise FileNotFoundError(f"{final.parent} is not a folder")
+    # without a suffix, as folders are known by
+    partial = final.with_name(f".{_stem(final).replace('.', '-')}-{uuid.uuid4().hex[:8]}-part")
+    try:
+        partial.mkdir()
+    except OSError as error:
+        raise PermissionError(f"cannot write in {final.parent}: {error.strerror}") from error
+    try:
+        yield partial
+        for file in partial.iterdir():
+            with file.open("r+b") as written:
+                os.fsync(written.fileno())
+        os.replace(partial, final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _stem(file: Path) -> str:
+    return os.fsencode(file.stem)[:80].decode(errors="ignore")  # names have 255 bytes at most
 
 
 @contextmanager

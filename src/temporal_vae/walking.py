@@ -17,7 +17,7 @@ from torch import Tensor
 
 from temporal_vae.geometry import Padding, spans
 from temporal_vae.model import Stream, TemporalVAE
-from temporal_vae.video import Bytes, Frame, pad_frames, to_bytes, to_pixels
+from temporal_vae.video import Bytes, Frame, Image, pad_frames, to_bytes, to_pixels
 from temporal_vae.walks.available import available_bytes
 from temporal_vae.walks.plan import Budget, Operation, Plan, parse_budget
 
@@ -190,9 +190,9 @@ def reserve(size: int, device: torch.device) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Walk:
-    """Frames on their way through a model, uint8 (n, H, W, 3), and timestamps of those inside."""
+    """Frames on their way through a model, (n, H, W, C), and timestamps of those inside."""
 
-    frames: Iterator[Bytes]
+    frames: Iterator[Image]
     stamps: deque[int]
 
 
@@ -202,26 +202,33 @@ def start_walk(
     length: int | None,
     size: tuple[int, int],
     budget: int | Literal["least"] | None,
+    depth: int = 8,
 ) -> Walk:
-    """A video as one clip that streams, or where there is a length as clips of it."""
+    """A video as one clip that streams, or where there is a length as clips of it.
+
+    Frames come out in a depth of 8 or 16 bits.
+    """
     stamps: deque[int] = deque()
     if length is not None:
         clips = pieces_of(frames, length, stamps)
-        return Walk(_walk_clips(clips, model, budget), stamps)
+        return Walk(_walk_clips(clips, model, budget, depth), stamps)
     padded = Padding.to_cells(*size, model.downsample_factor).padded
     if budget is None:
         pieces = pieces_of(frames, _piece_frames(size), stamps)
-        return Walk(_walk_stream(pieces, model, None, None), stamps)
+        return Walk(_walk_stream(pieces, model, None, None, depth), stamps)
     plans = stream_plans(model, padded, budget)
     reserve(plans.peak_bytes, model.device)
     pieces = pieces_of(frames, plans.frames, stamps)
-    return Walk(_walk_stream(pieces, model, plans.encode, plans.decode), stamps)
+    return Walk(_walk_stream(pieces, model, plans.encode, plans.decode, depth), stamps)
 
 
 @torch.no_grad()
 def _walk_clips(
-    clips: Iterator[Bytes], model: TemporalVAE, budget: int | Literal["least"] | None
-) -> Iterator[Bytes]:
+    clips: Iterator[Image],
+    model: TemporalVAE,
+    budget: int | Literal["least"] | None,
+    depth: int = 8,
+) -> Iterator[Image]:
     """Each clip on its own, its frames as they are decoded."""
     encode: Plan | None = None
     decode: Plan | None = None
@@ -232,15 +239,20 @@ def _walk_clips(
             reserve(needed, model.device)
         latents = model.encode(video, sample_mode=False, plan=encode)
         del video
-        yield from map(to_bytes, model.iter_decode(latents, plan=decode))
+        for frames in model.iter_decode(latents, plan=decode):
+            yield to_bytes(frames, depth)
 
 
 def _walk_stream(
-    pieces: Iterator[Bytes], model: TemporalVAE, encode: Plan | None, decode: Plan | None
-) -> Iterator[Bytes]:
+    pieces: Iterator[Image],
+    model: TemporalVAE,
+    encode: Plan | None,
+    decode: Plan | None,
+    depth: int = 8,
+) -> Iterator[Image]:
     """One clip in pieces, encoded and decoded; frames come padded, and late by the reach."""
     latents = _encode_pieces(pieces, model, model.encode_stream(sample_mode=False, plan=encode))
-    return _decode_pieces(latents, model.decode_stream(plan=decode))
+    return _decode_pieces(latents, model.decode_stream(plan=decode), depth)
 
 
 @torch.no_grad()
@@ -254,12 +266,15 @@ def _encode_pieces(
 
 
 @torch.no_grad()
-def _decode_pieces(pieces: Iterable[Tensor | None], stream: Stream) -> Iterator[Bytes]:
+def _decode_pieces(
+    pieces: Iterable[Tensor | None], stream: Stream, depth: int = 8
+) -> Iterator[Image]:
     """Frames of each piece of latents, none where none can be given yet; see `_encode_pieces`."""
     for latents in pieces:
         frames = None if latents is None else stream.push(latents)
-        yield NO_FRAMES if frames is None else to_bytes(frames)
-    yield from map(to_bytes, stream.drain())
+        yield NO_FRAMES if frames is None else to_bytes(frames, depth)
+    for frames in stream.drain():
+        yield to_bytes(frames, depth)
 
 
 # One way -------------------------------------------------------------------------------------
@@ -324,7 +339,8 @@ def decode_walk(
     length: int | None,
     cells: tuple[int, int],
     budget: int | Literal["least"] | None,
-) -> Iterator[Bytes]:
+    depth: int = 8,
+) -> Iterator[Image]:
     """The second half of `start_walk`: padded frames of the latents that `read` gives.
 
     `read(start, count)` gives unscaled latents (1, L, count, h, w).
@@ -336,9 +352,9 @@ def decode_walk(
             yield read(start, end - start).to(model.device, model.dtype)
 
     if length is not None:
-        return _decode_clips(pieces(length), model, size, budget)
+        return _decode_clips(pieces(length), model, size, budget, depth)
     piece, plan = _stream_piece(model, "decode", size, budget)
-    return _decode_pieces(pieces(piece), model.decode_stream(plan))
+    return _decode_pieces(pieces(piece), model.decode_stream(plan), depth)
 
 
 @torch.no_grad()
@@ -347,12 +363,14 @@ def _decode_clips(
     model: TemporalVAE,
     size: tuple[int, int],
     budget: int | Literal["least"] | None,
-) -> Iterator[Bytes]:
+    depth: int,
+) -> Iterator[Image]:
     plan: Plan | None = None
     for latents in clips:
         if plan is None or plan.shape != tuple(latents.shape):
             plan = _one_way_plan(model, "decode", latents.shape[2], size, budget, stream=False)
-        yield from map(to_bytes, model.iter_decode(latents, plan=plan))
+        for frames in model.iter_decode(latents, plan=plan):
+            yield to_bytes(frames, depth)
 
 
 def _stream_piece(

@@ -1,5 +1,8 @@
 """Video files to frames with timestamps, and back; frames to pixels, and back."""
 
+from temporal_vae.video.colour import tag_notes
+from temporal_vae.video.copying import CopiedStreams
+from temporal_vae.video.formats import Format, choose, depth_for
 from temporal_vae.video.frames import (
     PIPE,
     Bytes,
@@ -14,16 +17,17 @@ from temporal_vae.video.frames import (
     to_pixels,
 )
 from temporal_vae.video.reading import VideoReader, load_video, read_clip
+from temporal_vae.video.saving import save_video, writable
 from temporal_vae.video.selecting import Alpha, Options, Selection
-from temporal_vae.video.writing import H264_CRF, WRITERS, VideoWriter, check_suffix
+from temporal_vae.video.writing import VideoWriter, check_suffix
 
 __all__ = [
-    "H264_CRF",
     "PIPE",
-    "WRITERS",
     "Alpha",
     "Bytes",
     "Colour",
+    "CopiedStreams",
+    "Format",
     "Frame",
     "Image",
     "Options",
@@ -34,9 +38,14 @@ __all__ = [
     "VideoWriter",
     "Words",
     "check_suffix",
+    "choose",
+    "depth_for",
     "load_video",
     "pad_frames",
     "read_clip",
+    "save_video",
+    "tag_notes",
     "to_bytes",
     "to_pixels",
+    "writable",
 ]

@@ -18,6 +18,11 @@ MATRICES = {
     BT709: "BT.709", FCC: "FCC", BT470BG: "BT.601", SMPTE170M: "BT.601",
     SMPTE240M: "SMPTE 240M", BT2020: "BT.2020",
 }  # fmt: skip
+WEIGHTS = {
+    BT709: (0.2126, 0.0722), FCC: (0.30, 0.11), BT470BG: (0.299, 0.114), SMPTE170M: (0.299, 0.114),
+    SMPTE240M: (0.212, 0.087), BT2020: (0.2627, 0.0593),
+}  # fmt: skip
+"""What red and blue weigh in the luma of a matrix; green weighs the rest."""
 UNREAD_MATRICES = {
     8: "YCgCo", 10: "BT.2020 of constant luminance", 11: "SMPTE 2085", 12: "chromaticity-derived",
     13: "chromaticity-derived of constant luminance", 14: "ICtCp", 15: "IPT-C2",
@@ -56,12 +61,29 @@ def colour_of(frame: VideoFrame) -> Colour:
     grey, full = is_grey(frame), frame.format.name.startswith("yuvj")
     unknown = not grey and matrix not in MATRICES and matrix not in UNREAD_MATRICES
     if unknown:
-        large = frame.width >= 1280 or frame.height > 576
-        matrix = BT709 if large else SMPTE170M
+        matrix = assumed_matrix(frame.height, frame.width)
     ranged = range_ in (LIMITED, FULL) or full
     if full or not ranged:
         range_ = FULL if grey or full else LIMITED
     return Colour(*tags, matrix, range_, unknown, not ranged)
+
+
+def assumed_matrix(height: int, width: int) -> int:
+    """The matrix that players take for YUV without tags."""
+    return BT709 if width >= 1280 or height > 576 else SMPTE170M
+
+
+def tag_notes(colour: Colour) -> list[str]:
+    """A line for each tag that a file without tags would be missing.
+
+    BT.709 and unspecified are what such a file is taken to have; BT.601's curve is that of BT.709.
+    """
+    notes = []
+    if colour.primaries not in (1, 2):
+        notes.append(f"the colour primaries' tag ({colour.primaries}) is not carried over")
+    if colour.transfer not in (1, 2, 6):
+        notes.append(f"the transfer's tag ({colour.transfer}) is not carried over")
+    return notes
 
 
 def colour_notes(colour: Colour, grey: bool) -> list[str]:

@@ -16,10 +16,17 @@ from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from temporal_vae.video.colour import colour_notes, colour_of, is_grey, refuse_colour
+from temporal_vae.video.colour import (
+    colour_notes,
+    colour_of,
+    is_grey,
+    refuse_colour,
+    tag_notes,
+)
 from temporal_vae.video.converting import WayUp, depth_of, has_alpha, orientation
+from temporal_vae.video.copying import not_copied
 from temporal_vae.video.exif import has_exif, refuse_mirrored
-from temporal_vae.video.frames import PIPE, VideoError, VideoInfo
+from temporal_vae.video.frames import PIPE, Colour, VideoError, VideoInfo
 
 MAX_PIXELS = 1 << 27
 """Pixels of the largest frame that is read, 16384x8192: a damaged header may claim any size."""
@@ -85,6 +92,11 @@ class VideoFile:
         if self._alpha and self._beside and name is not None:
             self._decoder = _alpha_decoder(name, self._stream, self.path)
         self._decoder.options = {"max_pixels": str(MAX_PIXELS)}
+
+    @property
+    def shift(self) -> Fraction:
+        """Seconds that are added to the file's timestamps, so that none is below 0."""
+        return self._shift * self.info.time_base
 
     def close(self) -> None:
         """Close the file."""
@@ -365,10 +377,6 @@ def _claimed_end(container: av.container.InputContainer, stream: VideoStream) ->
 def _notes(container: av.container.InputContainer, stream: VideoStream) -> Iterator[str]:
     for other in container.streams:
         if other is not stream:
-            yield f"{other.type} stream {other.index} is not copied"
+            yield not_copied(other.type, other.index)
     context = stream.codec_context
-    # BT.709 and unspecified are what is written; BT.601's curve is that of BT.709
-    if context.color_primaries not in (1, 2):
-        yield f"the colour primaries' tag ({context.color_primaries}) is not carried over"
-    if context.color_trc not in (1, 2, 6):
-        yield f"the transfer's tag ({context.color_trc}) is not carried over"
+    yield from tag_notes(Colour(context.color_primaries, context.color_trc))

@@ -108,6 +108,11 @@ class VideoReader:
         """Where `start` lies from the first frame, in units of `info.time_base`."""
         return self._selection.start_ticks(self.info.time_base)
 
+    @property
+    def shift(self) -> Fraction:
+        """Seconds that were added to the file's timestamps, so that none is below 0."""
+        return self._source.shift if isinstance(self._source, VideoFile) else Fraction(0)
+
     def _frames(self) -> Iterator[Frame]:
         last: tuple[VideoFrame, Frame] | None = None
         asked, count = self._selection.frames, 0
