@@ -19,6 +19,7 @@ from temporal_vae import checkpoint
 from temporal_vae.latents import ModelRecord
 from temporal_vae.model import TemporalVAE
 from temporal_vae.video import (
+    Alpha,
     CopiedStreams,
     Format,
     Frame,
@@ -28,6 +29,7 @@ from temporal_vae.video import (
     VideoReader,
     VideoWriter,
     check_suffix,
+    choose,
     depth_for,
     tag_notes,
     writable,
@@ -124,7 +126,7 @@ def reconstruct(
     exist = os.path.exists(source) and os.path.exists(target)
     if exist and os.path.samefile(source, target):
         raise VideoError(f"{os.fspath(source)} would be overwritten by its reconstruction")
-    check_alpha(target, model, options)
+    channels = written_channels(target, format, model, (options or {}).get("alpha"))
     length, budget = clip_length(model, clip_frames), memory_budget(memory, model)
     start, done = time.monotonic(), 0
     with (
@@ -138,10 +140,11 @@ def reconstruct(
         depth = 8 if format.depth == 8 else 16
         walk = start_walk(timed(reader), model, length, size, budget, depth)
         with VideoWriter(
-            partial, *size, *rate, ratio, format=format, colour=info.colour, copied=copied
-        ) as writer:
+            partial, *size, *rate, ratio, channels=channels, format=format, colour=info.colour,
+            copied=copied,
+        ) as writer:  # fmt: skip
             for images in walk.frames:
-                for image in rgb(images):
+                for image in in_channels(images, channels):
                     writer.write(image[: size[0], : size[1]], walk.stamps.popleft())
                 done += len(images)
                 if progress is not None:  # a frame taken in, and not given yet, is half done
@@ -188,15 +191,21 @@ def copied_streams(
     return CopiedStreams(source, start, shift=reader.shift - skipped, to_last_frame=ends)
 
 
-def check_alpha(
-    target: str | os.PathLike[str], model: TemporalVAE, options: Options | None
-) -> None:
-    """Raise `VideoError` where a model's alpha would get lost in silence."""
-    if model.input_channels == 4 and (options or {}).get("alpha") != "drop":
+def written_channels(
+    target: str | os.PathLike[str], format: Format, model: TemporalVAE, alpha: Alpha | None
+) -> int:
+    """3, or 4 where the model gives alpha, and `alpha` does not say to drop it.
+
+    Raises `VideoError` where it would get lost in silence.
+    """
+    if model.input_channels != 4 or alpha == "drop":
+        return 3
+    if not choose(target, format).codec.alpha:
         raise VideoError(
-            f"{os.fspath(target)} has no place for the alpha channel that the model gives: "
-            "--alpha drop writes the colours alone"
+            f"{os.fspath(target)} has no place for the alpha channel that the model gives: take "
+            ".mkv (FFV1) or a folder of PNG, or --alpha drop, which writes the colours alone"
         )
+    return 4
 
 
 def timed(reader: VideoReader) -> Iterator[Frame]:
@@ -205,6 +214,6 @@ def timed(reader: VideoReader) -> Iterator[Frame]:
     return (replace(frame, pts=frame.pts - begin) for frame in reader)
 
 
-def rgb(images: Image) -> Image:
-    """(n, H, W, C) as a model gives them -> (n, H, W, 3) as a file has them: grey in each."""
-    return np.repeat(images, 3, 3) if images.shape[3] == 1 else images[..., :3]
+def in_channels(images: Image, channels: int) -> Image:
+    """(n, H, W, C) as a model gives them -> (n, H, W, channels) as written: grey in each."""
+    return np.repeat(images, channels, 3) if images.shape[3] == 1 else images[..., :channels]

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 
 from temporal_vae import checkpoint
-from temporal_vae.app import Progress, Summary, check_alpha, open_reader, rgb, timed
+from temporal_vae.app import Progress, Summary, in_channels, open_reader, timed, written_channels
 from temporal_vae.files import atomic_path
 from temporal_vae.geometry import Padding
 from temporal_vae.latents import (
@@ -163,7 +163,7 @@ def decode(
     """Decode a file of latents to a video of the frame count, size and timestamps it was made of.
 
     Of moments the mean is decoded, or with `sample` a draw by `seed`. Clips are those of the file.
-    `alpha` "drop" lets go what a model of four channels makes of an alpha channel.
+    `alpha` "drop" lets go of the alpha that a model of four channels gives.
     `target` appears whole or not at all; "-" is standard output.
 
     Raises `LatentFileError` for a file that is damaged, or of another model unless `any_model`;
@@ -172,7 +172,7 @@ def decode(
     check_suffix(target)
     if os.fspath(target) != PIPE and os.path.exists(target) and not overwrite:
         raise VideoError(f"{os.fspath(target)} exists: give --overwrite to replace it")
-    check_alpha(target, model, {"alpha": alpha})
+    channels = written_channels(target, Format(), model, alpha)
     generator = _generator(sample, Encoding(sample=sample, seed=seed).seed)
     start, done, budget = time.monotonic(), 0, memory_budget(memory, model)
     with LatentFile(source) as file, writable(target) as partial_file:
@@ -187,10 +187,12 @@ def decode(
         frames = decode_walk(read, info.frames, model, length, cells, budget, depth)
         shape = (info.height, info.width, info.fps, info.time_base, info.sample_aspect_ratio)
         colour = colour_of(info) if info.colour else None
-        with VideoWriter(partial_file, *shape, format=format, colour=colour) as writer:
+        with VideoWriter(
+            partial_file, *shape, channels=channels, format=format, colour=colour
+        ) as writer:
             for images in frames:
                 stamps = file.timestamps(done, len(images)) if len(images) else []
-                for image, stamp in zip(rgb(images), stamps, strict=True):
+                for image, stamp in zip(in_channels(images, channels), stamps, strict=True):
                     writer.write(image[: info.height, : info.width], stamp)
                 done += len(images)
                 if progress is not None:
