@@ -329,3 +329,23 @@ def test_colours_and_depth_of_the_source_are_recorded(tmp_path: Path, causal: Te
         again = VideoReader(tmp_path / name).info
         assert again.pixel_format == pixels
         assert (again.colour.primaries, again.colour.transfer) == (9, 14)
+
+
+def test_both_verbs_that_write_video_take_its_format(
+    tmp_path: Path, run: Callable[..., Said]
+) -> None:
+    source = write(tmp_path / "a.mkv", smooth(3, 64, 80))
+    assert run("encode", source, tmp_path / "a.safetensors").returncode == 0
+    for verb, given in (("reconstruct", source), ("decode", tmp_path / "a.safetensors")):
+        out = tmp_path / f"{verb}.mkv"
+        said = run(verb, given, out, "--codec", "h265", "--depth", 10, "--quality", 30)
+        assert said.returncode == 0, said.stderr
+        info = VideoReader(out).info
+        assert (info.codec, info.bit_depth) == ("hevc", 10)
+        said = run(verb, given, tmp_path / "b.mp4", "--codec", "vp9")
+        assert said.returncode == 1 and ".mp4 holds h264 or h265" in said.stderr
+        assert not (tmp_path / "b.mp4").exists()
+        fine, coarse = (tmp_path / f"{verb}_{quality}.mp4" for quality in (5, 45))
+        for path, quality in ((fine, 5), (coarse, 45)):
+            assert run(verb, given, path, "--quality", quality).returncode == 0
+        assert fine.stat().st_size > coarse.stat().st_size

@@ -125,7 +125,7 @@ Scaled = Annotated[
 AnyModel = Annotated[
     bool, typer.Option("--any-model", help="Take latents of another encoder's weights too.")
 ]
-Suffix = Annotated[str, typer.Option(help="What several files end in: .mp4 or .mkv.")]
+Suffix = Annotated[str, typer.Option(help="What several files end in, as one OUT would.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Say nothing but errors.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Say what the written file holds.")]
@@ -234,6 +234,9 @@ def decode(
     seed: Seed = None,
     any_model: AnyModel = False,
     alpha: AlphaWord = None,
+    codec: Codec = None,
+    depth: Depth = None,
+    quality: Quality = None,
     suffix: Suffix = ".mp4",
     overwrite: Overwrite = False,
     quiet: Quiet = False,
@@ -243,13 +246,15 @@ def decode(
     """Decode files of latents to videos of the same frame count, size and timestamps."""
     jobs = plan_jobs(sources, target, frozenset([SUFFIX]), suffix, overwrite)
     _refuse_terminal(Path(), target)
+    format = Format(codec=codec, depth=depth, quality=quality)
+    check_suffix(jobs[0][1], format)
     name = model or coding.model_of(jobs[0][0])
     vae, record = app.load_model(name, app.choose_dtype(dtype), app.choose_device(device))
 
     def work(source: Path, out: Path, index: int, meter: Meter) -> Result:
         its = None if seed is None else seed + index
         done = coding.decode(source, out, vae, record, sample=sample, seed=its, any_model=any_model,
-                          alpha=alpha, memory=memory, overwrite=overwrite,
+                          alpha=alpha, format=format, memory=memory, overwrite=overwrite,
                           progress=meter)  # fmt: skip
         rows = {} if str(out) == PIPE else describe_video(str(out))
         return done.frames, done.seconds, done.notes, rows

@@ -156,6 +156,7 @@ def decode(
     seed: int | None = None,
     any_model: bool = False,
     alpha: Alpha | None = None,
+    format: Format | None = None,
     memory: Budget = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -164,25 +165,27 @@ def decode(
 
     Of moments the mean is decoded, or with `sample` a draw by `seed`. Clips are those of the file.
     `alpha` "drop" lets go of the alpha that a model of four channels gives.
-    `target` appears whole or not at all; "-" is standard output.
+    `format` says more than its name of how `target` is written; frames are as deep as those that
+    were encoded where that can be. `target` appears whole or not at all; "-" is standard output.
 
     Raises `LatentFileError` for a file that is damaged, or of another model unless `any_model`;
     `VideoError` for a target that cannot be written, `ValueError` for memory that cannot do.
     """
-    check_suffix(target)
+    format = format or Format()
+    check_suffix(target, format)
     if os.fspath(target) != PIPE and os.path.exists(target) and not overwrite:
         raise VideoError(f"{os.fspath(target)} exists: give --overwrite to replace it")
-    channels = written_channels(target, Format(), model, alpha)
+    channels = written_channels(target, format, model, alpha)
     generator = _generator(sample, Encoding(sample=sample, seed=seed).seed)
     start, done, budget = time.monotonic(), 0, memory_budget(memory, model)
-    with LatentFile(source) as file, writable(target) as partial_file:
+    with LatentFile(source) as file, writable(target, format) as partial_file:
         info = file.info
         notes = _compare(file, model, record, any_model)
         if sample and info.kind == "sample":
             raise LatentFileError(f"{file.path} holds a sample already: nothing is drawn")
         read = partial(file.latents, sample_mode=sample, generator=generator)
         length = info.clip_frames or (None if model.decode_reach is not None else info.frames)
-        format = Format(depth=depth_for(target, Format(), info.bit_depth or 8))
+        format = replace(format, depth=depth_for(target, format, info.bit_depth or 8))
         cells, depth = (info.rows, info.columns), 8 if format.depth == 8 else 16
         frames = decode_walk(read, info.frames, model, length, cells, budget, depth)
         shape = (info.height, info.width, info.fps, info.time_base, info.sample_aspect_ratio)

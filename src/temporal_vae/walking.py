@@ -143,9 +143,9 @@ def _largest_piece(
 
 
 def _beside(model: TemporalVAE, frames: int, size: tuple[int, int]) -> int:
-    """Bytes of frames beside a walk: in 8 bits, and as the model takes them."""
+    """Bytes of frames beside a walk: in up to 16 bits, and as the model takes them."""
     pixels = frames * size[0] * size[1] * model.input_channels
-    return pixels * (3 + 4 + 2 * model.dtype.itemsize)
+    return pixels * (6 + 4 + 2 * model.dtype.itemsize)
 
 
 def clip_plans(
