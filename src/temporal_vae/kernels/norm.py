@@ -9,7 +9,7 @@ pieces of a walk too: a norm can span more than is in memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor
 
 RUN_PIXELS = 256
 """Pixels of one run: few enough to sum in float32, whatever the number of threads."""
+COLUMNS = 2048
+"""Sums that one call takes side by side: its input fits a core's cache, as it is read twice."""
 
 
 def group_norm_reference(
@@ -72,22 +74,30 @@ class Moments:
 
     @classmethod
     def of(cls, x: Tensor, groups: int) -> Moments:
-        """Moments of x (N, C, H, W), joined from those of short runs of pixels."""
+        """Moments of x (N, C, H, W), joined from those of short runs of pixels.
+
+        Runs are taken side by side, every n-th pixel in one of n: as channels, to torch.
+        """
         samples, channels = x.shape[:2]
-        pixels = x.permute(0, 2, 3, 1).reshape(samples, 1, -1, channels).permute(0, 3, 1, 2)
-        runs = pixels.split(RUN_PIXELS, dim=3)
+        pixels = x.permute(0, 2, 3, 1).reshape(samples, -1, channels)
         # float16 cannot hold the variance of what it can hold: 256 squared is beyond its end
         wide = torch.float32 if x.dtype == torch.float16 else x.dtype
-        found = [
-            torch.batch_norm_update_stats(run[n : n + 1].to(wide), None, None, 0.0)
-            for n in range(samples)
-            for run in runs
-        ]
-        shape = (samples, len(runs), groups, channels // groups)
-        mean, variance = (torch.stack(m).double().view(shape) for m in zip(*found, strict=True))
-        lengths = torch.tensor([run.shape[3] for run in runs], dtype=torch.float64)
-        share = (lengths / lengths.sum() / shape[3]).view(1, -1, 1, 1).to(mean.device)
-        return cls(pixels.shape[3], *_pool(share, mean, variance, (1, 3)))
+        found, lengths, begin = [], [], 0
+        for runs, length in _slabs(pixels.shape[1], max(1, COLUMNS // channels)):
+            slab = pixels[:, begin : begin + runs * length]
+            columns = slab.reshape(samples, length, 1, runs * channels).permute(0, 3, 1, 2)
+            moments = [
+                torch.batch_norm_update_stats(one.to(wide), None, None, 0.0)
+                for one in columns.split(1)
+            ]
+            shape = (samples, runs, groups, channels // groups)
+            found.append([torch.stack(each).view(shape) for each in zip(*moments, strict=True)])
+            lengths += [length] * runs
+            begin += runs * length
+        mean, variance = (torch.cat(each, 1).double() for each in zip(*found, strict=True))
+        shares = torch.tensor(lengths, dtype=torch.float64) / (begin * mean.shape[3])
+        share = shares.view(1, -1, 1, 1).to(mean.device)
+        return cls(begin, *_pool(share, mean, variance, (1, 3)))
 
     @classmethod
     def join(cls, parts: Sequence[Moments]) -> Moments:
@@ -119,6 +129,16 @@ def normalise(x: Tensor, moments: Moments, weight: Tensor, bias: Tensor, eps: fl
             out=y[n : n + 1], save_mean=unused, save_invstd=unused,
         )  # fmt: skip
     return y
+
+
+def _slabs(pixels: int, most: int) -> Iterator[tuple[int, int]]:
+    """(number of runs, pixels of each) for as many as there are, `most` runs at a time."""
+    while pixels >= RUN_PIXELS:
+        runs = min(most, pixels // RUN_PIXELS)
+        yield runs, RUN_PIXELS
+        pixels -= runs * RUN_PIXELS
+    if pixels:
+        yield 1, pixels
 
 
 def _has_kernel(x: Tensor, weight: Tensor) -> bool:
