@@ -190,13 +190,13 @@ def _advance_pixels(
     y: Tensor | None = None
     for span in spans(before[0].shape[3], bounds.pixels):
         chunk = slice(*span)
-        piece = _pixels(x, chunk, device)
-        kept = tuple(_pixels(tail, chunk, device) for tail in before)
-        given, kept = layer.advance(piece, past, kept, last=new is None)
+        # no copies: a layer joins what it is given before it computes
+        piece, *kept = (part[:, :, :, chunk].to(device) for part in (x, *before))
+        given, after_piece = layer.advance(piece, past, tuple(kept), last=new is None)
         if y is None:
             y = place(given.shape[2])
         y[:, :, :, chunk] = given
-        for target, tail in zip(after, kept, strict=False):
+        for target, tail in zip(after, after_piece, strict=False):
             target[:, :, :, chunk] = tail
     assert y is not None
     return y
