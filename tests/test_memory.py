@@ -189,6 +189,47 @@ def test_the_plan_of_a_stream_foresees_its_peak(options: dict[str, Any], share: 
     assert max(peaks) == pytest.approx(plan.peak_bytes, rel=0.25)
 
 
+@pytest.mark.parametrize("options", [{}, {"causal_mode": True}], ids=str)
+@pytest.mark.parametrize("bounded", [False, True])
+@torch.no_grad()
+def test_a_stream_that_hands_its_state_on_takes_one_state_less(
+    options: dict[str, Any], bounded: bool
+) -> None:
+    model = awake(base_channels=16, **options)
+    latent = torch.randn(1, 4, 30, 12, 16, generator=torch.Generator().manual_seed(0)).double()
+    peaks, results = {}, {}
+    for keeps in (True, False):
+        plan = model.plan((1, 4, 5, 12, 16), stream=True, keep_state=keeps)
+        if bounded:
+            plan = model.plan(plan.shape, budget=plan.peak_bytes - 1, stream=True, keep_state=keeps)
+            assert plan.bounds is not None
+        with _Alive() as alive:
+            for tensor in (latent, *model.parameters()):
+                alive.leave_out(tensor)
+            for _ in model.decode_stream(plan).pull(latent.split(5, 2)):
+                pass
+        peaks[keeps] = alive.most
+        results[keeps] = join(list(model.decode_stream(plan).pull(latent[:, :, :12].split(5, 2))))
+        assert peaks[keeps] <= plan.peak_bytes
+    assert difference(results[True], results[False]) < 1e-10
+    share = 0.3 if model.is_causal else 0.6  # of it is alive at the worst moment
+    assert peaks[True] - peaks[False] > share * plan.state_bytes
+
+
+@torch.no_grad()
+def test_what_a_stream_hands_on_is_gone() -> None:
+    model, latent = MODELS[str({})], clip(4, 4, 2)
+    plan = model.plan(latent.shape, stream=True, keep_state=False)
+    with pytest.raises(ValueError, match="give it to encode_stream or decode_stream"):
+        model.decode_step(latent, plan=plan)
+    stream = model.decode_stream(plan)
+    stream.push(latent)
+    with pytest.raises(ValueError, match="the plan is for"):
+        stream.push(clip(4, 4, 3))
+    with pytest.raises(ValueError, match="a step of it failed"):
+        stream.push(latent)
+
+
 @torch.no_grad()
 def test_planned_steps_and_streams() -> None:
     model = awake()

@@ -504,6 +504,7 @@ class TemporalVAE(nn.Module):
         budget: Budget = None,
         *,
         stream: bool = False,
+        keep_state: bool = True,
         offload: Offload = None,
     ) -> Plan:
         """The fastest walk of an input of this shape within a budget, and what it takes.
@@ -516,6 +517,8 @@ class TemporalVAE(nn.Module):
                 words such as "6GiB", "least" (or a little more, where that is faster), or None for
                 any. No budget changes the result.
             stream: plan the steps of a stream; the shape is that of the largest piece.
+            keep_state: False for a stream (`encode_stream`, `decode_stream`) that lets go of each
+                state as the next is made: memory for nearly one state less.
             offload: where the clip's activation is to lie: "host" for the memory of the CPU, or a
                 folder on disk. On CUDA "host" is taken by itself where nothing else fits.
 
@@ -568,7 +571,8 @@ class TemporalVAE(nn.Module):
             places = (offload,)
         elif self.device.type == "cuda" and budget is not None:
             places = (None, "host")
-        asked = Question(operation, full, dtype or self.dtype, budget, stream, places, self.device)
+        asked = Question(operation, full, dtype or self.dtype, budget, stream, places, self.device,
+                         keep_state or not stream)  # fmt: skip
         return _make_plan(self.config, asked)
 
     def _check_budget(self, budget: Budget) -> None:
@@ -645,7 +649,13 @@ class TemporalVAE(nn.Module):
         return y if out is None else out.copy_(y)
 
     def _plan_for(
-        self, operation: Operation, clip: Tensor, plan: Plan | None, *, stream: bool = False
+        self,
+        operation: Operation,
+        clip: Tensor,
+        plan: Plan | None,
+        *,
+        stream: bool = False,
+        handed: bool = False,
     ) -> Plan | None:
         """The plan that was given, if it fits the input, or one for what the setters stored."""
         shape, budget = tuple(clip.shape), "least" if self._tiling else self._budget
@@ -656,6 +666,11 @@ class TemporalVAE(nn.Module):
         if not isinstance(plan, Plan):
             raise ValueError(f"plan must be what plan(...) gives, got {plan!r}")
         fits = (plan.operation, plan.dtype, plan.stream) == (operation, clip.dtype, stream)
+        if stream and fits and not plan.keep_state and not handed:
+            raise ValueError(
+                "the plan is for a stream that lets go of its states: give it to encode_stream or "
+                "decode_stream, or make one with keep_state=True"
+            )
         if stream:  # a shorter piece takes less
             fits = fits and shape[2] <= plan.shape[2]
             shape = (*shape[:2], plan.shape[2], *shape[3:])
@@ -875,6 +890,7 @@ class TemporalVAE(nn.Module):
         return Stream(
             lambda frames, state: self.encode_step(frames, state, *how),
             lambda state: self._owed_latents(state, *how),
+            plan is None or plan.keep_state,
         )
 
     def moments_stream(self, plan: Plan | None = None) -> Stream:
@@ -888,23 +904,33 @@ class TemporalVAE(nn.Module):
             moments, state = self._step("encode", clip, state, plan)
             return None if moments is None else self._joined(moments), state
 
-        return Stream(step, lambda state: map(self._joined, self._owed("encode", state, plan)))
+        return Stream(
+            step,
+            lambda state: map(self._joined, self._owed("encode", state, plan)),
+            plan is None or plan.keep_state,
+        )
 
     def decode_stream(self, plan: Plan | None = None) -> Stream:
         """A stream to push latents into and get frames from; see `decode_step`."""
-        return Stream(partial(self.decode_step, plan=plan), partial(self._owed_frames, plan=plan))
+        return Stream(
+            partial(self.decode_step, plan=plan),
+            partial(self._owed_frames, plan=plan),
+            plan is None or plan.keep_state,
+        )
 
     def _step(
         self, operation: Operation, clip: Tensor, state: StreamState | None, plan: Plan | None
     ) -> tuple[Tensor | None, StreamState]:
-        plan = self._plan_for(operation, clip, plan, stream=True)
+        handed = isinstance(state, list)
+        plan = self._plan_for(operation, clip, plan, stream=True, handed=handed)
         while True:
             try:
                 if plan is None or plan.bounds is None:
-                    return self._faster_step(operation)(clip, state)
+                    held = tuple(state or ()) if handed and self._compile_options else state
+                    return self._faster_step(operation)(clip, held)
                 return streamed.step(self._line(operation), clip, state, plan.bounds)
             except torch.OutOfMemoryError:
-                if plan is None or (smaller := self._smaller(plan)) is None:
+                if handed or plan is None or (smaller := self._smaller(plan)) is None:
                     raise
                 plan = smaller
 
@@ -928,7 +954,9 @@ class TemporalVAE(nn.Module):
         line = self._line(operation)
         first = next((memory for memory in state or () if memory), None)
         if first is not None:  # the end is walked frame by frame
-            plan = self._plan_for(operation, self._frame_of(line, first), plan, stream=True)
+            handed = isinstance(state, list)
+            like = self._frame_of(line, first)
+            plan = self._plan_for(operation, like, plan, stream=True, handed=handed)
         return streamed.finish(line, state, _bounds(plan))
 
     def _frame_of(self, line: Encoder | Decoder, memory: tuple[Tensor, ...]) -> Tensor:

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Literal
 
@@ -91,12 +92,13 @@ def stream_plans(
     """
     factor = model.downsample_factor
     cells = (size[0] // factor, size[1] // factor)
+    keeps = _keeps_states(model)
 
     def plan(operation: Operation, frames: int, budget: Budget) -> Plan:
         pixels = (1, model.input_channels, frames, *size)
         latents = (1, model.latent_channels, frames, *cells)
         shape = pixels if operation == "encode" else latents
-        return model.plan(shape, operation, budget=budget, stream=True)
+        return model.plan(shape, operation, budget=budget, stream=True, keep_state=keeps)
 
     encode, decode = plan("encode", 1, "least"), plan("decode", 1, "least")
     least = StreamPlans(1, encode, decode, _beside(model, 1, size))
@@ -140,6 +142,11 @@ def _largest_piece(
         if plans and (hopeless or not any(plan.banded for plan in plans)):
             return frames, plans
     return 1, one
+
+
+def _keeps_states(model: TemporalVAE) -> bool:
+    """Whether steps keep the state before: a GPU that runs out of memory tries a step again."""
+    return model.device.type != "cpu"
 
 
 def _beside(model: TemporalVAE, frames: int, size: tuple[int, int]) -> int:
@@ -426,7 +433,8 @@ def _fitting_plan(
     if operation == "decode":
         shape = (1, model.latent_channels, frames, size[0] // factor, size[1] // factor)
     beside = _beside(model, frames, size)
-    plan = model.plan(shape, operation, budget="least", stream=stream)
+    planned = partial(model.plan, shape, operation, stream=stream, keep_state=_keeps_states(model))
+    plan = planned(budget="least")
     needed = beside + plan.peak_bytes
     if isinstance(budget, int):
         if budget < needed:
@@ -435,7 +443,7 @@ def _fitting_plan(
                 f"{budget} bytes ({budget / 2**30:.3f} GiB) are below the least that {what} of "
                 f"{size[1]}x{size[0]} can do with: {needed} bytes ({needed / 2**30:.3f} GiB)"
             )
-        plan = model.plan(shape, operation, budget=budget - beside, stream=stream)
+        plan = planned(budget=budget - beside)
     return plan, beside + plan.peak_bytes
 
 

@@ -85,11 +85,13 @@ class Plan:
     dtype: torch.dtype
     stream: bool = False
     """Whether it is for the steps of a stream."""
+    keep_state: bool = True
+    """Whether the state before a step of the stream outlives the step."""
     bounds: Bounds | None
     """Pieces of the bounded walk; None for the whole walk."""
     peak_bytes: int
     """Largest memory in use at a time over the weights and the input, the result included, and for
-    a stream the state before and the one after a step."""
+    a stream the state before a step and what there is of the one after."""
     state_bytes: int = 0
     """Size of one state of the stream."""
     parts: tuple[Part, ...] = field(repr=False, default=())
@@ -153,6 +155,7 @@ class Question(NamedTuple):
     offload: tuple[Offload, ...]
     """Where the activation may lie, in the order of preference."""
     device: torch.device
+    keep_state: bool = True
 
 
 def make_plan(build: Callable[[], Line], asked: Question) -> Plan:
@@ -182,8 +185,9 @@ def _fastest(line: Line, asked: Question) -> Plan:
         parts += [("margin", margin), ("the kernels' own", KERNELS_BYTES)]
         plan = Plan(
             operation=asked.operation, shape=asked.shape, dtype=asked.dtype, stream=asked.stream,
-            bounds=bounds, parts=tuple(parts), peak_bytes=sum(size for _, size in parts),
-            state_bytes=count.state, work=work, device=asked.device,
+            keep_state=asked.keep_state, bounds=bounds, parts=tuple(parts),
+            peak_bytes=sum(size for _, size in parts), state_bytes=count.state, work=work,
+            device=asked.device,
         )  # fmt: skip
         if limit is None or (limit != "least" and plan.peak_bytes <= limit):
             return plan
@@ -191,7 +195,8 @@ def _fastest(line: Line, asked: Question) -> Plan:
     least = min(plan.peak_bytes for plan in plans)
     if limit == "least":
         return next(plan for plan in plans if plan.peak_bytes <= NEARLY_LEAST * least)
-    state = f", of which {2 * plans[0].state_bytes} for the stream's state" if asked.stream else ""
+    states = (2 if asked.keep_state else 1) * plans[0].state_bytes
+    state = f", of which {states} for the stream's state" if asked.stream else ""
     raise ValueError(
         f"the budget {asked.budget!r} is below the least that {asked.operation} of {asked.shape} "
         f"in {asked.dtype} can do with: {least} bytes ({least / 2**30:.3f} GiB){state}"
@@ -271,6 +276,9 @@ class _Count:
         self.shape, self.size, self.stream = asked.shape, asked.dtype.itemsize, asked.stream
         self.operation = asked.operation
         self.work, self.state, self._held = Work(), 0, 0
+        # the old state of a sample goes as the new one comes, that of a batch at the batch's end
+        self._replaces = not asked.keep_state and asked.shape[0] == 1
+        self._new = self._most_new = 0
         self._worst: tuple[str, int, int] = ("", 0, 0)
         self._largest: Part = ("", 0)
 
@@ -279,10 +287,11 @@ class _Count:
         parts = self._whole() if self.bounds is None else self._bounded(self.bounds)
         name, size, after = self._worst
         if self._held:  # at the end every layer has its next state, and one hands on what it held
-            (name, size), after = self._largest, self.state + 2 * self._held
+            (name, size), after = self._largest, self._most_new + 2 * self._held
         parts.append((name, size))
         if self.stream:
-            parts = [("the state of the stream", self.state), ("the next state", after), *parts]
+            new = "a layer's next state" if self._replaces else "the next state"
+            parts = [("the state of the stream", self.state), (new, after), *parts]
         return [(name, size) for name, size in parts if size]
 
     def after_the_walk(self) -> int:
@@ -300,18 +309,22 @@ class _Count:
         """A moment: what is alive for it, beside the layers' next states so far."""
         if size > self._largest[1]:
             self._largest = (name, size)
-        if size + self.state > sum(self._worst[1:]):
-            self._worst = (name, size, self.state)
+        if size + self._new > sum(self._worst[1:]):
+            self._worst = (name, size, self._new)
 
     def _remember(self, layer: Timewise, shape: Shape) -> None:
         if self.stream:
             b, c, _, h, w = shape
-            self.state += self._bytes((b, c, sum(layer.tails()), h, w))
+            own = self._bytes((b, c, sum(layer.tails()), h, w))
+            self.state += own
+            self._new = own if self._replaces else self.state
+            self._most_new = max(self._most_new, self._new)
             self._held = max(self._held, self._bytes((b, c, layer.future or 0, h, w)))
 
     def _whole(self) -> list[Part]:
         shape = self.shape
         for index, layer in enumerate(self.layers):
+            self._new = 0 if self._replaces else self._new
             trace = self.tracer.whole(layer, shape, self.stream)
             self.work = self.work.plus(trace.work)
             name = f"layer {index}, {type(layer).__name__}, and its input"
@@ -330,6 +343,7 @@ class _Count:
                 self._remember(run, (batch, *now[1:]))
                 self._chunks(run, now, bounds)
             else:
+                self._new = 0 if self._replaces else self._new
                 if bounds.rows is None:
                     self._groups(run, now, bounds)
                 else:

@@ -8,6 +8,7 @@ network gives a frame for each it takes; a symmetric one is late by its reach, a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,15 +21,18 @@ from temporal_vae.walks.bounded import Bounds
 
 State = tuple[LayerState, ...]
 """One entry for each timewise layer of the line, in order; `()` before the first piece."""
+Held = State | list[LayerState]
+"""A state, or the entries of one that nobody else holds."""
 
 
 def step(
-    line: Line, x: Tensor, state: State | None, bounds: Bounds | None = None
+    line: Line, x: Tensor, state: Held | None, bounds: Bounds | None = None
 ) -> tuple[Tensor | None, State]:
     """The next piece (B, C, n, H, W) through every layer -> what can be given so far, new state.
 
-    The result is None where nothing can be given yet. A state is a value: read, never changed. With
-    `bounds` the piece is walked bounded.
+    The result is None where nothing can be given yet. A state is a value: read, never changed; one
+    in a list is handed over instead, and let go entry by entry. With `bounds` the piece is walked
+    bounded.
 
     Raises `ValueError` for a network whose norms span the clip, and for a state that does not fit.
     """
@@ -39,7 +43,7 @@ def step(
     return y, tuple(memories)
 
 
-def finish(line: Line, state: State | None, bounds: Bounds | None = None) -> Iterator[Tensor]:
+def finish(line: Line, state: Held | None, bounds: Bounds | None = None) -> Iterator[Tensor]:
     """What an ended clip still owes, in pieces, in order.
 
     Layer after layer is told that its input has ended, and the few frames that it held back go
@@ -49,7 +53,7 @@ def finish(line: Line, state: State | None, bounds: Bounds | None = None) -> Ite
     for index, layer in enumerate(layers):
         if not isinstance(layer, Timewise):
             continue
-        memory, memories = memories[0], memories[1:]
+        memory = memories.pop(0)
         if not memory or (bounds is None and torch.is_grad_enabled()):
             held, _ = layer.stream(None, memory, last=True)
         else:  # a few pixels at a time, or the end would take more than the steps
@@ -64,15 +68,18 @@ def finish(line: Line, state: State | None, bounds: Bounds | None = None) -> Ite
 class Stream:
     """One clip in pieces: push what comes, finish when it ends; or pull it through at once.
 
-    `state` is what has been remembered so far, a plain value: to go back, keep it and set it.
+    `state` is what has been remembered so far, a plain value: to go back, keep it and set it. With
+    `keep_state` False a step lets go of the old one as it reads it: less memory, and the end of the
+    stream where a step fails.
     """
 
     def __init__(
         self,
-        step: Callable[[Tensor, State], tuple[Tensor | None, State]],
-        owed: Callable[[State], Iterator[Tensor]],
+        step: Callable[[Tensor, Any], tuple[Tensor | None, State]],
+        owed: Callable[[Any], Iterator[Tensor]],
+        keep_state: bool = True,
     ):
-        self._step, self._owed = step, owed
+        self._step, self._owed, self._keeps = step, owed, keep_state
         self._ended = False
         self.state: State = ()
 
@@ -83,13 +90,16 @@ class Stream:
         state then stays what it was.
         """
         self._refuse_after_end()
-        given, self.state = self._step(piece, self.state)
+        self._ended = not self._keeps  # until the step has made another state
+        given, self.state = self._step(piece, self._handed())
+        self._ended = False
         return given
 
     def finish(self) -> Tensor | None:
         """End the clip; give what is still owed, or None. Raises `ValueError` after the end."""
         self._refuse_after_end()
-        owed = list(self._owed(self.state))
+        self._ended = not self._keeps
+        owed = list(self._owed(self._handed()))
         self._ended = True
         return torch.cat(owed, 2) if owed else None
 
@@ -97,7 +107,7 @@ class Stream:
         """`finish`, in pieces: the more a model sees ahead, the more it owes."""
         self._refuse_after_end()
         self._ended = True
-        return self._owed(self.state)
+        return self._owed(self._handed())
 
     def pull(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
         """Push all pieces and finish; gives what there is, as soon as it is."""
@@ -106,11 +116,18 @@ class Stream:
                 yield given
         yield from self.drain()
 
+    def _handed(self) -> Held:
+        """The state to go on from: all there is of it, unless it is kept."""
+        if self._keeps:
+            return self.state
+        state, self.state = list(self.state), ()
+        return state
+
     def _refuse_after_end(self) -> None:
         if self._ended:
             raise ValueError(
-                "this stream has ended: start a new one for another clip, or keep its `state` "
-                "before finishing to go on from there"
+                "this stream has ended, or a step of it failed: start a new one for another clip, "
+                "or keep its `state` before finishing to go on from there"
             )
 
 
@@ -130,8 +147,8 @@ def _pass_on(
     return x
 
 
-def _memories(line: Line, state: State | None) -> list[LayerState]:
-    """The state with an entry for each timewise layer, checked."""
+def _memories(line: Line, state: Held | None) -> list[LayerState]:
+    """The state with an entry for each timewise layer, checked; a list stays the same one."""
     if line.reach is None:
         raise ValueError(
             "this model normalises over the whole clip, so it cannot stream: give it clip after "
@@ -142,4 +159,6 @@ def _memories(line: Line, state: State | None) -> list[LayerState]:
         raise ValueError(
             f"the state is of another model: it has {len(state)} entries, this one needs {needed}"
         )
+    if state and isinstance(state, list):
+        return state
     return list(state or ()) or [()] * needed
