@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
@@ -340,6 +343,8 @@ REFUSED = [
     ("a.avi", Format(), (8, 8, 3), r"must end in .mp4 .*\.webm \(VP9\).*folder"),
     ("a.mp4", Format(codec="vp9"), (8, 8, 3), "h264 or h265, and vp9 is written to .mkv, .webm"),
     ("a.mkv", Format(codec="av1"), (8, 8, 3), "no codec 'av1': there are h264"),
+    ("a.mkv", Format(codec=""), (8, 8, 3), "no codec '': there are h264"),
+    ("a.mp4", Format(depth=0), (8, 8, 3), "with 8, 10 bits, not 0"),
     ("a.webm", Format(depth=10), (8, 8, 3), "with 8 bits, not 10: take h264 or h265 or ffv1"),
     ("a.mp4", Format(quality=52), (8, 8, 3), r"0 \(best\) to 51, not 52"),
     ("a.mkv", Format(quality=3), (8, 8, 3), "loses nothing"),
@@ -541,6 +546,69 @@ def test_a_pipe_has_nothing_to_copy(tmp_path: Path) -> None:
     assert writer.notes == ["sound and subtitles of a pipe, which is read once, are left out"]
 
 
+def test_sound_beside_a_stream_that_begins_on_the_way(
+    tmp_path: Path, talking: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the end PyAV may look for such a stream where it is not."""
+    from temporal_vae.video import copying
+
+    class Stumbling:
+        def __init__(self, truth: Any):
+            self.truth = truth
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.truth, name)
+
+        def __enter__(self) -> None:
+            pass
+
+        def __exit__(self, *_: object) -> None:
+            self.truth.close()
+
+        def demux(self, streams: Any) -> Iterator[Any]:
+            yield from self.truth.demux(streams)
+            raise IndexError("list index out of range")
+
+    honest = copying._open
+    monkeypatch.setattr(copying, "_open", lambda path: Stumbling(honest(path)))
+    source, out = talking["pcm.mkv"], tmp_path / "a.mkv"
+    copy(source, out)
+    assert packets(out, "audio") == packets(source, "audio")
+
+
+def test_sound_beside_a_title_in_another_alphabet(tmp_path: Path) -> None:
+    source = tmp_path / "a.mkv"
+    with av.open(str(source), "w") as container:
+        container.metadata["title"] = "abcdef"
+        stream = container.add_stream("pcm_s16le", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), "s16", "mono")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+    source.write_bytes(source.read_bytes().replace(b"abcdef", "déjàvu".encode("latin-1")))
+    with CopiedStreams(source) as copied:
+        write(tmp_path / "b.mkv", picture(8, 8, 3, 8), [0], copied=copied)
+    assert len(packets(tmp_path / "b.mkv", "audio")) == 1
+
+
+def test_a_named_pipe_is_read_once(tmp_path: Path) -> None:
+    """Neither sought, nor opened again for its sound, which would take from the frames or wait."""
+    write(tmp_path / "a.mkv", picture(16, 16, 3, 8), list(range(9)))
+    fifo, model = tmp_path / "fifo", awake(torch.float32)
+    os.mkfifo(fifo)
+    found: list[app.Summary] = []
+
+    def work() -> None:
+        found.append(app.reconstruct(fifo, tmp_path / "b.mkv", model, options={"start": 0.2}))
+
+    threads = [threading.Thread(target=work, daemon=True) for work in
+               (work, lambda: fifo.write_bytes((tmp_path / "a.mkv").read_bytes()))]  # fmt: skip
+    for thread in threads:
+        thread.start()
+    threads[0].join(20)
+    assert found and found[0].frames == 4
+    assert "sound and subtitles of a pipe" in " ".join(found[0].notes)
+
+
 # Whole or not at all ---------------------------------------------------------------------------
 
 
@@ -643,6 +711,9 @@ def test_save_video_keeps_what_it_is_told(tmp_path: Path) -> None:
     deep = replace(info, bit_depth=10)
     save_video(video, tmp_path / "c.mp4", deep)
     assert load_video(tmp_path / "c.mp4")[1].pixel_format == "yuv420p10le"
+    (note,) = save_video(video, tmp_path / "c.webm", deep)
+    assert note == "its 10 bits are written as 8, the most that VP9 is written with"
+    assert save_video(video, tmp_path / "c.webm", deep, depth=8) == ()
     save_video(video, tmp_path / "d.mp4", fps=29.97)
     with VideoReader(tmp_path / "d.mp4") as reader:
         times = [frame.pts * reader.info.time_base for frame in reader]
@@ -658,6 +729,10 @@ def test_save_video_refuses(tmp_path: Path) -> None:
         (video, {}, "give it, or an info"),
         (video, {"fps": 1, "timestamps": [1]}, "2 frames need as many timestamps, got 1"),
         (video * torch.nan, {"fps": 1}, "NaN"),
+        (video.to(torch.uint8), {"fps": 1}, "not in uint8: bytes are"),
+        (video, {"fps": 0}, "fps must be above 0"),
+        (video, {"fps": -25}, "fps must be above 0"),
+        (video, {"fps": math.nan}, "fps must be above 0"),
     ):
         with pytest.raises(ValueError, match=message):
             save_video(wrong, tmp_path / "a.mkv", **options)
