@@ -546,6 +546,20 @@ def test_a_pipe_has_nothing_to_copy(tmp_path: Path) -> None:
     assert writer.notes == ["sound and subtitles of a pipe, which is read once, are left out"]
 
 
+def test_sound_that_an_edit_list_hides_stays_hidden(
+    tmp_path: Path, ffmpeg: str, talking: dict[str, Path]
+) -> None:
+    """Cut without encoding, the file has all from a keyframe on, and a list of what to show."""
+    source, out = tmp_path / "a.mp4", tmp_path / "b.mkv"
+    cut = ["-ss", "1", "-i", str(talking["aac.mp4"]), "-c", "copy", "-sn"]
+    subprocess.run([ffmpeg, "-v", "error", *cut, str(source)], check=True)
+    copy(source, out)
+    before, after = packets(source, "audio"), packets(out, "audio")
+    assert before[0][0] < -0.9 and len(after) < len(before)
+    heard = [data for time, _, data in before if time > -0.1]
+    assert [data for *_, data in after] == heard
+
+
 def test_sound_beside_a_stream_that_begins_on_the_way(
     tmp_path: Path, talking: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,8 @@ COPIED = ("audio", "subtitle")
 RUN_UP = 30
 """Seconds before and after a cut that are read: packets of one time may lie apart in a file, and a
 subtitle may still stand that began before."""
+PRIMING = 0.1
+"""Seconds of sound before the first that is heard, which its decoder may need."""
 ENDS = (av.error.FFmpegError, IndexError)
 """What ends the packets of a file; the second, in PyAV, where a stream began on the way."""
 TRIED_PACKETS = 1000
@@ -128,7 +130,7 @@ class CopiedStreams:
         past: set[int] = set()
         with suppress(*ENDS):  # damaged from here on, which the reader tells
             for packet in self._source.demux(streams):
-                if packet.pts is None or not packet.size:
+                if packet.pts is None or not packet.size or _hidden(packet):
                     continue
                 late = -1 if self._end is None else packet.pts * packet.time_base - self._end
                 if late >= 0:
@@ -157,6 +159,14 @@ class CopiedStreams:
             length = min(length, round(self._end / base) - begin)
         packet.duration = length
         return True
+
+
+def _hidden(packet: Packet[Stream]) -> bool:
+    """Whether an edit list hides a packet, and what is heard after it does not need it."""
+    if not packet.is_discard or packet.stream.start_time is None or packet.pts is None:
+        return False
+    before = (packet.stream.start_time - packet.pts) * packet.time_base
+    return not 0 <= before <= PRIMING
 
 
 def not_copied(kind: str, index: int) -> str:
