@@ -117,6 +117,9 @@ def test_a_squeezed_picture_is_shown_in_its_shape(
     assert any("squeezed" in note for note in notes) == (expected == 2)
     with VideoReader(tmp_path / "b.mp4") as video:
         assert (video.info.sample_aspect_ratio or 1) == expected
+    latents = tmp_path / "a.safetensors"
+    info = coding.encode(source, latents, echo, echo.latent_record(), options={"size": size}).info
+    assert (info.sample_aspect_ratio or 1) == expected
 
 
 def test_the_words_of_the_options(

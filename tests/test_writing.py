@@ -517,6 +517,29 @@ def test_a_cut_takes_the_sound_of_the_cut(tmp_path: Path, talking: dict[str, Pat
     assert said == [(0, 0.5, b"first"), (1, 0.5, b"second")]
 
 
+def test_sound_moves_with_frames_from_below_zero(tmp_path: Path) -> None:
+    source, base = tmp_path / "a.mkv", Fraction(1, 1000)
+    with av.open(str(source), "w", options={"avoid_negative_ts": "disabled"}) as container:
+        video, sound = (
+            container.add_stream("ffv1", rate=25),
+            container.add_stream("pcm_s16le", 8000),
+        )
+        video.width, video.height, video.pix_fmt = 32, 32, "bgr0"
+        video.time_base = video.codec_context.time_base = base
+        for index in range(6):
+            frame = av.VideoFrame(32, 32, "bgr0")
+            frame.pts, frame.time_base = 40 * index - 120, base
+            container.mux(video.encode(frame))
+            samples = av.AudioFrame.from_ndarray(np.zeros((1, 320), np.int16), "s16", "mono")
+            samples.sample_rate, samples.pts = 8000, 320 * index - 960
+            samples.time_base = Fraction(1, 8000)
+            container.mux(sound.encode(samples))
+    app.reconstruct(source, tmp_path / "b.mkv", awake(torch.float32))
+    assert [time for time, *_ in packets(source, "audio")] == pytest.approx(
+        [time - 0.12 for time, *_ in packets(tmp_path / "b.mkv", "audio")], abs=0.0011
+    )
+
+
 def test_sound_may_end_with_the_frames(tmp_path: Path, talking: dict[str, Path]) -> None:
     source = talking["pcm.mkv"]
     with CopiedStreams(source, to_last_frame=True) as copied:
