@@ -103,6 +103,15 @@ def test_a_file_gives_back_what_was_written(
             assert [info.start + i * info.step for i in range(frames)] == stamps
 
 
+def test_timestamps_lie_where_they_can_be_mapped(tmp_path: Path) -> None:
+    path, stamps = tmp_path / "a.safetensors", [0, 1, 3]
+    numbers = torch.zeros(1, 1, 3, 1, 1, dtype=torch.bfloat16)  # 6 bytes
+    write_latents(path, numbers, ModelRecord(), timestamps=stamps)
+    plain = load_file(path)
+    assert plain["alignment"].shape == (2,) and plain["timestamps"].tolist() == stamps
+    assert path.stat().st_size % 8 == 0
+
+
 def test_every_field_is_kept(tmp_path: Path) -> None:
     info = LatentInfo(
         kind="sample", dtype=torch.float16, frames=1, channels=4, rows=3, columns=2, height=11,
@@ -479,6 +488,9 @@ def test_timestamps_that_do_not_grow_are_one_line(tmp_path: Path, stamps: list[i
     path.write_bytes(data[:-40] + b"".join(s.to_bytes(8, "little", signed=True) for s in stamps))
     with LatentFile(path) as file, pytest.raises(LatentFileError, match="do not grow"):
         file.timestamps()
+    with LatentFile(path) as file, pytest.raises(LatentFileError, match="do not grow"):
+        for index in range(5):  # from one range to the next
+            file.timestamps(index, 1)
 
 
 FILES: list[tuple[str, bytes]] = [

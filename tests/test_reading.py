@@ -698,6 +698,8 @@ def test_a_rate_with_which_a_clock_would_count_too_finely(tmp_path: Path) -> Non
         stamps = [frame.pts for frame in video]
     assert video.info.time_base == 1 / video.info.fps == Fraction(1000, 29987)
     assert stamps == list(range(len(stamps)))
+    with VideoReader(path, fps=29.987, start=0.08) as video:
+        assert next(iter(video)).pts >= video.begin == 2
 
 
 def test_a_rate_asked_for(tmp_path: Path) -> None:

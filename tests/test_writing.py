@@ -613,6 +613,33 @@ def test_sound_beside_a_stream_that_begins_on_the_way(
     assert packets(out, "audio") == packets(source, "audio")
 
 
+def test_packets_that_a_container_refuses_are_told(
+    tmp_path: Path, talking: dict[str, Path]
+) -> None:
+    class Refusing:
+        def __init__(self, truth: Any):
+            self.truth = truth
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.truth, name)
+
+        def mux_one(self, packet: Any) -> None:
+            if packet.stream.type == "audio":
+                raise av.error.InvalidDataError(1, "damaged")
+            self.truth.mux_one(packet)
+
+    source = talking["aac.mp4"]
+    with CopiedStreams(source) as copied:
+        writer = VideoWriter(tmp_path / "a.mp4", 8, 8, Fraction(25), copied=copied)
+        file: Any = writer._file
+        file._container = Refusing(file._container)
+        with writer:
+            writer.write(picture(8, 8, 3, 8), 0)
+    count = len(packets(source, "audio"))
+    assert writer.notes == [f"{count} packets of stream 1 are damaged, and left out"]
+    assert len(packets(tmp_path / "a.mp4", "subtitle")) == len(packets(source, "subtitle"))
+
+
 def test_sound_beside_a_title_in_another_alphabet(tmp_path: Path) -> None:
     source = tmp_path / "a.mkv"
     with av.open(str(source), "w") as container:
@@ -767,12 +794,20 @@ def test_save_video_refuses(tmp_path: Path) -> None:
         (video, {"fps": 1, "timestamps": [1]}, "2 frames need as many timestamps, got 1"),
         (video * torch.nan, {"fps": 1}, "NaN"),
         (video.to(torch.uint8), {"fps": 1}, "not in uint8: bytes are"),
+        (video, {"fps": 1, "timestamps": [1, 1]}, "got 1 after 1 at frame 1"),
+        (
+            video,
+            {"fps": 1, "timestamps": [-1, 0]},
+            "whole numbers that grow from 0 or above, got -1",
+        ),
+        (video, {"fps": 1, "timestamps": [0, 1.5]}, "got 1.5 after 0"),
         (video, {"fps": 0}, "fps must be above 0"),
         (video, {"fps": -25}, "fps must be above 0"),
         (video, {"fps": math.nan}, "fps must be above 0"),
     ):
-        with pytest.raises(ValueError, match=message):
-            save_video(wrong, tmp_path / "a.mkv", **options)
+        for name in ("a.mkv", "a.mp4"):
+            with pytest.raises((ValueError, VideoError), match=message):
+                save_video(wrong, tmp_path / name, **options)
     assert not list(tmp_path.iterdir())
 
 

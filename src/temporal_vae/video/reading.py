@@ -106,6 +106,8 @@ class VideoReader:
     @property
     def begin(self) -> int:
         """Where `start` lies from the first frame, in units of `info.time_base`."""
+        if self.info.time_base > self._file_info.time_base:  # the first frame may be rounded down
+            return int(Fraction(self._selection.start) / self.info.time_base)
         return self._selection.start_ticks(self.info.time_base)
 
     @property
