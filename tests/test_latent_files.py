@@ -104,9 +104,10 @@ def test_a_file_gives_back_what_was_written(
 
 
 def test_timestamps_lie_where_they_can_be_mapped(tmp_path: Path) -> None:
-    path, stamps = tmp_path / "a.safetensors", [0, 1, 3]
+    path, stamps = tmp_path / "a.safetensors", [5, 6, 8]
     numbers = torch.zeros(1, 1, 3, 1, 1, dtype=torch.bfloat16)  # 6 bytes
-    write_latents(path, numbers, ModelRecord(), timestamps=stamps)
+    info = write_latents(path, numbers, ModelRecord(), timestamps=stamps)
+    assert (info.start, info.step) == (0, None), "they are listed"
     plain = load_file(path)
     assert plain["alignment"].shape == (2,) and plain["timestamps"].tolist() == stamps
     assert path.stat().st_size % 8 == 0
@@ -491,6 +492,17 @@ def test_timestamps_that_do_not_grow_are_one_line(tmp_path: Path, stamps: list[i
     with LatentFile(path) as file, pytest.raises(LatentFileError, match="do not grow"):
         for index in range(5):  # from one range to the next
             file.timestamps(index, 1)
+
+
+def test_a_field_that_stands_twice_is_one_line(tmp_path: Path) -> None:
+    """Readers differ on which of both they take."""
+    path = tmp_path / "a.safetensors"
+    write_latents(path, posterior(), RECORD)
+    data, field = path.read_bytes(), b'"kind":"moments"'
+    length = int.from_bytes(data[:8], "little")
+    text = data[8 : 8 + length].rstrip().replace(field, field + b"," + field).ljust(length)
+    path.write_bytes(data[:8] + text + data[8 + length :])
+    assert "twice" in assert_refused(path)
 
 
 FILES: list[tuple[str, bytes]] = [

@@ -644,6 +644,14 @@ def test_the_start_of_a_file_is_stated(tmp_path: Path, suffix: str) -> None:
     assert video.info.start > 0
 
 
+def test_frames_that_nobody_asked_for_are_not_missed(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.mp4", smooth(9, 32, 32))
+    for options in ({"frames": 3}, {"start": 0.2, "frames": 2}, {"start": 0.2}, {"stride": 2}):
+        with VideoReader(path, **cast(Any, options)) as video:
+            before = list(video.notes)
+            assert list(video) and video.notes == before
+
+
 def test_every_nth_frame(tmp_path: Path) -> None:
     path = write(tmp_path / "a.mkv", noise(11, 8, 12))
     with VideoReader(path, stride=3, start=0.08, frames=3) as video:

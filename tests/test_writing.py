@@ -408,7 +408,7 @@ def talking(ffmpeg: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
               "-i", str(folder / "a.srt")]  # fmt: skip
     made = {
         "aac.mp4": ["-c:a", "aac", "-c:s", "mov_text", "-metadata:s:a:0", "language=deu"],
-        "pcm.mkv": ["-c:a", "pcm_s16le", "-c:s", "srt"],
+        "pcm.mkv": ["-c:a", "pcm_s16le", "-c:s", "srt", "-disposition:s:0", "forced"],
         "late.mp4": ["-c:a", "aac", "-c:s", "mov_text", "-output_ts_offset", "1.5"],
         "flac.mkv": ["-c:a", "flac", "-c:s", "ass"],
     }
@@ -475,6 +475,9 @@ def test_streams_are_copied_to_the_byte(
     if name == "aac.mp4" and target in ("o.mp4", "o.mkv"):
         with av.open(str(out)) as container:
             assert container.streams.audio[0].language == "deu"
+    if name == "pcm.mkv" and target == "o.mkv":
+        with av.open(str(out)) as container:
+            assert container.streams.subtitles[0].disposition == av.stream.Disposition.forced
 
 
 def test_sound_keeps_its_own_clock(tmp_path: Path, talking: dict[str, Path]) -> None:
