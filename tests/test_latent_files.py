@@ -213,6 +213,13 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def test_a_narrow_file_is_unscaled_in_float32(tmp_path: Path) -> None:
+    path, model = tmp_path / "a.safetensors", ModelRecord(scale_factor=0.18215, shift_factor=0.3)
+    stored = posterior().mean.bfloat16()
+    write_latents(path, stored, model, scaled=True)
+    torch.testing.assert_close(read_latents(path)[0], stored.float() / 0.18215 + 0.3)
+
+
 def test_a_sample_is_not_drawn_from(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     write_latents(path, posterior().mean, RECORD)
