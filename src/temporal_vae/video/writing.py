@@ -118,13 +118,12 @@ class VideoWriter:
                 f"timestamps must be whole numbers that grow from 0 or above, got {pts} after "
                 f"{self._last} at frame {self._count}"
             )
-        self._last = pts
         with _errors("cannot write the video"):
             if self._file is not None:
                 self._file.write(image, pts)
             if self._plain is not None:
                 self._plain.write(image)
-        self._first = pts if self._first is None else self._first
+        self._first, self._last = pts if self._first is None else self._first, pts
         late = (pts - self._first) * self._base - self._count / self._fps
         self._even &= abs(late) <= self._base / 2
         self._count += 1
