@@ -96,6 +96,13 @@ def test_the_reference_has_every_member_of_the_page() -> None:
     assert {name for name in members if f"`{name}" not in there} == set()
 
 
+def test_the_public_names_are_the_documented_ones() -> None:
+    table = README.split("## Public names")[1].split("##")[0]
+    first = re.findall(r"^\| (`.*?) \|", table, re.M)
+    named = {name for cell in first for name in re.findall(r"`(\w+)`", cell)}
+    assert named == set(temporal_vae.__all__)
+
+
 def test_every_verb_is_in_the_readme() -> None:
     from temporal_vae.cli import command
 

@@ -103,6 +103,16 @@ def test_a_file_gives_back_what_was_written(
             assert [info.start + i * info.step for i in range(frames)] == stamps
 
 
+def test_timestamps_lie_where_they_can_be_mapped(tmp_path: Path) -> None:
+    path, stamps = tmp_path / "a.safetensors", [5, 6, 8]
+    numbers = torch.zeros(1, 1, 3, 1, 1, dtype=torch.bfloat16)  # 6 bytes
+    info = write_latents(path, numbers, ModelRecord(), timestamps=stamps)
+    assert (info.start, info.step) == (0, None), "they are listed"
+    plain = load_file(path)
+    assert plain["alignment"].shape == (2,) and plain["timestamps"].tolist() == stamps
+    assert path.stat().st_size % 8 == 0
+
+
 def test_every_field_is_kept(tmp_path: Path) -> None:
     info = LatentInfo(
         kind="sample", dtype=torch.float16, frames=1, channels=4, rows=3, columns=2, height=11,
@@ -203,6 +213,13 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def test_a_narrow_file_is_unscaled_in_float32(tmp_path: Path) -> None:
+    path, model = tmp_path / "a.safetensors", ModelRecord(scale_factor=0.18215, shift_factor=0.3)
+    stored = posterior().mean.bfloat16()
+    write_latents(path, stored, model, scaled=True)
+    torch.testing.assert_close(read_latents(path)[0], stored.float() / 0.18215 + 0.3)
+
+
 def test_a_sample_is_not_drawn_from(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     write_latents(path, posterior().mean, RECORD)
@@ -243,6 +260,14 @@ def test_ranges_are_drawn_in_the_order_of_time(tmp_path: Path) -> None:
         ({"size": (13, 8)}, "padding_bottom"),
         ({"size": (8, 8)}, "no whole number"),
         ({"fps": -1}, "fps"),
+        ({"fps": 0}, "fps must be above 0"),
+        ({"fps": math.nan}, "fps must be above 0"),
+        ({"time_base": 0.04}, "time_base must be a Fraction"),
+        ({"sample_aspect_ratio": 1}, "sample_aspect_ratio must be a Fraction"),
+        ({"scaled": 1}, "scaled must be True or False"),
+        ({"colour": (("matrix", 1),)}, "colour tag matrix must be text"),
+        ({"source": Path("a.mp4")}, "source must be text"),
+        ({"model": ModelRecord(name="\udcff")}, "model must be text that UTF-8 can hold"),
         ({"source_sha256": "xyz"}, "source_sha256"),
         ({"clip_frames": 0}, "clip_frames"),
         ({"path": "a.pt"}, "end in .safetensors"),
@@ -471,6 +496,20 @@ def test_timestamps_that_do_not_grow_are_one_line(tmp_path: Path, stamps: list[i
     path.write_bytes(data[:-40] + b"".join(s.to_bytes(8, "little", signed=True) for s in stamps))
     with LatentFile(path) as file, pytest.raises(LatentFileError, match="do not grow"):
         file.timestamps()
+    with LatentFile(path) as file, pytest.raises(LatentFileError, match="do not grow"):
+        for index in range(5):  # from one range to the next
+            file.timestamps(index, 1)
+
+
+def test_a_field_that_stands_twice_is_one_line(tmp_path: Path) -> None:
+    """Readers differ on which of both they take."""
+    path = tmp_path / "a.safetensors"
+    write_latents(path, posterior(), RECORD)
+    data, field = path.read_bytes(), b'"kind":"moments"'
+    length = int.from_bytes(data[:8], "little")
+    text = data[8 : 8 + length].rstrip().replace(field, field + b"," + field).ljust(length)
+    path.write_bytes(data[:8] + text + data[8 + length :])
+    assert "twice" in assert_refused(path)
 
 
 FILES: list[tuple[str, bytes]] = [

@@ -117,6 +117,9 @@ def test_a_squeezed_picture_is_shown_in_its_shape(
     assert any("squeezed" in note for note in notes) == (expected == 2)
     with VideoReader(tmp_path / "b.mp4") as video:
         assert (video.info.sample_aspect_ratio or 1) == expected
+    latents = tmp_path / "a.safetensors"
+    info = coding.encode(source, latents, echo, echo.latent_record(), options={"size": size}).info
+    assert (info.sample_aspect_ratio or 1) == expected
 
 
 def test_the_words_of_the_options(
@@ -307,7 +310,10 @@ def test_alpha_is_dropped_only_if_told(tmp_path: Path, causal: TemporalVAE) -> N
 
 def test_info_describes_what_has_alpha(tmp_path: Path, run: Callable[..., Said]) -> None:
     source, _ = alpha_file(tmp_path, "vp9")
-    assert json.loads(run("info", source, "--json").stdout)["alpha"] is True
+    found = json.loads(run("info", source, "--json").stdout)
+    assert found["alpha"] is True
+    assert (found["colour_matrix"], found["colour_matrix_assumed"]) == (6, True)
+    assert "Colour(" not in run("info", source).stdout, "a person reads it"
 
 
 # What the source was -------------------------------------------------------------------------
@@ -320,7 +326,9 @@ def test_colours_and_depth_of_the_source_are_recorded(tmp_path: Path, causal: Te
     source = encode_frames(tmp_path / "a.mp4", [bars("yuv420p10le", 16, 24, True)], "libx264",
                            **tags)  # fmt: skip
     path, record = tmp_path / "a.safetensors", causal.latent_record()
-    info = coding.encode(source, path, causal, record).info
+    encoded = coding.encode(source, path, causal, record)
+    info = encoded.info
+    assert encoded.notes == (), "what the header keeps is not lost"
     assert dict(info.colour) == {"matrix": "9", "primaries": "9", "range": "1", "transfer": "14"}
     assert info.bit_depth == 10
     assert coding.colour_of(info) == VideoReader(source).info.colour
@@ -329,6 +337,11 @@ def test_colours_and_depth_of_the_source_are_recorded(tmp_path: Path, causal: Te
         again = VideoReader(tmp_path / name).info
         assert again.pixel_format == pixels
         assert (again.colour.primaries, again.colour.transfer) == (9, 14)
+    for notes in (
+        coding.decode(path, tmp_path / "d.webm", causal, record).notes,
+        app.reconstruct(source, tmp_path / "e.webm", causal).notes,
+    ):
+        assert "its 10 bits are written as 8" in notes[0]
 
 
 def test_both_verbs_that_write_video_take_its_format(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
 import threading
 import time
 import weakref
@@ -22,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_video import noise, smooth, write
 
-from temporal_vae import load_video
+from temporal_vae import load_video, save_video
 from temporal_vae.video import (
     Image,
     Selection,
@@ -403,6 +404,14 @@ def test_alpha_is_kept_or_missed(tmp_path: Path, kind: str) -> None:
     assert np.array_equal(cast(Any, grey.alpha), kept.alpha)
 
 
+def test_a_tensor_has_no_plane_for_alpha_beside_it(tmp_path: Path) -> None:
+    path, expected = alpha_file(tmp_path, "vp9")
+    with pytest.raises(ValueError, match="channels=4 gives it"):
+        load_video(path, alpha="keep")
+    video, _ = load_video(path, alpha="keep", channels=4)
+    assert np.abs((video[0, 3, 0].numpy() + 1) / 2 - expected).max() < 0.01
+
+
 def test_an_opaque_alpha_is_made_where_four_channels_are_asked_for(tmp_path: Path) -> None:
     clip = noise(2, 8, 12)
     video, _ = load_video(write(tmp_path / "a.mkv", clip), channels=4)
@@ -635,6 +644,14 @@ def test_the_start_of_a_file_is_stated(tmp_path: Path, suffix: str) -> None:
     assert video.info.start > 0
 
 
+def test_frames_that_nobody_asked_for_are_not_missed(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.mp4", smooth(9, 32, 32))
+    for options in ({"frames": 3}, {"start": 0.2, "frames": 2}, {"start": 0.2}, {"stride": 2}):
+        with VideoReader(path, **cast(Any, options)) as video:
+            before = list(video.notes)
+            assert list(video) and video.notes == before
+
+
 def test_every_nth_frame(tmp_path: Path) -> None:
     path = write(tmp_path / "a.mkv", noise(11, 8, 12))
     with VideoReader(path, stride=3, start=0.08, frames=3) as video:
@@ -675,6 +692,22 @@ def test_rates_are_meant_exactly() -> None:
     assert exact_rate(23.976) == Fraction(24000, 1001)
     assert exact_rate(59.94) == Fraction(60000, 1001)
     assert [exact_rate(fps) for fps in (25, 12.5, 30)] == [25, 12.5, 30]
+    for none in (0, -1, math.nan, math.inf, 1e-9, 1e9):  # 1e-9 would be rounded to 0
+        with pytest.raises(ValueError, match="fps must be above 0"):
+            exact_rate(none)
+
+
+def test_a_rate_with_which_a_clock_would_count_too_finely(tmp_path: Path) -> None:
+    """libav has 31 bits for the ticks of a second."""
+    path = write(
+        tmp_path / "a.mp4", smooth(9, 32, 32), list(range(0, 32_400, 3600)), Fraction(1, 90_000)
+    )
+    with VideoReader(path, fps=29.987) as video:
+        stamps = [frame.pts for frame in video]
+    assert video.info.time_base == 1 / video.info.fps == Fraction(1000, 29987)
+    assert stamps == list(range(len(stamps)))
+    with VideoReader(path, fps=29.987, start=0.08) as video:
+        assert next(iter(video)).pts >= video.begin == 2
 
 
 def test_a_rate_asked_for(tmp_path: Path) -> None:
@@ -811,6 +844,19 @@ def test_images_of_two_sizes_and_depths_are_no_clip(tmp_path: Path) -> None:
     save(tmp_path / "a2.png", np.zeros((8, 8, 3), np.uint16), "png", "rgb48be")
     with pytest.raises(VideoError, match="16 bits after frames of 8"):
         read_clip(tmp_path)
+
+
+def test_images_of_eight_bits_among_those_of_sixteen(tmp_path: Path) -> None:
+    """All come in sixteen, of which 257 levels are one of eight."""
+    clip = noise(1, 9, 11)
+    for index, depth in enumerate((16, 8)):
+        video = to_pixels(clip)
+        save_video(video, tmp_path / str(depth), fps=25, depth=depth)
+        (tmp_path / str(depth) / "000001.png").rename(tmp_path / f"{index}.png")
+    with VideoReader(tmp_path) as reader:
+        deep, shallow = (frame.image for frame in reader)
+    assert np.array_equal(shallow, clip[0].astype(np.uint16) * 257)
+    assert np.array_equal(deep, shallow)
 
 
 def test_a_folder_without_images_and_a_broken_image(tmp_path: Path) -> None:

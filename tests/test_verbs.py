@@ -39,6 +39,7 @@ from temporal_vae import (
     write_latents,
 )
 from temporal_vae.evaluate import reconstruct_frames
+from temporal_vae.jobs import plan_jobs
 from temporal_vae.video import VideoWriter, pad_frames, read_clip, to_pixels
 from temporal_vae.walks.plan import _Alive
 
@@ -406,6 +407,21 @@ def test_folders_and_patterns(
     assert "scale_factor" in run("stats", "lat/*.safetensors").stdout
 
 
+def test_several_folders_of_images_go_into_a_new_one(tmp_path: Path) -> None:
+    sources = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    jobs = plan_jobs(sources, tmp_path / "out", frozenset([".safetensors"]), "", False)
+    assert jobs == [(s, tmp_path / "out" / s.stem) for s in sources] and (tmp_path / "out").is_dir()
+
+
+@pytest.mark.parametrize("how", [(False, False, False), (False, True, False), (True, False, True)])
+def test_what_is_said_of_a_pipe_stays_out_of_it(
+    capsys: pytest.CaptureFixture[str], how: tuple[bool, bool, bool]
+) -> None:
+    cli.Voice(*how).tell(Path("-"), (3, 1.0, (), {"what": "video"}))
+    said = capsys.readouterr()
+    assert said.out == "" and "frames" in said.err
+
+
 def test_one_bad_file_of_several_stops_nothing(
     tmp_path: Path, small_model: Path, run: Callable[..., Said]
 ) -> None:
@@ -456,6 +472,7 @@ def test_existing_files_are_kept(
         (("decode", "cut.safetensors", "out.mkv"), "truncated"),
         (("decode", "ok.safetensors", "out.mkv", "--seed", "3"), "--sample"),
         (("decode", "ok.safetensors", "nowhere/out.mkv"), "is not a folder"),
+        (("decode", "ok.safetensors", "out", "--suffix", "mp4"), "begins with a dot"),
         (("info", "cut.safetensors"), "truncated"),
         (("stats", "cut.safetensors"), "truncated"),
         (("stats", "empty"), "holds none of"),

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
@@ -340,6 +343,8 @@ REFUSED = [
     ("a.avi", Format(), (8, 8, 3), r"must end in .mp4 .*\.webm \(VP9\).*folder"),
     ("a.mp4", Format(codec="vp9"), (8, 8, 3), "h264 or h265, and vp9 is written to .mkv, .webm"),
     ("a.mkv", Format(codec="av1"), (8, 8, 3), "no codec 'av1': there are h264"),
+    ("a.mkv", Format(codec=""), (8, 8, 3), "no codec '': there are h264"),
+    ("a.mp4", Format(depth=0), (8, 8, 3), "with 8, 10 bits, not 0"),
     ("a.webm", Format(depth=10), (8, 8, 3), "with 8 bits, not 10: take h264 or h265 or ffv1"),
     ("a.mp4", Format(quality=52), (8, 8, 3), r"0 \(best\) to 51, not 52"),
     ("a.mkv", Format(quality=3), (8, 8, 3), "loses nothing"),
@@ -403,7 +408,7 @@ def talking(ffmpeg: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
               "-i", str(folder / "a.srt")]  # fmt: skip
     made = {
         "aac.mp4": ["-c:a", "aac", "-c:s", "mov_text", "-metadata:s:a:0", "language=deu"],
-        "pcm.mkv": ["-c:a", "pcm_s16le", "-c:s", "srt"],
+        "pcm.mkv": ["-c:a", "pcm_s16le", "-c:s", "srt", "-disposition:s:0", "forced"],
         "late.mp4": ["-c:a", "aac", "-c:s", "mov_text", "-output_ts_offset", "1.5"],
         "flac.mkv": ["-c:a", "flac", "-c:s", "ass"],
     }
@@ -470,6 +475,9 @@ def test_streams_are_copied_to_the_byte(
     if name == "aac.mp4" and target in ("o.mp4", "o.mkv"):
         with av.open(str(out)) as container:
             assert container.streams.audio[0].language == "deu"
+    if name == "pcm.mkv" and target == "o.mkv":
+        with av.open(str(out)) as container:
+            assert container.streams.subtitles[0].disposition == av.stream.Disposition.forced
 
 
 def test_sound_keeps_its_own_clock(tmp_path: Path, talking: dict[str, Path]) -> None:
@@ -512,6 +520,29 @@ def test_a_cut_takes_the_sound_of_the_cut(tmp_path: Path, talking: dict[str, Pat
     assert said == [(0, 0.5, b"first"), (1, 0.5, b"second")]
 
 
+def test_sound_moves_with_frames_from_below_zero(tmp_path: Path) -> None:
+    source, base = tmp_path / "a.mkv", Fraction(1, 1000)
+    with av.open(str(source), "w", options={"avoid_negative_ts": "disabled"}) as container:
+        video, sound = (
+            container.add_stream("ffv1", rate=25),
+            container.add_stream("pcm_s16le", 8000),
+        )
+        video.width, video.height, video.pix_fmt = 32, 32, "bgr0"
+        video.time_base = video.codec_context.time_base = base
+        for index in range(6):
+            frame = av.VideoFrame(32, 32, "bgr0")
+            frame.pts, frame.time_base = 40 * index - 120, base
+            container.mux(video.encode(frame))
+            samples = av.AudioFrame.from_ndarray(np.zeros((1, 320), np.int16), "s16", "mono")
+            samples.sample_rate, samples.pts = 8000, 320 * index - 960
+            samples.time_base = Fraction(1, 8000)
+            container.mux(sound.encode(samples))
+    app.reconstruct(source, tmp_path / "b.mkv", awake(torch.float32))
+    assert [time for time, *_ in packets(source, "audio")] == pytest.approx(
+        [time - 0.12 for time, *_ in packets(tmp_path / "b.mkv", "audio")], abs=0.0011
+    )
+
+
 def test_sound_may_end_with_the_frames(tmp_path: Path, talking: dict[str, Path]) -> None:
     source = talking["pcm.mkv"]
     with CopiedStreams(source, to_last_frame=True) as copied:
@@ -539,6 +570,110 @@ def test_a_pipe_has_nothing_to_copy(tmp_path: Path) -> None:
     with CopiedStreams("-") as copied:
         writer = write(tmp_path / "a.mkv", picture(8, 8, 3, 8), [0], copied=copied)
     assert writer.notes == ["sound and subtitles of a pipe, which is read once, are left out"]
+
+
+def test_sound_that_an_edit_list_hides_stays_hidden(
+    tmp_path: Path, ffmpeg: str, talking: dict[str, Path]
+) -> None:
+    """Cut without encoding, the file has all from a keyframe on, and a list of what to show."""
+    source, out = tmp_path / "a.mp4", tmp_path / "b.mkv"
+    cut = ["-ss", "1", "-i", str(talking["aac.mp4"]), "-c", "copy", "-sn"]
+    subprocess.run([ffmpeg, "-v", "error", *cut, str(source)], check=True)
+    copy(source, out)
+    before, after = packets(source, "audio"), packets(out, "audio")
+    assert before[0][0] < -0.9 and len(after) < len(before)
+    heard = [data for time, _, data in before if time > -0.1]
+    assert [data for *_, data in after] == heard
+
+
+def test_sound_beside_a_stream_that_begins_on_the_way(
+    tmp_path: Path, talking: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the end PyAV may look for such a stream where it is not."""
+    from temporal_vae.video import copying
+
+    class Stumbling:
+        def __init__(self, truth: Any):
+            self.truth = truth
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.truth, name)
+
+        def __enter__(self) -> None:
+            pass
+
+        def __exit__(self, *_: object) -> None:
+            self.truth.close()
+
+        def demux(self, streams: Any) -> Iterator[Any]:
+            yield from self.truth.demux(streams)
+            raise IndexError("list index out of range")
+
+    honest = copying._open
+    monkeypatch.setattr(copying, "_open", lambda path: Stumbling(honest(path)))
+    source, out = talking["pcm.mkv"], tmp_path / "a.mkv"
+    copy(source, out)
+    assert packets(out, "audio") == packets(source, "audio")
+
+
+def test_packets_that_a_container_refuses_are_told(
+    tmp_path: Path, talking: dict[str, Path]
+) -> None:
+    class Refusing:
+        def __init__(self, truth: Any):
+            self.truth = truth
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.truth, name)
+
+        def mux_one(self, packet: Any) -> None:
+            if packet.stream.type == "audio":
+                raise av.error.InvalidDataError(1, "damaged")
+            self.truth.mux_one(packet)
+
+    source = talking["aac.mp4"]
+    with CopiedStreams(source) as copied:
+        writer = VideoWriter(tmp_path / "a.mp4", 8, 8, Fraction(25), copied=copied)
+        file: Any = writer._file
+        file._container = Refusing(file._container)
+        with writer:
+            writer.write(picture(8, 8, 3, 8), 0)
+    count = len(packets(source, "audio"))
+    assert writer.notes == [f"{count} packets of stream 1 are damaged, and left out"]
+    assert len(packets(tmp_path / "a.mp4", "subtitle")) == len(packets(source, "subtitle"))
+
+
+def test_sound_beside_a_title_in_another_alphabet(tmp_path: Path) -> None:
+    source = tmp_path / "a.mkv"
+    with av.open(str(source), "w") as container:
+        container.metadata["title"] = "abcdef"
+        stream = container.add_stream("pcm_s16le", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), "s16", "mono")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+    source.write_bytes(source.read_bytes().replace(b"abcdef", "déjàvu".encode("latin-1")))
+    with CopiedStreams(source) as copied:
+        write(tmp_path / "b.mkv", picture(8, 8, 3, 8), [0], copied=copied)
+    assert len(packets(tmp_path / "b.mkv", "audio")) == 1
+
+
+def test_a_named_pipe_is_read_once(tmp_path: Path) -> None:
+    """Neither sought, nor opened again for its sound, which would take from the frames or wait."""
+    write(tmp_path / "a.mkv", picture(16, 16, 3, 8), list(range(9)))
+    fifo, model = tmp_path / "fifo", awake(torch.float32)
+    os.mkfifo(fifo)
+    found: list[app.Summary] = []
+
+    def work() -> None:
+        found.append(app.reconstruct(fifo, tmp_path / "b.mkv", model, options={"start": 0.2}))
+
+    threads = [threading.Thread(target=work, daemon=True) for work in
+               (work, lambda: fifo.write_bytes((tmp_path / "a.mkv").read_bytes()))]  # fmt: skip
+    for thread in threads:
+        thread.start()
+    threads[0].join(20)
+    assert found and found[0].frames == 4
+    assert "sound and subtitles of a pipe" in " ".join(found[0].notes)
 
 
 # Whole or not at all ---------------------------------------------------------------------------
@@ -643,6 +778,9 @@ def test_save_video_keeps_what_it_is_told(tmp_path: Path) -> None:
     deep = replace(info, bit_depth=10)
     save_video(video, tmp_path / "c.mp4", deep)
     assert load_video(tmp_path / "c.mp4")[1].pixel_format == "yuv420p10le"
+    (note,) = save_video(video, tmp_path / "c.webm", deep)
+    assert note == "its 10 bits are written as 8, the most that VP9 is written with"
+    assert save_video(video, tmp_path / "c.webm", deep, depth=8) == ()
     save_video(video, tmp_path / "d.mp4", fps=29.97)
     with VideoReader(tmp_path / "d.mp4") as reader:
         times = [frame.pts * reader.info.time_base for frame in reader]
@@ -658,9 +796,21 @@ def test_save_video_refuses(tmp_path: Path) -> None:
         (video, {}, "give it, or an info"),
         (video, {"fps": 1, "timestamps": [1]}, "2 frames need as many timestamps, got 1"),
         (video * torch.nan, {"fps": 1}, "NaN"),
+        (video.to(torch.uint8), {"fps": 1}, "not in uint8: bytes are"),
+        (video, {"fps": 1, "timestamps": [1, 1]}, "got 1 after 1 at frame 1"),
+        (
+            video,
+            {"fps": 1, "timestamps": [-1, 0]},
+            "whole numbers that grow from 0 or above, got -1",
+        ),
+        (video, {"fps": 1, "timestamps": [0, 1.5]}, "got 1.5 after 0"),
+        (video, {"fps": 0}, "fps must be above 0"),
+        (video, {"fps": -25}, "fps must be above 0"),
+        (video, {"fps": math.nan}, "fps must be above 0"),
     ):
-        with pytest.raises(ValueError, match=message):
-            save_video(wrong, tmp_path / "a.mkv", **options)
+        for name in ("a.mkv", "a.mp4"):
+            with pytest.raises((ValueError, VideoError), match=message):
+                save_video(wrong, tmp_path / name, **options)
     assert not list(tmp_path.iterdir())
 
 

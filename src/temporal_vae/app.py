@@ -31,6 +31,7 @@ from temporal_vae.video import (
     check_suffix,
     choose,
     depth_for,
+    depth_notes,
     tag_notes,
     writable,
 )
@@ -136,6 +137,7 @@ def reconstruct(
     ):
         info, ratio = reader.info, reader.sample_aspect_ratio
         size, rate = reader.size, (info.fps, info.time_base)
+        lost = depth_notes(target, format, info.bit_depth)
         format = replace(format, depth=depth_for(target, format, info.bit_depth))
         depth = 8 if format.depth == 8 else 16
         walk = start_walk(timed(reader), model, length, size, budget, depth)
@@ -153,7 +155,7 @@ def reconstruct(
                 reader.notes.append(f"the shape of its pixels, {ratio}, is kept in .mp4 only")
         settled = set(tag_notes(info.colour) if writer.keeps_tags else ())
         settled |= set() if copied is None else copied.settled
-        notes = [note for note in reader.notes if note not in settled] + writer.notes
+        notes = [note for note in reader.notes if note not in settled] + lost + writer.notes
     cut = None if length == sys.maxsize else length
     told = tuple(f"{os.fspath(source)}: {note}" for note in notes)
     return Summary(done, time.monotonic() - start, cut, told)

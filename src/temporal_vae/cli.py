@@ -294,16 +294,19 @@ class Voice:
             raise ValueError("--quiet and --verbose exclude each other")
 
     def tell(self, target: Path, result: Result) -> None:
-        """What was done: notes on stderr; on stdout a line, or what is known of the file."""
+        """What was done: notes on stderr; on stdout a line, or what is known of the file.
+
+        On stderr all of it where the video is on stdout.
+        """
         frames, seconds, notes, rows = result
         for note in () if self.quiet else notes:
             err.print(f"tvae: note: {note}", markup=False, soft_wrap=True)
         rate = frames / max(seconds, 1e-9)
+        console = err if str(target) == PIPE else out
         if self.as_json:
             rows = {"path": str(target), "frames": frames, "seconds": seconds} | rows
-            out.print(to_json(rows | {"notes": notes}), markup=False, soft_wrap=True)
+            console.print(to_json(rows | {"notes": notes}), markup=False, soft_wrap=True)
         elif not self.quiet:
-            console = err if str(target) == PIPE else out
             line = f"{target}: {frames} frames in {seconds:.1f} s, {rate:.2f} frames/s"
             console.print(line, markup=False, soft_wrap=True)
             for name, value in shown(rows).items() if self.verbose else ():

@@ -43,6 +43,8 @@ from temporal_vae.video import (
     VideoWriter,
     check_suffix,
     depth_for,
+    depth_notes,
+    tag_notes,
     writable,
 )
 from temporal_vae.walking import clip_length, decode_walk, encode_walk, memory_budget
@@ -140,7 +142,8 @@ def encode(
             if progress is not None:
                 progress(done + len(walk.stamps) // 2, reader.info.expected_frames)
         info = writer.finish(source_sha256=checksum())
-        notes = [f"{os.fspath(source)}: {note}" for note in reader.notes]
+        kept = tag_notes(reader.info.colour)  # which the header has
+        notes = [f"{os.fspath(source)}: {note}" for note in reader.notes if note not in kept]
     if info.source_sha256 is None:
         notes.append(f"{os.fspath(source)} is no file, so it has no checksum in the latents")
     return Encoded(info, os.path.getsize(target), time.monotonic() - start, tuple(notes))
@@ -185,6 +188,7 @@ def decode(
             raise LatentFileError(f"{file.path} holds a sample already: nothing is drawn")
         read = partial(file.latents, sample_mode=sample, generator=generator)
         length = info.clip_frames or (None if model.decode_reach is not None else info.frames)
+        notes += depth_notes(target, format, info.bit_depth or 8)
         format = replace(format, depth=depth_for(target, format, info.bit_depth or 8))
         cells, depth = (info.rows, info.columns), 8 if format.depth == 8 else 16
         frames = decode_walk(read, info.frames, model, length, cells, budget, depth)

@@ -87,11 +87,13 @@ def describe_video(path: str) -> Rows:
         rows["frames per second"] = video.fps
         if video.expected_frames is not None:
             rows["seconds"] = round(video.expected_frames / float(video.fps), 3)
-        told = {"path", "width", "height", "frames", "fps", "notes", "end"}
+        told = {"path", "width", "height", "frames", "fps", "notes", "end", "colour"}
         for field in fields(video):  # all that a reader finds out, as it learns to
             value = getattr(video, field.name)
             if field.name not in told and value is not None:
                 rows[field.name.replace("_", " ")] = value
+        for name, value in asdict(video.colour).items():
+            rows[f"colour {name.replace('_', ' ')}"] = value
         if os.path.isfile(path):
             rows["bytes"] = Count(os.path.getsize(path))
         return rows | {f"note {i}": note for i, note in enumerate(video.notes, 1)}

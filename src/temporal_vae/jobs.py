@@ -54,15 +54,17 @@ def plan_jobs(
 
     The target is a folder where it is one, or where there are several inputs or a folder of them;
     it is made. Raises `ValueError` before where two inputs would be written to one file, or a file
-    exists unless `overwrite`.
+    exists unless `overwrite`; and for a suffix without its dot.
     """
+    if suffix and suffix[0] != ".":
+        raise ValueError(f"a suffix begins with a dot, as .{suffix} does: got {suffix!r}")
     inputs = find_inputs(words, suffixes)
     many = len(inputs) > 1 or any(word.is_dir() and word not in inputs for word in words)
     if not (many or target.is_dir()):
         return [(inputs[0], target)]
     if any(str(path) == PIPE for path in (*inputs, target)):
         raise ValueError("- is one video: for a folder name files")
-    if not target.is_dir() and (target.exists() or target.suffix == suffix):
+    if not target.is_dir() and (target.exists() or (suffix and target.suffix == suffix)):
         raise ValueError(f"{target} is a file's name, and {len(inputs)} inputs need a folder")
     jobs = [(path, target / (_title(path) + suffix)) for path in inputs]
     taken: dict[Path, Path] = {}

@@ -102,6 +102,8 @@ class LatentInfo:
             raise LatentFileError(f"dtype must be one of {known}, got {self.dtype}")
         for name, least, most in _WHOLE:
             _check_whole(name, getattr(self, name), least, most)
+        if type(self.scaled) is not bool:
+            raise LatentFileError(f"scaled must be True or False, got {self.scaled!r:.80}")
         for name in ("scale_factor", "shift_factor"):
             value = getattr(self, name)
             if type(value) is not float or not math.isfinite(value):
@@ -114,17 +116,26 @@ class LatentInfo:
             value = getattr(self, name)
             if value is not None and not re.fullmatch("[0-9a-f]{64}", value):
                 raise LatentFileError(f"{name} must be 64 hexadecimal digits, got {value!r:.80}")
-        for name, _ in self.colour:
+        for name, tag in self.colour:
             if not re.fullmatch("[a-z_]{1,32}", name):
                 raise LatentFileError(f"a colour tag must be named a-z and _, got {name!r:.80}")
+            _check_text(f"colour tag {name}", tag)
+        for name in ("model", "source", "library"):
+            _check_text(name, getattr(self, name) or "")
 
     def _check_time(self) -> None:
         for name in ("fps", "time_base", "sample_aspect_ratio"):
             value = getattr(self, name)
-            if value is None:
+            if value is None and name == "sample_aspect_ratio":
                 continue
-            if not 0 < value.numerator < _RATIONAL or value.denominator >= _RATIONAL:
-                raise LatentFileError(f"{name} must be n/d, each in [1, 2**31), got {value}")
+            if (
+                type(value) is not Fraction
+                or not 0 < value.numerator < _RATIONAL
+                or value.denominator >= _RATIONAL
+            ):
+                raise LatentFileError(
+                    f"{name} must be a Fraction of numbers in [1, 2**31), got {value!r:.80}"
+                )
         if self.start + (self.step or 0) * self.frames > MOST_STAMP:
             raise LatentFileError(
                 f"timestamps must be within 2**62, got {self.start} + {self.step} a frame"
@@ -216,6 +227,11 @@ def _check_whole(name: str, value: object, least: int, most: int) -> None:
         raise LatentFileError(
             f"{name} must be a whole number in [{least}, {most}], got {value!r:.80}"
         )
+
+
+def _check_text(name: str, value: object) -> None:
+    if not isinstance(value, str) or value != value.encode(errors="replace").decode():
+        raise LatentFileError(f"{name} must be text that UTF-8 can hold, got {value!r:.80}")
 
 
 def _text(value: object) -> str:

@@ -20,6 +20,7 @@ from temporal_vae.geometry import spans
 from temporal_vae.latents.distribution import LatentDistribution
 from temporal_vae.latents.header import alignment, pack, room_for
 from temporal_vae.latents.info import MOST_STAMP, LatentFileError, LatentInfo, ModelRecord
+from temporal_vae.video.selecting import exact_rate
 
 SUFFIX = ".safetensors"
 WRITE_FRAMES = 64
@@ -180,7 +181,7 @@ def write_latents(
         )
     check_target(path, overwrite)
     _, channels, frames, rows, columns = stored.shape
-    rate, factor = Fraction(fps).limit_denominator(1001), model.downsample_factor
+    rate, factor = _rate(fps), model.downsample_factor
     height, width = size or (rows * factor, columns * factor)
     info = LatentInfo(
         kind=kind,  # type: ignore[arg-type]
@@ -206,6 +207,13 @@ def write_latents(
         for start, end in spans(frames, WRITE_FRAMES):
             writer.write(stored[:, :, start:end], stamps[start:end])
         return writer.finish()
+
+
+def _rate(fps: Fraction | float) -> Fraction:
+    try:
+        return exact_rate(fps)
+    except ValueError as error:
+        raise LatentFileError(str(error)) from error
 
 
 def record_fields(model: ModelRecord) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from temporal_vae.video.colour import tag_notes
 from temporal_vae.video.copying import CopiedStreams
-from temporal_vae.video.formats import Format, choose, depth_for
+from temporal_vae.video.formats import Format, choose, depth_for, depth_notes
 from temporal_vae.video.frames import (
     PIPE,
     Bytes,
@@ -40,6 +40,7 @@ __all__ = [
     "check_suffix",
     "choose",
     "depth_for",
+    "depth_notes",
     "load_video",
     "pad_frames",
     "read_clip",

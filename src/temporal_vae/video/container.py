@@ -26,7 +26,7 @@ from temporal_vae.video.colour import (
 from temporal_vae.video.converting import WayUp, depth_of, has_alpha, orientation
 from temporal_vae.video.copying import not_copied
 from temporal_vae.video.exif import has_exif, refuse_mirrored
-from temporal_vae.video.frames import PIPE, Colour, VideoError, VideoInfo
+from temporal_vae.video.frames import PIPE, Colour, VideoError, VideoInfo, is_rewound
 
 MAX_PIXELS = 1 << 27
 """Pixels of the largest frame that is read, 16384x8192: a damaged header may claim any size."""
@@ -157,7 +157,7 @@ class VideoFile:
         Trusted only where timestamps show that it landed at or before its aim, on a keyframe, and
         that what follows is whole and in order.
         """
-        if self.path == PIPE or self._container.format.flags & NO_TIMESTAMPS:
+        if not is_rewound(self.path) or self._container.format.flags & NO_TIMESTAMPS:
             return None
         for seconds in SEEK_BACK:
             aim = start - self._shift - int(seconds / self.info.time_base)
@@ -230,7 +230,7 @@ class VideoFile:
         refuse_colour(colour, path)
         refuse_colour(replace(colour, transfer=stream.codec_context.color_trc), path)
         _refuse_samples(head, path)
-        if path != PIPE and stream.codec_context.name in STILLS and has_exif(head):
+        if is_rewound(path) and stream.codec_context.name in STILLS and has_exif(head):
             refuse_mirrored(path)
         fps = Fraction(stream.average_rate or stream.guessed_rate or 25)
         time_base = Fraction(stream.time_base or 1 / fps)

@@ -172,15 +172,15 @@ class Converter:
         return np.concatenate([image, edge], 2)
 
     def _rgb(self, frame: VideoFrame, height: int, width: int, alpha: bool) -> Image:
-        if self._shape.deep:
+        deep = self._shape.deep and depth_of(frame) > 8
+        name = "rgba" if alpha else "rgb24"
+        if deep:
             name = "rgba64le" if alpha else "rgb48le"
-        else:
-            name = "rgba" if alpha else "rgb24"
         rgb = self._scaler.reformat(
             frame, width=width, height=height, format=name, interpolation=EXACT
         )
         image: Image = rgb.to_ndarray()
-        return image
+        return image.astype(np.uint16) * 257 if self._shape.deep and not deep else image
 
     def _from_yuv(self, frame: VideoFrame, height: int, width: int, alpha: bool) -> Image:
         deep = self._shape.deep

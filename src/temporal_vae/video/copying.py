@@ -15,12 +15,16 @@ import av
 from av.packet import Packet
 from av.stream import Stream
 
-from temporal_vae.video.frames import PIPE
+from temporal_vae.video.frames import is_rewound
 
 COPIED = ("audio", "subtitle")
 RUN_UP = 30
 """Seconds before and after a cut that are read: packets of one time may lie apart in a file, and a
 subtitle may still stand that began before."""
+PRIMING = 0.1
+"""Seconds of sound before the first that is heard, which its decoder may need."""
+ENDS = (av.error.FFmpegError, IndexError)
+"""What ends the packets of a file; the second, in PyAV, where a stream began on the way."""
 TRIED_PACKETS = 1000
 """Packets that are looked through for one of each stream, before the frames."""
 
@@ -52,8 +56,8 @@ class CopiedStreams:
         self._lost: dict[int, int] = {}
         self._packets: Iterator[tuple[Fraction, Packet[Stream]]] = iter(())
         self._next: tuple[Fraction, Packet[Stream]] | None = None
-        self._source = None if self.path == PIPE or os.path.isdir(self.path) else _open(self.path)
-        if self.path == PIPE:
+        self._source = _open(self.path) if is_rewound(self.path) else None
+        if not is_rewound(self.path) and not os.path.isdir(self.path):
             self.notes.append("sound and subtitles of a pipe, which is read once, are left out")
 
     def __enter__(self) -> Self:
@@ -124,9 +128,9 @@ class CopiedStreams:
                 self._source.seek(int((self._start - RUN_UP) * av.time_base))
         streams = [s for s in self._candidates() if s.index in self._targets]
         past: set[int] = set()
-        with suppress(av.error.FFmpegError):  # damaged from here on, which the reader tells
+        with suppress(*ENDS):  # damaged from here on, which the reader tells
             for packet in self._source.demux(streams):
-                if packet.pts is None or not packet.size:
+                if packet.pts is None or not packet.size or _hidden(packet):
                     continue
                 late = -1 if self._end is None else packet.pts * packet.time_base - self._end
                 if late >= 0:
@@ -157,6 +161,14 @@ class CopiedStreams:
         return True
 
 
+def _hidden(packet: Packet[Stream]) -> bool:
+    """Whether an edit list hides a packet, and what is heard after it does not need it."""
+    if not packet.is_discard or packet.stream.start_time is None or packet.pts is None:
+        return False
+    before = (packet.stream.start_time - packet.pts) * packet.time_base
+    return not 0 <= before <= PRIMING
+
+
 def not_copied(kind: str, index: int) -> str:
     """What a reader of frames says of another stream."""
     return f"{kind} stream {index} is not copied"
@@ -165,7 +177,7 @@ def not_copied(kind: str, index: int) -> str:
 def _open(path: str) -> av.container.InputContainer | None:
     """None for what libav does not read as a container, such as an animated WebP."""
     try:
-        return av.open(os.path.abspath(path))
+        return av.open(os.path.abspath(path), metadata_errors="replace")
     except (av.error.FFmpegError, OSError, ValueError):
         return None
 
@@ -176,7 +188,7 @@ def _samples(path: str, indices: list[int]) -> dict[int, Packet[Stream]]:
     source = _open(path) if indices else None
     if source is None:
         return found
-    with source, suppress(av.error.FFmpegError):
+    with source, suppress(*ENDS):
         streams = [source.streams[index] for index in indices]
         for count, packet in enumerate(source.demux(streams)):
             if packet.size and packet.pts is not None:

@@ -111,7 +111,7 @@ def choose(path: str | os.PathLike[str], format: Format | None = None) -> Chosen
     suffix = PIPE if name == PIPE else Path(name).suffix.lower()
     if suffix not in HELD:
         raise VideoError(f"cannot write {name}: the name must end in {_known()}")
-    codec = format.codec or HELD[suffix][0]
+    codec = HELD[suffix][0] if format.codec is None else format.codec
     if codec not in CODECS:
         raise VideoError(f"no codec {codec!r}: there are {', '.join(CODECS)}")
     if codec not in HELD[suffix]:
@@ -122,7 +122,7 @@ def choose(path: str | os.PathLike[str], format: Format | None = None) -> Chosen
             f"written to {', '.join(others)}"
         )
     able = CODECS[codec]
-    depth = format.depth or 8
+    depth = 8 if format.depth is None else format.depth
     if depth not in able.depths:
         depths = ", ".join(map(str, able.depths))
         raise VideoError(f"{able.title} is written with {depths} bits, not {depth}{_deeper(depth)}")
@@ -140,6 +140,14 @@ def depth_for(path: str | os.PathLike[str], format: Format, bits: int) -> int:
         return format.depth
     depths = choose(path, format).codec.depths
     return next((depth for depth in depths if depth >= bits), depths[-1])
+
+
+def depth_notes(path: str | os.PathLike[str], format: Format, bits: int) -> list[str]:
+    """A line where `depth_for` keeps fewer bits than a source has, which nobody asked for."""
+    depth, title = depth_for(path, format, bits), choose(path, format).codec.title
+    if format.depth is not None or depth >= bits:
+        return []
+    return [f"its {bits} bits are written as {depth}, the most that {title} is written with"]
 
 
 def _place(suffix: str) -> str:

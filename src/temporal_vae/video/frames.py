@@ -6,6 +6,7 @@ type, and pixels, (1, C, T, H, W) in [-1, 1].
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal, overload
@@ -24,6 +25,11 @@ Image = npt.NDArray[Any]
 
 PIPE = "-"
 """Stands for standard input or output in place of a file."""
+
+
+def is_rewound(path: str) -> bool:
+    """Whether what stands under a name can be read twice: a file, and no pipe or device."""
+    return path != PIPE and os.path.isfile(path)
 
 
 class VideoError(Exception):

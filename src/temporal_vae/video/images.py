@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from fractions import Fraction
@@ -16,7 +15,7 @@ from av.video.frame import VideoFrame
 from temporal_vae.video.colour import colour_of, refuse_colour
 from temporal_vae.video.container import MAX_PIXELS, Stamped, described
 from temporal_vae.video.exif import refuse_mirrored
-from temporal_vae.video.frames import PIPE, VideoError, VideoInfo
+from temporal_vae.video.frames import VideoError, VideoInfo, is_rewound
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PillowImage
@@ -115,7 +114,7 @@ class AnimatedWebP:
 
 def is_animated_webp(path: str) -> bool:
     """Whether a file is a WebP with more than a still in it."""
-    if path == PIPE or not os.path.isfile(path):
+    if not is_rewound(path):
         return False
     with open(path, "rb") as file:
         head = file.read(21)

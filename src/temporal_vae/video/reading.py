@@ -21,7 +21,7 @@ from temporal_vae.video.container import Source, VideoFile
 from temporal_vae.video.converting import ALPHA_LOST, Converter, Shape
 from temporal_vae.video.frames import Frame, Image, VideoError, VideoInfo, to_pixels
 from temporal_vae.video.images import is_animated_webp, open_folder, open_webp
-from temporal_vae.video.selecting import Options, Selection, even, finest
+from temporal_vae.video.selecting import MOST, Options, Selection, even, finest
 
 AHEAD_FRAMES = 4
 """Frames that wait, decoded, for the reader."""
@@ -106,6 +106,8 @@ class VideoReader:
     @property
     def begin(self) -> int:
         """Where `start` lies from the first frame, in units of `info.time_base`."""
+        if self.info.time_base > self._file_info.time_base:  # the first frame may be rounded down
+            return int(Fraction(self._selection.start) / self.info.time_base)
         return self._selection.start_ticks(self.info.time_base)
 
     @property
@@ -163,6 +165,8 @@ class VideoReader:
         if self._resampled and selection.rate is not None:
             fps = selection.rate
             base = finest(info.time_base, 1 / fps)
+            if base.denominator > MOST:  # then a start between two frames moves to the one before
+                base = 1 / fps
         length = None
         if info.expected_frames is not None:
             seconds = info.expected_frames / info.fps - Fraction(selection.start)
@@ -221,7 +225,14 @@ def load_video(
 
     The whole clip lies in memory: `start`, `frames`, `stride`, `fps`, `size`, `crop`, `channels`
     and `alpha` choose less of it, as in `VideoReader`, whose notes end up in the info's.
+
+    Raises `ValueError` for alpha that is to be kept, unless `channels` gives it a place.
     """
+    if options.get("alpha") == "keep" and options.get("channels") != 4:
+        raise ValueError(
+            "alpha='keep' is a plane beside each frame, for which a tensor has no place: "
+            "channels=4 gives it as the fourth channel"
+        )
     with VideoReader(path, width, multiple, **options) as video:
         parts = [to_pixels(frame.image[None]).to(dtype) for frame in video]
         return torch.cat(parts, 2), replace(video.info, notes=tuple(video.notes))

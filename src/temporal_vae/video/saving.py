@@ -10,7 +10,7 @@ from fractions import Fraction
 from torch import Tensor
 
 from temporal_vae.files import atomic_folder, atomic_path
-from temporal_vae.video.formats import Format, choose, depth_for
+from temporal_vae.video.formats import Format, choose, depth_for, depth_notes
 from temporal_vae.video.frames import PIPE, Colour, VideoInfo, to_bytes
 from temporal_vae.video.selecting import exact_rate
 from temporal_vae.video.writing import VideoWriter
@@ -56,14 +56,19 @@ def save_video(
     that are not given; without it `fps` is needed. `timestamps` are in units of `time_base`, which
     is 1 / fps unless given; frames are evenly spaced where there are none.
 
-    Returns what the file does not keep, a line each. Raises `ValueError` for another shape, and
-    `VideoError` for what cannot be written.
+    Returns what the file does not keep, a line each. Raises `ValueError` for another shape, whole
+    numbers and a rate that is none, and `VideoError` for what cannot be written.
     """
     clip = video if video.ndim == 5 else video[None]
     if clip.ndim != 5 or len(clip) != 1 or 0 in clip.shape:
         raise ValueError(
             f"a video is (1, C, T, H, W) or (C, T, H, W), got {tuple(video.shape)}: save the clips "
             "of a batch one by one"
+        )
+    if not clip.is_floating_point():
+        raise ValueError(
+            f"a video is in [-1, 1], not in {str(clip.dtype).removeprefix('torch.')}: bytes are "
+            "frames.float() / 127.5 - 1"
         )
     _, channels, frames, height, width = clip.shape
     if fps is None and info is None:
@@ -75,7 +80,8 @@ def save_video(
     if timestamps is None:
         timestamps = [round(index / rate / base) for index in range(frames)]
     wanted = Format(codec=codec, depth=depth, quality=quality)
-    bits = depth_for(path, wanted, 8 if info is None else info.bit_depth)
+    source = 8 if info is None else info.bit_depth
+    bits, lost = depth_for(path, wanted, source), depth_notes(path, wanted, source)
     format = Format(codec=codec, depth=bits, quality=quality)
     ratio = None
     if info is not None:
@@ -90,4 +96,4 @@ def save_video(
         for index, stamp in enumerate(timestamps):
             image = to_bytes(clip[:, :, index : index + 1], 8 if bits == 8 else 16)[0]
             writer.write(image, stamp)
-    return tuple(writer.notes)
+    return (*lost, *writer.notes)

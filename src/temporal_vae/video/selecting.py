@@ -10,6 +10,8 @@ from typing import Literal, TypedDict, TypeVar
 
 from temporal_vae.video.frames import VideoError
 
+MOST = 2**31 - 1
+"""Of the numbers that a fraction of libav is made of."""
 LONGEST_HOLD = 600
 """Seconds that one frame may stand while a rate is made even: a longer gap is a damaged stamp."""
 
@@ -67,9 +69,7 @@ class Selection:
             raise ValueError(f"frames must be 1 or more, got {self.frames}")
         if self.stride < 1:
             raise ValueError(f"stride must be 1 or more, got {self.stride}")
-        if self.fps is not None and not 0 < self.fps < math.inf:
-            raise ValueError(f"fps must be above 0, got {self.fps}")
-        if self.fps is not None and self.stride != 1:
+        if self.rate is not None and self.stride != 1:
             raise ValueError("stride and fps both choose frames: give one of them")
         if self.channels not in (1, 3, 4):
             raise ValueError(f"channels must be 1 (grey), 3 (RGB) or 4 (RGBA), got {self.channels}")
@@ -123,8 +123,13 @@ class Selection:
 
 
 def exact_rate(fps: float | Fraction) -> Fraction:
-    """A rate as a fraction; one within a hundredth of a per mille of n * 1000 / 1001 is that."""
-    whole = Fraction(fps).limit_denominator(1_000_000)
+    """A rate as a fraction; one within a hundredth of a per mille of n * 1000 / 1001 is that.
+
+    Raises `ValueError` for what is none: libav counts in fractions of numbers below 2**31.
+    """
+    if not 1e-6 <= fps <= 1e6:
+        raise ValueError(f"fps must be above 0, and within a millionth and a million, got {fps}")
+    whole = Fraction(fps).limit_denominator(min(1_000_000, int(MOST / fps)))
     ntsc = Fraction(round(whole * 1001 / 1000) * 1000, 1001)
     if ntsc and whole.denominator != 1 and abs(whole / ntsc - 1) < Fraction(1, 30_000):
         return ntsc

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable
 from contextlib import suppress
 from fractions import Fraction
+from numbers import Integral
 from types import TracebackType
 from typing import Self
 
@@ -67,6 +68,7 @@ class VideoWriter:
         layout = layout_of(chosen, (height, width, channels), colour)
         self._fps, self._base = fps, time_base or 1 / fps
         self._first: int | None = None
+        self._last = -1
         self._count, self._even = 0, True
         self.notes: list[str] = []
         self.keeps_aspect = chosen.suffix in (".mp4", ".mov") or chosen.name == "y4m"
@@ -106,13 +108,22 @@ class VideoWriter:
             self.notes.append(f"its {what} cannot be kept: frames stand at {self._fps} a second")
 
     def write(self, image: Image, pts: int) -> None:
-        """Append one frame, uint8 or uint16 (H, W, C), at `pts` in units of the time base."""
+        """Append one frame, uint8 or uint16 (H, W, C), at `pts` in units of the time base.
+
+        Raises `VideoError` for timestamps below 0, or that do not grow: mp4 would hide such frames,
+        or make other timestamps up.
+        """
+        if not isinstance(pts, Integral) or pts <= self._last:
+            raise VideoError(
+                f"timestamps must be whole numbers that grow from 0 or above, got {pts} after "
+                f"{self._last} at frame {self._count}"
+            )
         with _errors("cannot write the video"):
             if self._file is not None:
                 self._file.write(image, pts)
             if self._plain is not None:
                 self._plain.write(image)
-        self._first = pts if self._first is None else self._first
+        self._first, self._last = pts if self._first is None else self._first, pts
         late = (pts - self._first) * self._base - self._count / self._fps
         self._even &= abs(late) <= self._base / 2
         self._count += 1
