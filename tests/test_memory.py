@@ -212,8 +212,8 @@ def test_a_stream_that_hands_its_state_on_takes_one_state_less(
         results[keeps] = join(list(model.decode_stream(plan).pull(latent[:, :, :12].split(5, 2))))
         assert peaks[keeps] <= plan.peak_bytes
     assert difference(results[True], results[False]) < 1e-10
-    share = 0.3 if model.is_causal else 0.6  # of it is alive at the worst moment
-    assert peaks[True] - peaks[False] > share * plan.state_bytes
+    # at the worst moment a part of the next state was alive
+    assert peaks[True] - peaks[False] > 0.3 * plan.state_bytes
 
 
 @torch.no_grad()

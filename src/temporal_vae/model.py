@@ -953,11 +953,12 @@ class TemporalVAE(nn.Module):
     ) -> Iterator[Tensor]:
         line = self._line(operation)
         first = next((memory for memory in state or () if memory), None)
-        if first is not None:  # the end is walked frame by frame
+        if first is not None:  # the end is walked a few frames at a time
             handed = isinstance(state, list)
             like = self._frame_of(line, first)
             plan = self._plan_for(operation, like, plan, stream=True, handed=handed)
-        return streamed.finish(line, state, _bounds(plan))
+        frames = 1 if plan is None else plan.shape[2]
+        return streamed.finish(line, state, _bounds(plan), frames)
 
     def _frame_of(self, line: Encoder | Decoder, memory: tuple[Tensor, ...]) -> Tensor:
         """A frame that stands for a stream's input, by the memory of its first timewise layer."""

@@ -43,11 +43,13 @@ def step(
     return y, tuple(memories)
 
 
-def finish(line: Line, state: Held | None, bounds: Bounds | None = None) -> Iterator[Tensor]:
+def finish(
+    line: Line, state: Held | None, bounds: Bounds | None = None, frames: int = 1
+) -> Iterator[Tensor]:
     """What an ended clip still owes, in pieces, in order.
 
     Layer after layer is told that its input has ended, and the few frames that it held back go
-    through the rest one by one: however far a network sees, no more is ever on the way.
+    through the rest, `frames` at a time: however far a network sees, no more is ever on the way.
     """
     layers, memories = list(line.layers()), _memories(line, state)
     for index, layer in enumerate(layers):
@@ -59,8 +61,8 @@ def finish(line: Line, state: Held | None, bounds: Bounds | None = None) -> Iter
         else:  # a few pixels at a time, or the end would take more than the steps
             held = bounded.flush(layer, memory, bounds or Bounds())
         del memory
-        for frame in () if held is None else held.split(1, dim=2):
-            x = _pass_on(layers[index + 1 :], frame, memories, bounds)
+        for piece in () if held is None else held.split(frames, dim=2):
+            x = _pass_on(layers[index + 1 :], piece, memories, bounds)
             if x is not None:
                 yield x
 
