@@ -344,6 +344,25 @@ def test_colours_and_depth_of_the_source_are_recorded(tmp_path: Path, causal: Te
         assert "its 10 bits are written as 8" in notes[0]
 
 
+def test_bare_rgb_comes_in_as_it_goes_out(tmp_path: Path, run: Callable[..., Said]) -> None:
+    """What `-f rawvideo -pix_fmt rgb24` pipes: pixels alone, so size and rate are told."""
+    frames = smooth(3, 34, 50)
+    (tmp_path / "a.rgb").write_bytes(np.ascontiguousarray(frames).tobytes())
+    with VideoReader(tmp_path / "a.rgb", raw=(34, 50, Fraction(30000, 1001))) as video:
+        assert np.array_equal(np.stack([frame.image for frame in video]), frames)
+        assert video.info.fps == Fraction(30000, 1001)
+    write(tmp_path / "b.mkv", frames)
+    said = run("reconstruct", tmp_path / "a.rgb", tmp_path / "a.mkv", "--raw", "50x34@25")
+    assert said.returncode == 0, said.stderr
+    assert run("reconstruct", tmp_path / "b.mkv", tmp_path / "c.mkv").returncode == 0
+    assert np.array_equal(read_clip(tmp_path / "a.mkv"), read_clip(tmp_path / "c.mkv"))
+    out = tmp_path / "a.safetensors"
+    assert run("encode", tmp_path / "a.rgb", out, "--raw", "50x34@25").returncode == 0
+    for wrong in ("50x34", "50@25", "0x34@25"):
+        said = run("reconstruct", tmp_path / "a.rgb", tmp_path / "d.mkv", "--raw", wrong)
+        assert_one_line_error(said, "raw")
+
+
 def test_both_verbs_that_write_video_take_its_format(
     tmp_path: Path, run: Callable[..., Said]
 ) -> None:

@@ -187,6 +187,8 @@ def copied_streams(
         if any(note.endswith("is not copied") for note in reader.notes):
             reader.notes.append("sound and subtitles are left out, as frames are at another rate")
         return nullcontext()
+    if options.get("raw") is not None:  # there is nothing else in it
+        return nullcontext()
     skipped = reader.begin * reader.info.time_base
     start = Fraction(reader.info.start) + skipped - reader.shift if skipped else None
     ends = options.get("frames") is not None

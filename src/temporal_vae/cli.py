@@ -88,6 +88,10 @@ Crop = Annotated[
     str | None,
     typer.Option(metavar="WxH+X+Y", help="Cut out first; or centre, the shape of --size."),
 ]
+RawWord = Annotated[
+    str | None,
+    typer.Option("--raw", metavar="WxH@FPS", help="IN is bare rgb24 of this size and rate."),
+]
 AlphaWord = Annotated[
     Literal["keep", "drop"] | None,
     typer.Option("--alpha", help="keep an alpha channel (a model of 4 channels), or drop it."),
@@ -148,13 +152,14 @@ def reconstruct(
     size: Size = None,
     crop: Crop = None,
     alpha: AlphaWord = None,
+    raw: RawWord = None,
     codec: Codec = None,
     depth: Depth = None,
     quality: Quality = None,
 ) -> None:
     """Encode a video to the posterior mean, decode it, and write the result; - is a pipe."""
     options = reader_options(start=start, frames=frames, stride=stride, fps=fps, size=size,
-                             crop=crop, alpha=alpha)  # fmt: skip
+                             crop=crop, alpha=alpha, raw=raw)  # fmt: skip
     _refuse_terminal(source, target)
     format = Format(codec=codec, depth=depth, quality=quality)
     check_suffix(target, format)
@@ -198,6 +203,7 @@ def encode(
     size: Size = None,
     crop: Crop = None,
     alpha: AlphaWord = None,
+    raw: RawWord = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -205,7 +211,7 @@ def encode(
 ) -> None:
     """Encode videos to files of latents, which `decode`, and any reader of safetensors, reads."""
     options = reader_options(start=start, frames=frames, stride=stride, fps=fps, size=size,
-                             crop=crop, alpha=alpha)  # fmt: skip
+                             crop=crop, alpha=alpha, raw=raw)  # fmt: skip
     stored = None if latent_dtype is None else app.choose_dtype(latent_dtype)
     length = _clip_length(clip_frames)
     how = coding.Encoding(sample=sample, seed=seed, dtype=stored, scaled=scaled,

@@ -6,7 +6,7 @@ import re
 from fractions import Fraction
 from typing import cast
 
-from temporal_vae.video import Options, Selection
+from temporal_vae.video import Options, Raw, Selection
 
 
 def reader_options(
@@ -18,6 +18,7 @@ def reader_options(
     size: str | None,
     crop: str | None,
     alpha: str | None,
+    raw: str | None = None,
 ) -> Options:
     """Those that were given, checked against each other; see `Selection`.
 
@@ -31,6 +32,7 @@ def reader_options(
         "size": None if size is None else sides(size),
         "crop": None if crop is None else cut(crop),
         "alpha": alpha,
+        "raw": None if raw is None else bare(raw),
     }
     options = cast(Options, {name: value for name, value in found.items() if value is not None})
     Selection(**options)
@@ -59,6 +61,17 @@ def sides(text: str) -> tuple[int, int]:
     if parts is None:
         raise ValueError(f"--size takes WIDTHxHEIGHT, such as 640x360, got {text!r}")
     return int(parts[2]), int(parts[1])
+
+
+def bare(text: str) -> Raw:
+    """WIDTHxHEIGHT@FPS as (height, width, frames per second)."""
+    size, at, fps = text.partition("@")
+    try:
+        return (*sides(size), rate(fps if at else ""))
+    except ValueError as error:
+        raise ValueError(
+            f"--raw takes WIDTHxHEIGHT@FPS, such as 640x360@25, got {text!r}"
+        ) from error
 
 
 def cut(text: str) -> str | tuple[int, int, int, int]:

@@ -18,7 +18,7 @@ from temporal_vae.video.frames import (
 )
 from temporal_vae.video.reading import VideoReader, load_video, read_clip
 from temporal_vae.video.saving import save_video, writable
-from temporal_vae.video.selecting import Alpha, Options, Selection
+from temporal_vae.video.selecting import Alpha, Options, Raw, Selection
 from temporal_vae.video.writing import VideoWriter, check_suffix
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "Frame",
     "Image",
     "Options",
+    "Raw",
     "Selection",
     "VideoError",
     "VideoInfo",

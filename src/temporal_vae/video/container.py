@@ -27,6 +27,7 @@ from temporal_vae.video.converting import WayUp, depth_of, has_alpha, orientatio
 from temporal_vae.video.copying import not_copied
 from temporal_vae.video.exif import has_exif, refuse_mirrored
 from temporal_vae.video.frames import PIPE, Colour, VideoError, VideoInfo, is_rewound
+from temporal_vae.video.selecting import Raw
 
 MAX_PIXELS = 1 << 27
 """Pixels of the largest frame that is read, 16384x8192: a damaged header may claim any size."""
@@ -65,12 +66,12 @@ class Source(Protocol):
 class VideoFile:
     """A video file, or standard input for "-"."""
 
-    def __init__(self, path: str, alpha: bool):
-        self.path, self._alpha = path, alpha
+    def __init__(self, path: str, alpha: bool, raw: Raw | None = None):
+        self.path, self._alpha, self._raw = path, alpha, raw
         self._packets_lost = self._timestamps_made = self._damaged = self._count = 0
         self._end: Fraction | None = None
         self._orientation = WayUp()
-        self._container = _open(path)
+        self._container = _open(path, raw)
         try:
             self._prepare()
             self._frames = self._decode()
@@ -122,7 +123,7 @@ class VideoFile:
     def _reopen(self) -> None:
         self.close()
         self._packets_lost = 0
-        self._container = _open(self.path)
+        self._container = _open(self.path, self._raw)
         self._prepare()
         self._frames = self._decode()
         self._head = next(self._frames, None)
@@ -314,18 +315,29 @@ def _refuse_samples(frame: VideoFrame, path: str) -> None:
         )
 
 
-def _open(path: str) -> av.container.InputContainer:
+def _open(path: str, raw: Raw | None = None) -> av.container.InputContainer:
     if path == PIPE:
-        return _open_as(path, "pipe:0")
+        return _open_as(path, "pipe:0", raw)
     if not os.path.exists(path):
         raise VideoError(f"{path}: no such file")
-    return _open_as(path, os.path.abspath(path))  # a name such as 12:30.mp4 looks like a protocol
+    # a name such as 12:30.mp4 looks like a protocol
+    return _open_as(path, os.path.abspath(path), raw)
 
 
-def _open_as(path: str, url: str) -> av.container.InputContainer:
+def _open_as(path: str, url: str, raw: Raw | None = None) -> av.container.InputContainer:
+    options = {}
+    if raw is not None:
+        height, width, rate = raw
+        options = {
+            "video_size": f"{width}x{height}",
+            "framerate": str(rate),
+            "pixel_format": "rgb24",
+        }
     try:
         # a strict decoding of damaged titles would fail, and leave the file open
-        return av.open(url, metadata_errors="replace")
+        return av.open(
+            url, format="rawvideo" if raw else None, options=options, metadata_errors="replace"
+        )
     except (av.error.FFmpegError, OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise VideoError(f"{path}: not a video that can be read ({reason})") from error

@@ -182,7 +182,8 @@ def _open(path: str, selection: Selection) -> Source:
         return open_folder(path, selection.rate)
     if is_animated_webp(path):
         return open_webp(path)
-    return VideoFile(path, alpha=selection.channels == 4 or selection.alpha == "keep")
+    alpha = selection.channels == 4 or selection.alpha == "keep"
+    return VideoFile(path, alpha, selection.raw)
 
 
 def _squeeze(shape: Shape, info: VideoInfo) -> Fraction:

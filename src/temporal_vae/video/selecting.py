@@ -18,6 +18,8 @@ LONGEST_HOLD = 600
 Size = tuple[int, int]
 Crop = tuple[int, int, int, int] | Literal["centre"]
 Alpha = Literal["keep", "drop"]
+Raw = tuple[int, int, Fraction]
+"""Height, width and frames per second."""
 T = TypeVar("T")
 
 
@@ -32,6 +34,7 @@ class Options(TypedDict, total=False):
     crop: Crop | None
     channels: int
     alpha: Alpha | None
+    raw: Raw | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +51,7 @@ class Selection:
     shape.
     `channels` is 1 (grey), 3 (RGB) or 4 (RGB and alpha). `alpha` says what becomes of an alpha
     channel that has no place among them: "keep" gives it as `Frame.alpha`, "drop" lets it go.
+    `raw`, (height, width, frames per second), says of a source that it is bare rgb24.
     Raises `ValueError` for what cannot be.
     """
 
@@ -59,6 +63,7 @@ class Selection:
     crop: Crop | None = None
     channels: int = 3
     alpha: Alpha | None = None
+    raw: Raw | None = None
     width: int | None = None
     multiple: int = 1
 
@@ -77,6 +82,10 @@ class Selection:
             raise ValueError(f"alpha must be 'keep' or 'drop', got {self.alpha!r}")
         if self.size is not None and self.width is not None:
             raise ValueError("size and width both say how large: give one of them")
+        if self.raw is not None:
+            height, width, rate = self.raw
+            if min(height, width) < 1 or max(height, width) > 1 << 15 or not rate > 0:
+                raise ValueError(f"raw is (height, width, frames per second), got {self.raw}")
         sides = (*(self.size or ()), self.width or 1, self.multiple)
         if min(sides) < 1 or max(sides) > 1 << 15:
             raise ValueError(f"a size must be 1 to 32768 pixels: {self.size or self.width}")
