@@ -296,7 +296,10 @@ def test_an_interruption_leaves_no_file(tmp_path: Path, small_model: Path, numbe
     target = tmp_path / "out.mp4"
     target.write_text("old")
     words = ["reconstruct", str(source), str(target), "--model", str(small_model)]
-    process = subprocess.Popen(COMMAND + words, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        COMMAND + words, stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a shell's `&` ignores some
+    )  # fmt: skip
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".out.*.part.mp4")):
         assert process.poll() is None and time.monotonic() < deadline
