@@ -583,7 +583,7 @@ def test_a_seek_that_lands_elsewhere_is_not_believed(
             self.truth.seek(at + 12800, **options)
 
     honest = container._open
-    monkeypatch.setattr(container, "_open", lambda path: Liar(honest(path)))
+    monkeypatch.setattr(container, "_open", lambda *source: Liar(honest(*source)))
     part = read_all(path, start=1.2, frames=3)
     assert [t for t, _ in part] == [t for t, _ in expected]
     assert all(np.array_equal(a[1], b[1]) for a, b in zip(part, expected, strict=True))
@@ -607,7 +607,7 @@ def test_a_stream_that_begins_on_the_way(tmp_path: Path, monkeypatch: pytest.Mon
     path = h264(tmp_path / "a.ts")
     expected = read_all(path)
     honest = container._open
-    monkeypatch.setattr(container, "_open", lambda path: Stumbling(honest(path)))
+    monkeypatch.setattr(container, "_open", lambda *source: Stumbling(honest(*source)))
     assert [t for t, _ in read_all(path)] == [t for t, _ in expected]
 
 

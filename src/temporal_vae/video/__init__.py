@@ -9,6 +9,7 @@ from temporal_vae.video.frames import (
     Colour,
     Frame,
     Image,
+    Raw,
     VideoError,
     VideoInfo,
     Words,
@@ -18,7 +19,7 @@ from temporal_vae.video.frames import (
 )
 from temporal_vae.video.reading import VideoReader, load_video, read_clip
 from temporal_vae.video.saving import save_video, writable
-from temporal_vae.video.selecting import Alpha, Options, Raw, Selection
+from temporal_vae.video.selecting import Alpha, Options, Selection
 from temporal_vae.video.writing import VideoWriter, check_suffix
 
 __all__ = [

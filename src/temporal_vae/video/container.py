@@ -26,8 +26,7 @@ from temporal_vae.video.colour import (
 from temporal_vae.video.converting import WayUp, depth_of, has_alpha, orientation
 from temporal_vae.video.copying import not_copied
 from temporal_vae.video.exif import has_exif, refuse_mirrored
-from temporal_vae.video.frames import PIPE, Colour, VideoError, VideoInfo, is_rewound
-from temporal_vae.video.selecting import Raw
+from temporal_vae.video.frames import PIPE, Colour, Raw, VideoError, VideoInfo, is_rewound
 
 MAX_PIXELS = 1 << 27
 """Pixels of the largest frame that is read, 16384x8192: a damaged header may claim any size."""

@@ -23,6 +23,9 @@ Words = npt.NDArray[np.uint16]
 Image = npt.NDArray[Any]
 """`Bytes` or `Words`: uint8 or uint16 over the full range of the type."""
 
+Raw = tuple[int, int, Fraction]
+"""Height, width and frames per second of bare rgb24."""
+
 PIPE = "-"
 """Stands for standard input or output in place of a file."""
 

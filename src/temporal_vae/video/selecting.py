@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, TypedDict, TypeVar
 
-from temporal_vae.video.frames import VideoError
+from temporal_vae.video.frames import Raw, VideoError
 
 MOST = 2**31 - 1
 """Of the numbers that a fraction of libav is made of."""
@@ -18,8 +18,6 @@ LONGEST_HOLD = 600
 Size = tuple[int, int]
 Crop = tuple[int, int, int, int] | Literal["centre"]
 Alpha = Literal["keep", "drop"]
-Raw = tuple[int, int, Fraction]
-"""Height, width and frames per second."""
 T = TypeVar("T")
 
 
