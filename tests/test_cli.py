@@ -383,7 +383,9 @@ def test_a_budget_never_changes_the_file(
     assert np.abs(back.astype(int) - whole).max() <= 1 and (back != whole).mean() < 1e-3
 
 
-@pytest.mark.parametrize("options", [{}, {"causal_mode": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param({"causal_mode": True}, marks=pytest.mark.slow)], ids=str
+)
 @torch.no_grad()
 def test_a_stream_is_planned_within_its_budget(options: dict[str, Any]) -> None:
     """All that is alive while the command's walk runs: states, frames and the end included."""

@@ -711,6 +711,7 @@ def test_a_graph_that_breaks_is_an_error(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's own look at it
+@pytest.mark.slow
 def test_a_compiled_model_trains_and_is_copied() -> None:
     model, x = awake(torch.float32, **SLIM), pixels(3, 8, 8).float()
     expected = model.compute_gradients(x, x.flip(-1))
