@@ -116,12 +116,17 @@ def refuse_autograd(line: Line, x: Tensor) -> None:
 
 
 def advance(
-    layers: Sequence[Layer], x: Tensor, memories: list[LayerState], bounds: Bounds
+    layers: Sequence[Layer],
+    x: Tensor,
+    memories: list[LayerState],
+    bounds: Bounds,
+    handed: bool = False,
 ) -> Tensor | None:
     """A piece (B, C, n, H, W) of a stream through layers -> what can be given so far.
 
     `memories` has an entry for each timewise layer; each is replaced as soon as it has been read,
-    so that the old one can be let go. A layer that nothing reaches yet keeps its own.
+    so that the old one can be let go; where they are handed over, in its own memory. A layer that
+    nothing reaches yet keeps its own.
     """
     room, batch, frames = Room(layers, x, bounds), len(x), 0
     out = x.new_empty(result_shape(layers, tuple(x.shape)))
@@ -136,7 +141,8 @@ def advance(
             old = memories[index] or layer.begin(like)
             if not number:
                 layer.check(like, old)
-                fresh[index] = (old[0] + clip.shape[2], *map(_like, old[1:]))
+                tails = old[1:] if handed and batch == 1 else map(_like, old[1:])
+                fresh[index] = (old[0] + clip.shape[2], *tails)
             folded = fold_pixels(clip)
             y = _advance_pixels(
                 layer, folded, old, fresh[index], number, bounds, lambda n: folded[:, :, :n]

@@ -39,7 +39,7 @@ def step(
     memories = _memories(line, state)
     if bounds is not None:
         bounded.refuse_autograd(line, x)
-    y = _pass_on(list(line.layers()), x, memories, bounds)
+    y = _pass_on(list(line.layers()), x, memories, bounds, isinstance(state, list))
     return y, tuple(memories)
 
 
@@ -62,7 +62,7 @@ def finish(
             held = bounded.flush(layer, memory, bounds or Bounds())
         del memory
         for piece in () if held is None else held.split(frames, dim=2):
-            x = _pass_on(layers[index + 1 :], piece, memories, bounds)
+            x = _pass_on(layers[index + 1 :], piece, memories, bounds, isinstance(state, list))
             if x is not None:
                 yield x
 
@@ -134,11 +134,17 @@ class Stream:
 
 
 def _pass_on(
-    layers: Sequence[Layer], x: Tensor | None, memories: list[LayerState], bounds: Bounds | None
+    layers: Sequence[Layer],
+    x: Tensor | None,
+    memories: list[LayerState],
+    bounds: Bounds | None,
+    handed: bool,
 ) -> Tensor | None:
     """A piece through layers; the entries of `memories` are replaced by the new ones."""
     if bounds is not None:
-        return x if x is None or not layers else bounded.advance(layers, x, memories, bounds)
+        if x is None or not layers:
+            return x
+        return bounded.advance(layers, x, memories, bounds, handed)
     index = 0
     for layer in layers:
         if isinstance(layer, Timewise):
