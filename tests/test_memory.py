@@ -216,6 +216,17 @@ def test_a_stream_that_hands_its_state_on_takes_one_state_less(
     assert peaks[True] - peaks[False] > 0.3 * plan.state_bytes
 
 
+@pytest.mark.parametrize("options", [{}, {"causal_mode": True}], ids=str)
+@torch.no_grad()
+def test_a_batch_hands_its_states_on(options: dict[str, Any]) -> None:
+    model = awake(**options)
+    latent = clip(20, 4, 2, batch=2)
+    whole = model.plan((2, 4, 5, 2, 2), stream=True, keep_state=False)
+    plan = replace(whole, bounds=Bounds(frames=2, pixels=3))
+    found = join(list(model.decode_stream(plan).pull(latent.split(5, 2))))
+    assert difference(found, model.decode(latent)) < 1e-10
+
+
 @torch.no_grad()
 def test_what_a_stream_hands_on_is_gone() -> None:
     model, latent = MODELS[str({})], clip(4, 4, 2)

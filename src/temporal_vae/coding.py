@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -265,11 +265,12 @@ def colour_fields(colour: Colour) -> tuple[tuple[str, str], ...]:
 
 def colour_of(info: LatentInfo) -> Colour:
     """The source's colours of a file of latents; what it does not say, or not so, is unknown."""
-    colour = Colour()
-    for name, text in info.colour:
-        if name in COLOUR_TAGS and re.fullmatch("[0-9]{1,3}", text):
-            colour = replace(colour, **{name: int(text)})  # type: ignore[arg-type]
-    return colour
+    known: dict[str, Any] = {
+        name: int(text)
+        for name, text in info.colour
+        if name in COLOUR_TAGS and re.fullmatch("[0-9]{1,3}", text)
+    }
+    return Colour(**known)
 
 
 def _compare(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from numbers import Integral
 from types import TracebackType
@@ -228,23 +228,13 @@ class ContainerFile:
                 self._copied.refused(packet)
 
 
-class _errors:
+@contextmanager
+def _errors(what: str) -> Iterator[None]:
     """What libav and the system refuse, as one line for the user."""
-
-    def __init__(self, what: str):
-        self._what = what
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        if isinstance(error, (av.error.FFmpegError, OSError)):
-            raise VideoError(f"{self._what}: {error.strerror or error}") from error
+    try:
+        yield
+    except (av.error.FFmpegError, OSError) as error:
+        raise VideoError(f"{what}: {error.strerror or error}") from error
 
 
 def _movie_clock(time_bases: list[Fraction]) -> dict[str, str]:

@@ -141,7 +141,7 @@ def advance(
             old = memories[index] or layer.begin(like)
             if not number:
                 layer.check(like, old)
-                tails = old[1:] if handed and batch == 1 else map(_like, old[1:])
+                tails = old[1:] if handed else map(_like, old[1:])
                 fresh[index] = (old[0] + clip.shape[2], *tails)
             folded = fold_pixels(clip)
             y = _advance_pixels(

@@ -276,8 +276,7 @@ class _Count:
         self.shape, self.size, self.stream = asked.shape, asked.dtype.itemsize, asked.stream
         self.operation = asked.operation
         self.work, self.state, self._held = Work(), 0, 0
-        # the old state of a sample goes as the new one comes, that of a batch at the batch's end
-        self._replaces = not asked.keep_state and asked.shape[0] == 1
+        self._replaces = not asked.keep_state
         self._new = self._most_new = 0
         self._worst: tuple[str, int, int] = ("", 0, 0)
         self._largest: Part = ("", 0)

@@ -31,7 +31,7 @@ def step(
     """The next piece (B, C, n, H, W) through every layer -> what can be given so far, new state.
 
     The result is None where nothing can be given yet. A state is a value: read, never changed; one
-    in a list is handed over instead, and let go entry by entry. With `bounds` the piece is walked
+    in a list is handed over instead, and let go or written over. With `bounds` the piece is walked
     bounded.
 
     Raises `ValueError` for a network whose norms span the clip, and for a state that does not fit.
@@ -71,8 +71,8 @@ class Stream:
     """One clip in pieces: push what comes, finish when it ends; or pull it through at once.
 
     `state` is what has been remembered so far, a plain value: to go back, keep it and set it. With
-    `keep_state` False a step lets go of the old one as it reads it: less memory, and the end of the
-    stream where a step fails.
+    `keep_state` False a step writes over the old one: less memory, and the end of the stream where
+    a step fails.
     """
 
     def __init__(
