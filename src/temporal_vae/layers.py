@@ -369,13 +369,12 @@ class Timewise(nn.Module):
         """
         raise NotImplementedError
 
-    def begin(self, x: Tensor) -> State:
-        """The state before the first piece (B, C, n, H, W)."""
-        shape = list(x.shape)
-        empty = [
-            x.new_zeros(shape[0], n, *shape[3:], shape[1]).movedim(-1, 1) for n in self.tails()
-        ]
-        return (torch.zeros(shape[0], dtype=torch.int64), *empty)
+    def begin(self, x: Tensor, zeros: Callable[..., Tensor] | None = None) -> State:
+        """The state before the first piece (B, C, n, H, W), of `zeros` of a shape."""
+        batch, channels, _, *size = x.shape
+        zeros = zeros or x.new_zeros
+        empty = (zeros(batch, n, *size, channels).movedim(-1, 1) for n in self.tails())
+        return (torch.zeros(batch, dtype=torch.int64), *empty)
 
     def stream(self, x: Tensor | None, state: State, last: bool) -> tuple[Tensor | None, State]:
         """The next piece (B, C, n, H, W) -> what can be given so far, and the new state.

@@ -887,10 +887,11 @@ class TemporalVAE(nn.Module):
     ) -> Stream:
         """A stream to push frames into and get latents from; see `encode_step`."""
         how = (sample_mode, generator, plan)
-        return Stream(
+        return self._stream(
+            "encode",
             lambda frames, state: self.encode_step(frames, state, *how),
             lambda state: self._owed_latents(state, *how),
-            plan is None or plan.keep_state,
+            plan,
         )
 
     def moments_stream(self, plan: Plan | None = None) -> Stream:
@@ -904,19 +905,36 @@ class TemporalVAE(nn.Module):
             moments, state = self._step("encode", clip, state, plan)
             return None if moments is None else self._joined(moments), state
 
-        return Stream(
+        return self._stream(
+            "encode",
             step,
             lambda state: map(self._joined, self._owed("encode", state, plan)),
-            plan is None or plan.keep_state,
+            plan,
         )
 
     def decode_stream(self, plan: Plan | None = None) -> Stream:
         """A stream to push latents into and get frames from; see `decode_step`."""
-        return Stream(
+        return self._stream(
+            "decode",
             partial(self.decode_step, plan=plan),
             partial(self._owed_frames, plan=plan),
-            plan is None or plan.keep_state,
+            plan,
         )
+
+    def _stream(
+        self,
+        operation: Operation,
+        step: Callable[[Tensor, Any], tuple[Tensor | None, StreamState]],
+        owed: Callable[[Any], Iterator[Tensor]],
+        plan: Plan | None,
+    ) -> Stream:
+        if plan is None or plan.keep_state:
+            return Stream(step, owed)
+        state: StreamState = ()
+        if plan.bounds is not None:  # whose walk writes over the state
+            like = torch.empty(1, dtype=plan.dtype, device=self.device).expand(plan.shape)
+            state = streamed.begin(self._line(operation), like)
+        return Stream(step, owed, False, state)
 
     def _step(
         self, operation: Operation, clip: Tensor, state: StreamState | None, plan: Plan | None

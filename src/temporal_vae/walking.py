@@ -280,8 +280,10 @@ def _decode_pieces(
     for latents in pieces:
         frames = None if latents is None else stream.push(latents)
         yield NO_FRAMES if frames is None else to_bytes(frames, depth)
+        del latents, frames  # or they would be there during the next step
     for frames in stream.drain():
         yield to_bytes(frames, depth)
+        del frames
 
 
 # One way -------------------------------------------------------------------------------------

@@ -56,6 +56,8 @@ class Bounds:
     """Frames of a group, for framewise layers."""
     pixels: int = 4096
     """Pixels of a chunk, for timewise layers."""
+    channels: int | None = None
+    """Timewise layers of more channels get fewer pixels, so that a chunk is about as large."""
     rows: int | None = None
     """Output rows of a band of one frame; None for whole frames."""
     fused: bool = False
@@ -65,10 +67,17 @@ class Bounds:
     folder, for a file without a name that is gone when the walk ends."""
 
     def __post_init__(self) -> None:
-        for name in ("frames", "pixels", "rows"):
+        for name in ("frames", "pixels", "channels", "rows"):
             value = getattr(self, name)
-            if (name != "rows" or value is not None) and (not isinstance(value, int) or value < 1):
+            optional = value is None and name in ("channels", "rows")
+            if not optional and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a whole number above 0, got {value!r}")
+
+    def chunk(self, layer: Timewise) -> int:
+        """Pixels at a time for a layer."""
+        if self.channels is None or layer.width <= self.channels:
+            return self.pixels
+        return max(1, self.pixels * self.channels // layer.width)
 
 
 def walk(line: Line, x: Tensor, bounds: Bounds, out: Tensor | None = None) -> Tensor:
@@ -194,7 +203,7 @@ def _advance_pixels(
     before = [fold_pixels(tail) for tail in tails]
     after = [] if new is None else [fold_pixels(tail[number : number + 1]) for tail in new[1:]]
     y: Tensor | None = None
-    for span in spans(before[0].shape[3], bounds.pixels):
+    for span in spans(before[0].shape[3], bounds.chunk(layer)):
         chunk = slice(*span)
         # no copies: a layer joins what it is given before it computes
         piece, *kept = (part[:, :, :, chunk].to(device) for part in (x, *before))
@@ -522,7 +531,7 @@ def _in_place(room: Room) -> Callable[[Timewise, Tensor], Tensor]:
 
     def walk(layer: Timewise, clip: Tensor) -> Tensor:
         x = fold_pixels(clip)
-        chunks = [slice(*span) for span in spans(x.shape[3], room.bounds.pixels)]
+        chunks = [slice(*span) for span in spans(x.shape[3], room.bounds.chunk(layer))]
         known: dict[nn.Module, Moments] = {}
         for norm in layer.norms():
             inputs = (

@@ -47,6 +47,8 @@ NEARLY_LEAST = 1.05
 """The least memory may be exceeded by so much for the sake of speed."""
 CHUNK_BYTES = 8 * 2**20
 """A chunk of pixels, all frames and channels, is about as large: it stays in the cache."""
+GROUP_BYTES = 16 * 2**20
+"""On a CPU, larger groups of frames gain nothing: `benchmarks/groups.py`."""
 
 FRESH_BYTES = 32 * 2**20
 """Larger blocks glibc takes from the system for each use, page by page, and gives back."""
@@ -134,7 +136,10 @@ class Plan:
             )  # fmt: skip
             fused = ", the widest activation never stored" if self.bounds.fused else ""
             lines.append(f"  framewise layers: {pieces} at a time{fused}")
-            lines.append(f"  timewise layers: {self.bounds.pixels} pixels at a time")
+            fewer = "" if self.bounds.channels is None else (
+                f", fewer of more than {self.bounds.channels} channels"
+            )  # fmt: skip
+            lines.append(f"  timewise layers: {self.bounds.pixels} pixels at a time{fewer}")
         if self.offload is not None:
             where = "the memory of the CPU" if self.offload == "host" else os.fspath(self.offload)
             lines.append(f"  the clip's activation lies in {where}")
@@ -233,30 +238,36 @@ def _candidates(line: Line, asked: Question, limit: int | str | None) -> Iterato
         yield None
     if limit is None and None in asked.offload:
         return
-    frames, (height, width) = asked.shape[2], _largest_frame(line, asked.shape)
-    pixels = max(16, CHUNK_BYTES // (frames * asked.dtype.itemsize * _finest_channels(line)))
+    shapes, frames = _shapes(line, asked.shape), asked.shape[2]
+    height, width = max(shape[3:] for shape in shapes)
+    channels = _finest_channels(line)
+    pixels = max(16, CHUNK_BYTES // (frames * asked.dtype.itemsize * channels))
+    largest = frames
+    if asked.device.type == "cpu":
+        frame = max(map(math.prod, shapes)) // frames * asked.dtype.itemsize
+        largest = max(1, min(frames, GROUP_BYTES // frame))
     for offload in asked.offload:
-        group = frames
+        group = largest
         while group >= 1:
             chunk = max(16, min(pixels, group * height * width // frames))
-            yield Bounds(frames=group, pixels=chunk, offload=offload)
+            yield Bounds(frames=group, pixels=chunk, channels=channels, offload=offload)
             group = group // 2
         for fused in (False, True):
             for rows in (256, 128, 64, 32, 16, 8):
                 if rows < height:
                     chunk = max(16, min(pixels, rows * width // frames))
-                    yield Bounds(rows=rows, pixels=chunk, fused=fused, offload=offload)
+                    yield Bounds(
+                        rows=rows, pixels=chunk, channels=channels, fused=fused, offload=offload
+                    )
 
 
-def _largest_frame(line: Line, shape: Shape) -> tuple[int, int]:
-    """Height and width where the line is at its finest."""
-    sizes = [shape[3:]]
+def _shapes(line: Line, shape: Shape) -> list[Shape]:
+    """(1, C, T, H, W) before the first layer and after each framewise one."""
+    shapes = [(1, *shape[1:])]
     for layer in line.layers():
         if isinstance(layer, Framewise):
-            shape = bounded.shape_after([layer], shape)
-            sizes.append(shape[3:])
-    height, width = max(sizes)
-    return height, width
+            shapes.append(bounded.shape_after([layer], shapes[-1]))
+    return shapes
 
 
 def _finest_channels(line: Line) -> int:
@@ -316,7 +327,10 @@ class _Count:
             b, c, _, h, w = shape
             own = self._bytes((b, c, sum(layer.tails()), h, w))
             self.state += own
-            self._new = own if self._replaces else self.state
+            if not self._replaces:
+                self._new = self.state
+            elif self.bounds is None:  # a bounded walk writes over the state
+                self._new = own
             self._most_new = max(self._most_new, self._new)
             self._held = max(self._held, self._bytes((b, c, layer.future or 0, h, w)))
 
@@ -358,7 +372,7 @@ class _Count:
 
     def _chunks(self, layer: Timewise, shape: Shape, bounds: Bounds) -> None:
         _, c, t, h, w = shape
-        piece: Shape = (1, c, t, 1, min(bounds.pixels, h * w))
+        piece: Shape = (1, c, t, 1, min(bounds.chunk(layer), h * w))
         for trace in self.tracer.passes([layer], piece, [piece], self.stream):
             self.work = self.work.plus(trace.work, h * w / piece[4])
             held = self._bytes(piece)

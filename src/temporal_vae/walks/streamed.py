@@ -7,6 +7,7 @@ network gives a frame for each it takes; a symmetric one is late by its reach, a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -43,6 +44,30 @@ def step(
     return y, tuple(memories)
 
 
+def begin(line: Line, like: Tensor) -> State:
+    """The state before the first piece (B, C, n, H, W) for a stream that overwrites it: one block.
+
+    What lives as long as the stream, and is made piece by piece between what comes and goes, cuts
+    the free memory up: the peak then grows with the length.
+    """
+    shape, inputs = tuple(like.shape), []
+    for layer in line.layers():
+        if isinstance(layer, Timewise):
+            b, c, _, h, w = shape
+            inputs.append((layer, like[:, :1, :0, :1, :1].expand(b, c, 0, h, w)))
+        else:
+            shape = bounded.shape_after([layer], shape)
+    total = sum(sum(layer.tails()) * math.prod((*x.shape[:2], *x.shape[3:])) for layer, x in inputs)
+    block, used = like.new_zeros(total), 0
+
+    def zeros(*size: int) -> Tensor:
+        nonlocal used
+        used += math.prod(size)
+        return block[used - math.prod(size) : used].view(size)
+
+    return tuple(layer.begin(x, zeros) for layer, x in inputs)
+
+
 def finish(
     line: Line, state: Held | None, bounds: Bounds | None = None, frames: int = 1
 ) -> Iterator[Tensor]:
@@ -56,6 +81,8 @@ def finish(
         if not isinstance(layer, Timewise):
             continue
         memory = memories.pop(0)
+        if memory and not int(memory[0].max()):  # no frame has come so far
+            memory = ()
         if not memory or (bounds is None and torch.is_grad_enabled()):
             held, _ = layer.stream(None, memory, last=True)
         else:  # a few pixels at a time, or the end would take more than the steps
@@ -72,7 +99,7 @@ class Stream:
 
     `state` is what has been remembered so far, a plain value: to go back, keep it and set it. With
     `keep_state` False a step writes over the old one: less memory, and the end of the stream where
-    a step fails.
+    a step fails. It goes on from a `state`, if it is given one.
     """
 
     def __init__(
@@ -80,10 +107,11 @@ class Stream:
         step: Callable[[Tensor, Any], tuple[Tensor | None, State]],
         owed: Callable[[Any], Iterator[Tensor]],
         keep_state: bool = True,
+        state: State = (),
     ):
         self._step, self._owed, self._keeps = step, owed, keep_state
         self._ended = False
-        self.state: State = ()
+        self.state = state
 
     def push(self, piece: Tensor) -> Tensor | None:
         """Take the next piece; give all that is certain by now, or None.
