@@ -227,6 +227,23 @@ def test_a_batch_hands_its_states_on(options: dict[str, Any]) -> None:
     assert difference(found, model.decode(latent)) < 1e-10
 
 
+@pytest.mark.parametrize("options", [{}, {"causal_mode": True}], ids=str)
+@torch.no_grad()
+def test_a_state_that_is_handed_on_stays_where_it_is(options: dict[str, Any]) -> None:
+    """Made piece by piece, or moved, it cuts up the free memory: peaks would grow with length."""
+    model = awake(**options)
+    whole = model.plan((1, 4, 5, 3, 2), stream=True, keep_state=False)
+    stream = model.decode_stream(replace(whole, bounds=Bounds(frames=2, pixels=3)))
+    block = {t.untyped_storage().data_ptr() for layer in stream.state for t in layer[1:]}
+    assert len(block) == 1
+    assert sum(t.nbytes for layer in stream.state for t in layer[1:]) == whole.state_bytes
+    begun = [[t.data_ptr() for t in layer[1:]] for layer in stream.state]
+    for piece in torch.randn(1, 4, 20, 3, 2).double().split(5, 2):
+        stream.push(piece)
+        assert [[t.data_ptr() for t in layer[1:]] for layer in stream.state] == begun
+    assert model.decode_stream(replace(whole, bounds=Bounds())).finish() is None
+
+
 @torch.no_grad()
 def test_what_a_stream_hands_on_is_gone() -> None:
     model, latent = MODELS[str({})], clip(4, 4, 2)

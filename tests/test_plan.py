@@ -66,11 +66,12 @@ def test_the_predicted_peak_is_the_real_one(layout: str, operation: Any, share: 
         assert plan.peak_bytes <= budget
     assert plan.walk == ("whole" if share == 1.0 else "bounded")
     with _Alive() as alive:
-        alive.leave_out(x)
+        for there in (x, *model.parameters()):
+            alive.leave_out(there)
         model._walk(operation, x, plan)
     assert alive.most == pytest.approx(plan.peak_bytes, rel=0.15)
     counted = sum(size for name, size in plan.parts if name != "margin")
-    assert alive.most < 1.05 * counted  # sums, which are much of small frames
+    assert alive.most < 1.04 * counted  # sums, which are much of small frames
 
 
 @pytest.mark.parametrize("layout", MODELS)
