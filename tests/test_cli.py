@@ -295,7 +295,7 @@ def test_an_interruption_leaves_no_file(tmp_path: Path, small_model: Path, numbe
     source = write(tmp_path / "in.mkv", smooth(400, 160, 160))
     target = tmp_path / "out.mp4"
     target.write_text("old")
-    words = ["reconstruct", str(source), str(target), "--model", str(small_model)]
+    words = ["reconstruct", str(source), str(target), "--model", str(small_model), "--overwrite"]
     process = subprocess.Popen(
         COMMAND + words, stderr=subprocess.PIPE, stdout=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a shell's `&` ignores some

@@ -407,6 +407,28 @@ def test_folders_and_patterns(
     assert "scale_factor" in run("stats", "lat/*.safetensors").stdout
 
 
+def test_several_videos_through_a_model(
+    tmp_path: Path, small_model: Path, run: Callable[..., Said]
+) -> None:
+    (tmp_path / "in").mkdir()
+    for index, name in enumerate(("a.mp4", "b.mkv")):
+        write(tmp_path / "in" / name, smooth(2 + index, 16, 16))
+    words = ("reconstruct", tmp_path / "in", tmp_path / "out", "--model", small_model)
+    said = run(*words, "--suffix", ".mkv", "--clip-frames", 2, "--json")
+    assert said.returncode == 0, said.stderr
+    rows = [json.loads(line) for line in said.stdout.splitlines()]
+    assert [(row["frames"], row["clip_frames"]) for row in rows] == [(2, 2), (3, 2)]
+    assert [row["what"] for row in rows] == ["video", "video"]
+    assert [len(read_clip(tmp_path / "out" / f"{name}.mkv")) for name in "ab"] == [2, 3]
+    (tmp_path / "in" / "a.mp4").write_text("no video")
+    said = run(*words, "--suffix", ".mkv", "--overwrite", "--quiet")
+    assert (said.returncode, said.stdout) == (1, "")
+    assert "a.mp4: not a video" in said.stderr and "1 of 2 failed" in said.stderr
+    one = run("reconstruct", tmp_path / "in/b.mkv", tmp_path / "b.mp4", "--model", small_model,
+              "--verbose")  # fmt: skip
+    assert "3 frames" in one.stdout and "as one clip" in one.stdout and "codec: " in one.stdout
+
+
 def test_several_folders_of_images_go_into_a_new_one(tmp_path: Path) -> None:
     sources = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
     jobs = plan_jobs(sources, tmp_path / "out", frozenset([".safetensors"]), "", False)
@@ -417,7 +439,7 @@ def test_several_folders_of_images_go_into_a_new_one(tmp_path: Path) -> None:
 def test_what_is_said_of_a_pipe_stays_out_of_it(
     capsys: pytest.CaptureFixture[str], how: tuple[bool, bool, bool]
 ) -> None:
-    cli.Voice(*how).tell(Path("-"), (3, 1.0, (), {"what": "video"}))
+    cli.Voice(*how).tell(Path("-"), (app.Summary(3, 1.0, None, ()), {"what": "video"}))
     said = capsys.readouterr()
     assert said.out == "" and "frames" in said.err
 
@@ -439,7 +461,8 @@ def test_existing_files_are_kept(
 ) -> None:
     source = write(tmp_path / "a.mkv", smooth(2, 16, 16))
     latents, target = tmp_path / "a.safetensors", tmp_path / "b.mkv"
-    for words in (("encode", source, latents), ("decode", latents, target)):
+    again = ("reconstruct", source, tmp_path / "c.mkv")
+    for words in (("encode", source, latents), ("decode", latents, target), again):
         assert run(*words, "--model", small_model).returncode == 0
         before = Path(str(words[-1])).read_bytes()
         assert_one_line_error(run(*words, "--model", small_model), "--overwrite")

@@ -19,6 +19,7 @@ from temporal_vae import checkpoint
 from temporal_vae.latents import ModelRecord
 from temporal_vae.model import TemporalVAE
 from temporal_vae.video import (
+    PIPE,
     Alpha,
     CopiedStreams,
     Format,
@@ -104,6 +105,8 @@ def reconstruct(
     memory: Budget = None,
     options: Options | None = None,
     format: Format | None = None,
+    *,
+    overwrite: bool = True,
 ) -> Summary:
     """Encode a video to the posterior mean, decode it, and write the result.
 
@@ -127,6 +130,8 @@ def reconstruct(
     exist = os.path.exists(source) and os.path.exists(target)
     if exist and os.path.samefile(source, target):
         raise VideoError(f"{os.fspath(source)} would be overwritten by its reconstruction")
+    if not overwrite:
+        refuse_existing(target)
     channels = written_channels(target, format, model, (options or {}).get("alpha"))
     length, budget = clip_length(model, clip_frames), memory_budget(memory, model)
     start, done = time.monotonic(), 0
@@ -159,6 +164,12 @@ def reconstruct(
     cut = None if length == sys.maxsize else length
     told = tuple(f"{os.fspath(source)}: {note}" for note in notes)
     return Summary(done, time.monotonic() - start, cut, told)
+
+
+def refuse_existing(target: str | os.PathLike[str]) -> None:
+    """Raise `VideoError` where a file would be replaced that was not said to be."""
+    if os.fspath(target) != PIPE and os.path.exists(target):
+        raise VideoError(f"{os.fspath(target)} exists: give --overwrite to replace it")
 
 
 def open_reader(

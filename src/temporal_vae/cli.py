@@ -45,9 +45,6 @@ command = typer.Typer(
 err = Console(stderr=True, highlight=False)
 out = Console(highlight=False)
 
-Source = Annotated[
-    Path, typer.Argument(metavar="IN", help="Video or folder of images; - from a pipe.")
-]
 Target = Annotated[
     Path,
     typer.Argument(
@@ -138,7 +135,7 @@ Json = Annotated[bool, typer.Option("--json", help="A line of JSON for each file
 
 @command.command()
 def reconstruct(
-    source: Source,
+    sources: Sources,
     target: Target,
     model: Model = "tiny",
     device: Device = "auto",
@@ -156,31 +153,32 @@ def reconstruct(
     codec: Codec = None,
     depth: Depth = None,
     quality: Quality = None,
+    suffix: Suffix = ".mp4",
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    as_json: Json = False,
 ) -> None:
-    """Encode a video to the posterior mean, decode it, and write the result; - is a pipe."""
+    """Encode videos to the posterior mean, decode it, and write the results; - is a pipe."""
     options = reader_options(start=start, frames=frames, stride=stride, fps=fps, size=size,
                              crop=crop, alpha=alpha, raw=raw)  # fmt: skip
-    _refuse_terminal(source, target)
+    voice = Voice(quiet, verbose, as_json)
+    jobs = plan_jobs(sources, target, VIDEO_SUFFIXES, suffix, overwrite)
+    for source, out in jobs:
+        _refuse_terminal(source, out)
     format = Format(codec=codec, depth=depth, quality=quality)
-    check_suffix(target, format)
+    check_suffix(jobs[0][1], format)
+    length = _clip_length(clip_frames)
     vae = TemporalVAE.from_pretrained(
         model, dtype=app.choose_dtype(dtype), device=app.choose_device(device)
     )
-    with Meter("reconstructing") as meter:
-        length = _clip_length(clip_frames)
-        summary = app.reconstruct(source, target, vae, length, meter, memory, options, format)
-    for note in summary.notes:
-        err.print(f"tvae: note: {note}", markup=False, soft_wrap=True)
-    rate = summary.frames / max(summary.seconds, 1e-9)
-    cut = summary.clip_frames
-    clips = "as one clip" if cut is None else f"in clips of {cut} frames"
-    console = err if str(target) == PIPE else out
-    console.print(
-        f"{target}: {summary.frames} frames in {summary.seconds:.1f} s, {rate:.2f} frames/s, "
-        f"{clips}",
-        markup=False,
-        soft_wrap=True,
-    )
+
+    def work(source: Path, out: Path, index: int, meter: Meter) -> Result:
+        done = app.reconstruct(source, out, vae, length, meter, memory, options, format,
+                               overwrite=overwrite)  # fmt: skip
+        return done, _written(out)
+
+    _work("reconstructing", jobs, work, voice)
 
 
 @command.command()
@@ -223,7 +221,8 @@ def encode(
         its = how if seed is None else replace(how, seed=seed + index)  # no two share their noise
         done = coding.encode(source, out, vae, record, its, options=options, overwrite=overwrite,
                              progress=meter)  # fmt: skip
-        return done.info.frames, done.seconds, done.notes, describe_latents(str(out))
+        summary = app.Summary(done.info.frames, done.seconds, done.info.clip_frames, done.notes)
+        return summary, describe_latents(str(out))
 
     _work("encoding", jobs, work, Voice(quiet, verbose, as_json))
 
@@ -262,8 +261,7 @@ def decode(
         done = coding.decode(source, out, vae, record, sample=sample, seed=its, any_model=any_model,
                           alpha=alpha, format=format, memory=memory, overwrite=overwrite,
                           progress=meter)  # fmt: skip
-        rows = {} if str(out) == PIPE else describe_video(str(out))
-        return done.frames, done.seconds, done.notes, rows
+        return done, _written(out)
 
     _work("decoding", jobs, work, Voice(quiet, verbose, as_json))
 
@@ -283,8 +281,12 @@ def stats(sources: LatentSources, any_model: AnyModel = False, as_json: Json = F
     _show(describe_statistics(found), as_json)
 
 
-Result = tuple[int, float, tuple[str, ...], Rows]
-"""Frames, seconds, notes, and what there is to say of the file that was written."""
+Result = tuple[app.Summary, Rows]
+"""What was done, and what there is to say of the file that was written."""
+
+
+def _written(target: Path) -> Rows:
+    return {} if str(target) == PIPE else describe_video(str(target))
 
 
 @dataclass(frozen=True)
@@ -304,17 +306,23 @@ class Voice:
 
         On stderr all of it where the video is on stdout.
         """
-        frames, seconds, notes, rows = result
-        for note in () if self.quiet else notes:
+        done, rows = result
+        for note in () if self.quiet else done.notes:
             err.print(f"tvae: note: {note}", markup=False, soft_wrap=True)
-        rate = frames / max(seconds, 1e-9)
         console = err if str(target) == PIPE else out
         if self.as_json:
-            rows = {"path": str(target), "frames": frames, "seconds": seconds} | rows
-            console.print(to_json(rows | {"notes": notes}), markup=False, soft_wrap=True)
+            known: Rows = {
+                "frames": done.frames,
+                "seconds": done.seconds,
+            }  # a file may not state them
+            known |= {"clip_frames": done.clip_frames, "notes": done.notes}
+            rows = {"path": str(target), **rows, **known}
+            console.print(to_json(rows), markup=False, soft_wrap=True)
         elif not self.quiet:
-            line = f"{target}: {frames} frames in {seconds:.1f} s, {rate:.2f} frames/s"
-            console.print(line, markup=False, soft_wrap=True)
+            cut, rate = done.clip_frames, done.frames / max(done.seconds, 1e-9)
+            clips = "as one clip" if cut is None else f"in clips of {cut} frames"
+            line = f"{target}: {done.frames} frames in {done.seconds:.1f} s, {rate:.2f} frames/s"
+            console.print(f"{line}, {clips}", markup=False, soft_wrap=True)
             for name, value in shown(rows).items() if self.verbose else ():
                 console.print(f"  {name}: {value}", markup=False, soft_wrap=True)
 

@@ -19,7 +19,15 @@ from typing import Any, Literal
 import torch
 
 from temporal_vae import checkpoint
-from temporal_vae.app import Progress, Summary, in_channels, open_reader, timed, written_channels
+from temporal_vae.app import (
+    Progress,
+    Summary,
+    in_channels,
+    open_reader,
+    refuse_existing,
+    timed,
+    written_channels,
+)
 from temporal_vae.files import atomic_path
 from temporal_vae.geometry import Padding
 from temporal_vae.latents import (
@@ -38,7 +46,6 @@ from temporal_vae.video import (
     Colour,
     Format,
     Options,
-    VideoError,
     VideoReader,
     VideoWriter,
     check_suffix,
@@ -176,8 +183,8 @@ def decode(
     """
     format = format or Format()
     check_suffix(target, format)
-    if os.fspath(target) != PIPE and os.path.exists(target) and not overwrite:
-        raise VideoError(f"{os.fspath(target)} exists: give --overwrite to replace it")
+    if not overwrite:
+        refuse_existing(target)
     channels = written_channels(target, format, model, alpha)
     generator = _generator(sample, Encoding(sample=sample, seed=seed).seed)
     start, done, budget = time.monotonic(), 0, memory_budget(memory, model)
