@@ -34,7 +34,7 @@ from temporal_vae.video import (
     to_bytes,
     to_pixels,
 )
-from temporal_vae.video.ahead import Ahead
+from temporal_vae.video.ahead import Ahead, Recycler
 from temporal_vae.video.converting import turn
 from temporal_vae.video.selecting import even, exact_rate
 
@@ -1037,3 +1037,54 @@ def test_frames_go_when_they_are_done_with(tmp_path: Path) -> None:
     finally:
         gc.enable()
     assert left - before <= 4
+
+
+def test_memory_goes_round_only_when_all_views_are_gone() -> None:
+    memory = Recycler(kept=1)
+    first = memory.empty((3, 4, 5), np.int16)
+    place, view = first.ctypes.data, first.transpose(1, 2, 0)[1:, ::2]
+    view[:] = 7
+    del first
+    other = memory.empty((3, 4, 5), np.int16)
+    assert other.ctypes.data != place and not np.shares_memory(other, view)
+    other[:] = 0
+    assert (view == 7).all()
+    tensor = torch.from_numpy(view)
+    del view
+    assert memory.empty((3, 4, 5), np.int16).ctypes.data != place and int(tensor.min()) == 7
+    del tensor, other
+    again = {memory.empty((5, 12), np.int16).ctypes.data for _ in range(3)}
+    assert len(again) == 1  # one is kept, and goes round in any shape of its size
+    assert memory.empty((5, 13), np.int16).shape == (5, 13)
+
+
+def test_frames_that_are_kept_stay_what_they_are(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.mp4", smooth(40, 24, 32))
+    with VideoReader(source) as video:
+        kept, copies = [], []
+        for frame in video:
+            kept.append(frame.image)
+            copies.append(frame.image.copy())
+    assert all(np.array_equal(a, b) for a, b in zip(kept, copies, strict=True))
+
+
+def test_closing_frees_who_waits_for_a_stuck_maker() -> None:
+    stuck, ended = threading.Event(), threading.Event()
+
+    def never() -> Iterator[int]:
+        stuck.wait(20)
+        yield 1
+
+    inner = Ahead(never(), 1)
+
+    def wait() -> None:
+        assert list(inner) == []
+        ended.set()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    assert not inner.close(0.2)
+    assert ended.wait(5)
+    stuck.set()
+    thread.join()
+    assert inner.close()

@@ -259,7 +259,25 @@ def _walk_stream(
 ) -> Iterator[Image]:
     """One clip in pieces, encoded and decoded; frames come padded, and late by the reach."""
     latents = _encode_pieces(pieces, model, model.encode_stream(sample_mode=False, plan=encode))
-    return _decode_pieces(latents, model.decode_stream(plan=decode), depth)
+    return _decode_pieces(_joined(latents), model.decode_stream(plan=decode), depth)
+
+
+def _joined(latents: Iterator[Tensor | None]) -> Iterator[Tensor | None]:
+    """Pieces of latents as large as the first ones: those at the end come in bits."""
+    waiting: list[Tensor] = []
+    full = 0
+    for piece in latents:
+        if piece is None:
+            yield None
+            continue
+        waiting.append(piece)
+        full = max(full, piece.shape[2])
+        if sum(part.shape[2] for part in waiting) >= full:
+            joined = torch.cat(waiting, 2)
+            yield joined[:, :, :full]
+            waiting = [joined[:, :, full:]] if joined.shape[2] > full else []
+    if waiting:
+        yield torch.cat(waiting, 2)
 
 
 @torch.no_grad()

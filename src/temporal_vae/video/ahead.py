@@ -1,12 +1,17 @@
-"""Work done ahead in a thread."""
+"""Work done ahead in a thread, and the memory that goes round in it."""
 
 from __future__ import annotations
 
+import math
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import suppress
 from queue import Empty, Full, Queue
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 T = TypeVar("T")
 
@@ -47,7 +52,10 @@ class Ahead(Generic[T]):
 
     def __iter__(self) -> Iterator[T]:
         while not self._left.is_set():
-            item, error = self._queue.get()
+            try:
+                item, error = self._queue.get(timeout=PATIENCE)
+            except Empty:  # the maker is slow, or another thread has closed this
+                continue
             if error is not None:
                 raise error
             if item is None:
@@ -62,3 +70,32 @@ class Ahead(Generic[T]):
                 self._queue.get_nowait()
         self._thread.join(seconds)
         return not self._thread.is_alive()
+
+
+class Recycler:
+    """Arrays in the memory of those that are gone, at most `kept` of them waiting.
+
+    Fresh memory for every frame comes from the system page by page, which can take as long as the
+    decoding.
+    """
+
+    def __init__(self, kept: int):
+        self._kept = kept
+        self._free: list[bytearray] = []
+
+    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        """As `numpy.empty`: nobody else has this memory until all views of the array are gone."""
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        memory = bytearray()
+        while len(memory) != size:
+            try:
+                memory = self._free.pop()
+            except IndexError:
+                memory = bytearray(size)
+        owner = np.frombuffer(memory, dtype)
+        weakref.finalize(owner, self._take_back, memory).atexit = False
+        return owner.reshape(shape)
+
+    def _take_back(self, memory: bytearray) -> None:
+        if len(self._free) < self._kept:
+            self._free.append(memory)

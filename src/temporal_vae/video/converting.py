@@ -17,10 +17,13 @@ from av.video.frame import VideoFrame
 from av.video.plane import VideoPlane
 from av.video.reformatter import Interpolation, VideoReformatter
 
+from temporal_vae.video.ahead import Recycler
 from temporal_vae.video.colour import FULL, LIMITED, colour_of, is_grey, is_rgb
 from temporal_vae.video.frames import Frame, Image, VideoError, Words
 
 EXACT = int(Interpolation.BILINEAR) | 0x40000  # SWS_ACCURATE_RND
+IMAGES_KEPT = 8
+"""Images whose memory waits for the next ones."""
 GREY_DEPTHS = (8, 9, 10, 12, 14, 16)
 LUMA = (0.2126, 0.7152, 0.0722)
 """BT.709's weights, for the grey of a picture that is RGB."""
@@ -114,7 +117,7 @@ class Converter:
     def __init__(self, path: str, shape: Shape, watched: bool):
         self._path, self._shape, self._watched = path, shape, watched
         self._scaler, self._second = VideoReformatter(), VideoReformatter()
-        self._orientation = WayUp()
+        self._orientation, self._memory = WayUp(), Recycler(IMAGES_KEPT)
 
     def __call__(self, frame: VideoFrame, pts: int) -> Frame:
         """Convert one frame."""
@@ -191,7 +194,7 @@ class Converter:
             frame, width=width, height=height, format=name, interpolation=EXACT
         )
         kind = np.uint16 if deep else np.uint8
-        image = np.empty((4 if alpha else 3, height, width), kind)
+        image = self._memory.empty((4 if alpha else 3, height, width), kind)
         for index, plane in zip((1, 2, 0, 3), gbr.planes, strict=False):
             image[index] = values(plane, kind, width)
         if deep:

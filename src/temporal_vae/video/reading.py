@@ -24,7 +24,9 @@ from temporal_vae.video.images import is_animated_webp, open_folder, open_webp
 from temporal_vae.video.selecting import MOST, Options, Selection, even, finest
 
 AHEAD_FRAMES = 4
-"""Frames that wait, decoded, for the reader."""
+"""Frames that wait, converted, for the reader."""
+DECODED_FRAMES = 3
+"""Frames that wait, decoded, to be converted."""
 
 
 class VideoReader:
@@ -50,6 +52,7 @@ class VideoReader:
         self.path = os.fspath(path)
         self._selection = Selection(width=width, multiple=multiple, **options)
         self._ahead: Ahead[Frame] | None = None
+        self._decoded: Ahead[tuple[VideoFrame, int]] | None = None
         self._source = _open(self.path, self._selection)
         self._resampled = self._selection.rate is not None and not os.path.isdir(self.path)
         try:
@@ -79,7 +82,8 @@ class VideoReader:
     def close(self) -> None:
         """End the decoding, and close the file."""
         # a thread that is stuck in a read keeps its file: to close it would crash
-        if self._ahead is None or self._ahead.close():
+        stages = (self._decoded, self._ahead)
+        if all([stage is None or stage.close() for stage in stages]):  # each, whatever another says
             self._source.close()
 
     def __iter__(self) -> Iterator[Frame]:
@@ -118,7 +122,9 @@ class VideoReader:
     def _frames(self) -> Iterator[Frame]:
         last: tuple[VideoFrame, Frame] | None = None
         asked, count = self._selection.frames, 0
-        for decoded, pts in islice(self._selected(), asked):
+        # a thread of its own, as converting takes about as long as decoding
+        self._decoded = Ahead(islice(self._selected(), asked), DECODED_FRAMES)
+        for decoded, pts in self._decoded:
             count += 1
             if last is None or last[0] is not decoded:  # a frame may stand more than once
                 try:
