@@ -82,7 +82,7 @@ class Moments:
         pixels = x.permute(0, 2, 3, 1).reshape(samples, -1, channels)
         # float16 cannot hold the variance of what it can hold: 256 squared is beyond its end
         wide = torch.float32 if x.dtype == torch.float16 else x.dtype
-        found, lengths, begin = [], [], 0
+        found, begin = [], 0
         for runs, length in _slabs(pixels.shape[1], max(1, COLUMNS // channels)):
             slab = pixels[:, begin : begin + runs * length]
             columns = slab.reshape(samples, length, 1, runs * channels).permute(0, 3, 1, 2)
@@ -91,13 +91,13 @@ class Moments:
                 for one in columns.split(1)
             ]
             shape = (samples, runs, groups, channels // groups)
-            found.append([torch.stack(each).view(shape) for each in zip(*moments, strict=True)])
-            lengths += [length] * runs
+            mean, variance = (
+                torch.stack(each).view(shape).double() for each in zip(*moments, strict=True)
+            )
+            between, centre = torch.var_mean(mean, (1, 3), correction=0)
+            found.append(cls(runs * length, centre, between.add_(variance.mean((1, 3)))))
             begin += runs * length
-        mean, variance = (torch.cat(each, 1).double() for each in zip(*found, strict=True))
-        shares = torch.tensor(lengths, dtype=torch.float64) / (begin * mean.shape[3])
-        share = shares.view(1, -1, 1, 1).to(mean.device)
-        return cls(begin, *_pool(share, mean, variance, (1, 3)))
+        return found[0] if len(found) == 1 else cls.join(found)
 
     @classmethod
     def join(cls, parts: Sequence[Moments]) -> Moments:

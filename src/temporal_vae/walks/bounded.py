@@ -150,12 +150,14 @@ def advance(
             old = memories[index] or layer.begin(like)
             if not number:
                 layer.check(like, old)
-                tails = old[1:] if handed else map(_like, old[1:])
-                fresh[index] = (old[0] + clip.shape[2], *tails)
+                # what is handed over keeps its place: see `streamed.begin`
+                fresh[index] = old if handed else (old[0].clone(), *map(_like, old[1:]))
             folded = fold_pixels(clip)
             y = _advance_pixels(
                 layer, folded, old, fresh[index], number, bounds, lambda n: folded[:, :, :n]
             )
+            if number == batch - 1:
+                fresh[index][0].add_(clip.shape[2])
             memories[index] = fresh[index] if number == batch - 1 else old
             return clip[:, :, : y.shape[2]] if y.shape[2] else None
 
