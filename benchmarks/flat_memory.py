@@ -55,6 +55,7 @@ def peak(source: Path, target: Path, model: str, *options: str, verb: str = "rec
         str(target),
         "--model",
         model,
+        "--overwrite",
         *options,
     ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -15,6 +15,7 @@ import torch
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+from temporal_vae.describing import describe_video
 from temporal_vae.video import (
     Bytes,
     VideoError,
@@ -281,6 +282,8 @@ def test_audio_is_reported(tmp_path: Path) -> None:
             container.mux(video.encode(VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(video.encode(None))
     assert "audio stream 1 is not copied" in VideoReader(path).info.notes
+    told = describe_video(str(path))  # says what is there: `reconstruct` copies it
+    assert told["beside it"] == "audio stream 1" and "copied" not in str(told)
 
 
 def test_a_truncated_video_gives_its_frames_and_says_so(real_clip: Path, tmp_path: Path) -> None:

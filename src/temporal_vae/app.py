@@ -36,6 +36,7 @@ from temporal_vae.video import (
     tag_notes,
     writable,
 )
+from temporal_vae.video.copying import NOT_COPIED
 from temporal_vae.walking import clip_length, memory_budget, start_walk
 from temporal_vae.walks.plan import Budget
 
@@ -195,7 +196,7 @@ def copied_streams(
 ) -> AbstractContextManager[CopiedStreams | None]:
     """Sound and subtitles of the frames that were asked for; none where their rate is another."""
     if options.get("stride", 1) != 1 or options.get("fps") is not None:
-        if any(note.endswith("is not copied") for note in reader.notes):
+        if any(note.endswith(NOT_COPIED) for note in reader.notes):
             reader.notes.append("sound and subtitles are left out, as frames are at another rate")
         return nullcontext()
     if options.get("raw") is not None:  # there is nothing else in it

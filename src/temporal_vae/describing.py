@@ -19,6 +19,7 @@ import torch
 from temporal_vae import app, checkpoint, hub
 from temporal_vae.latents import LatentFile, LatentStatistics, holds_latents
 from temporal_vae.video import VideoReader
+from temporal_vae.video.copying import NOT_COPIED
 
 Rows = dict[str, object]
 
@@ -96,7 +97,11 @@ def describe_video(path: str) -> Rows:
             rows[f"colour {name.replace('_', ' ')}"] = value
         if os.path.isfile(path):
             rows["bytes"] = Count(os.path.getsize(path))
-        return rows | {f"note {i}": note for i, note in enumerate(video.notes, 1)}
+        beside = [note for note in video.notes if note.endswith(NOT_COPIED)]  # `reconstruct` does
+        if beside:
+            rows["beside it"] = ", ".join(note.removesuffix(NOT_COPIED) for note in beside)
+        notes = [note for note in video.notes if note not in beside]
+        return rows | {f"note {i}": note for i, note in enumerate(notes, 1)}
 
 
 def describe_latents(path: str) -> Rows:

@@ -18,6 +18,8 @@ from av.stream import Stream
 from temporal_vae.video.frames import is_rewound
 
 COPIED = ("audio", "subtitle")
+NOT_COPIED = " is not copied"
+"""How a note of a stream ends that a reader of frames leaves out."""
 RUN_UP = 30
 """Seconds before and after a cut that are read: packets of one time may lie apart in a file, and a
 subtitle may still stand that began before."""
@@ -171,7 +173,7 @@ def _hidden(packet: Packet[Stream]) -> bool:
 
 def not_copied(kind: str, index: int) -> str:
     """What a reader of frames says of another stream."""
-    return f"{kind} stream {index} is not copied"
+    return f"{kind} stream {index}{NOT_COPIED}"
 
 
 def _open(path: str) -> av.container.InputContainer | None:
