@@ -450,6 +450,7 @@ SAME_FLOOR = {
     ("video.container", "video.colour"),
     ("video.container", "video.converting"),
     ("video.container", "video.frames"),
+    ("video.converting", "video.ahead"),
     ("video.converting", "video.colour"),
     ("video.converting", "video.frames"),
     ("video.images", "video.colour"),
