@@ -73,7 +73,7 @@ class Ahead(Generic[T]):
 
 
 class Recycler:
-    """Arrays in the memory of those that are gone, at most `kept` of them waiting.
+    """Arrays in the memory of those that are gone, of which at most `kept` bytes wait.
 
     Fresh memory for every frame comes from the system page by page, which can take as long as the
     decoding.
@@ -87,7 +87,7 @@ class Recycler:
         """As `numpy.empty`: nobody else has this memory until all views of the array are gone."""
         size = math.prod(shape) * np.dtype(dtype).itemsize
         memory = bytearray()
-        while len(memory) != size:
+        while len(memory) != size:  # what waits of another size is of no more use
             try:
                 memory = self._free.pop()
             except IndexError:
@@ -97,5 +97,5 @@ class Recycler:
         return owner.reshape(shape)
 
     def _take_back(self, memory: bytearray) -> None:
-        if len(self._free) < self._kept:
+        if sum(map(len, self._free)) + len(memory) <= self._kept:
             self._free.append(memory)

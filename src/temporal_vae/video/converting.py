@@ -22,8 +22,8 @@ from temporal_vae.video.colour import FULL, LIMITED, colour_of, is_grey, is_rgb
 from temporal_vae.video.frames import Frame, Image, VideoError, Words
 
 EXACT = int(Interpolation.BILINEAR) | 0x40000  # SWS_ACCURATE_RND
-IMAGES_KEPT = 8
-"""Images whose memory waits for the next ones."""
+KEPT_BYTES = 32 * 2**20
+"""Memory of images that waits for the next ones."""
 GREY_DEPTHS = (8, 9, 10, 12, 14, 16)
 LUMA = (0.2126, 0.7152, 0.0722)
 """BT.709's weights, for the grey of a picture that is RGB."""
@@ -117,7 +117,7 @@ class Converter:
     def __init__(self, path: str, shape: Shape, watched: bool):
         self._path, self._shape, self._watched = path, shape, watched
         self._scaler, self._second = VideoReformatter(), VideoReformatter()
-        self._orientation, self._memory = WayUp(), Recycler(IMAGES_KEPT)
+        self._orientation, self._memory = WayUp(), Recycler(KEPT_BYTES)
 
     def __call__(self, frame: VideoFrame, pts: int) -> Frame:
         """Convert one frame."""
