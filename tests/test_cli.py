@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import awake
+from hypothesis import given
+from hypothesis import strategies as st
 from test_bounded import SVD_LIKE
 from test_video import audio_only, smooth, text_file, write
 from torch import Tensor
@@ -452,6 +454,31 @@ def test_the_least_memory_for_clips_can_be_met(tmp_path: Path) -> None:
     least = int(re.findall(r"with: (\d+) bytes", str(error.value))[0])
     app.reconstruct(source, tmp_path / "out.mkv", model, memory=least)
     assert len(read_clip(tmp_path / "out.mkv")) == 5
+
+
+def test_the_least_memory_for_a_stream_can_be_met(tmp_path: Path) -> None:
+    model = awake(torch.float32)
+    source = write(tmp_path / "in.mkv", smooth(5, 48, 64))
+    with pytest.raises(ValueError, match="below the least that a stream of 64x48") as error:
+        app.reconstruct(source, tmp_path / "out.mkv", model, memory=1000)
+    least = int(re.findall(r"with: (\d+) bytes", str(error.value))[0])
+    app.reconstruct(source, tmp_path / "out.mkv", model, memory=least)
+    with pytest.raises(ValueError, match="below the least"):
+        app.reconstruct(source, tmp_path / "out.mkv", model, memory=least // 2)
+
+
+@given(st.lists(st.integers(0, 9), max_size=12))
+def test_latents_are_joined_to_pieces_as_large_as_the_first(lengths: list[int]) -> None:
+    """0 stands for a step that gives nothing yet."""
+    latents = torch.arange(sum(lengths)).view(1, 1, -1, 1, 1)
+    pieces = latents.split([n for n in lengths if n], 2) if any(lengths) else ()
+    given = iter(pieces)
+    found = list(walking._joined(next(given) if n else None for n in lengths))
+    assert [x is None for x in found].count(True) == lengths.count(0)
+    joined = [x for x in found if x is not None]
+    assert all(x.shape[2] for x in joined)
+    assert torch.equal(torch.cat([*joined, latents[:, :, :0]], 2), latents)
+    assert len(joined) <= len(pieces) + 1
 
 
 def test_no_memory_is_one_line(tmp_path: Path, small_model: Path) -> None:

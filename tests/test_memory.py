@@ -242,6 +242,25 @@ def test_a_state_that_is_handed_on_stays_where_it_is(options: dict[str, Any]) ->
         stream.push(piece)
         assert [[t.data_ptr() for t in layer[1:]] for layer in stream.state] == begun
     assert model.decode_stream(replace(whole, bounds=Bounds())).finish() is None
+    for frames in (1, 2, 7):  # many layers get no frame before the end
+        latent = torch.randn(1, 4, frames, 3, 2).double()
+        given = join(
+            list(model.decode_stream(replace(whole, bounds=Bounds())).pull(latent.split(2, 2)))
+        )
+        assert difference(given, model.decode(latent)) < 1e-10
+
+
+@torch.no_grad()
+def test_a_planned_step_leaves_the_state_it_was_given() -> None:
+    model, pieces = MODELS[str({})], torch.randn(2, 4, 9, 3, 2).double().split(3, 2)
+    plan = replace(model.plan((2, 4, 3, 3, 2), stream=True), bounds=Bounds(frames=2, pixels=3))
+    _, state = model.decode_step(pieces[0], plan=plan)
+    before = [[t.clone() for t in layer] for layer in state]
+    once, _ = model.decode_step(pieces[1], state, plan)
+    again, _ = model.decode_step(pieces[1], state, plan)
+    for layer, kept in zip(state, before, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(layer, kept, strict=True))
+    assert (once is None and again is None) or torch.equal(once, again)  # type: ignore[arg-type]
 
 
 @torch.no_grad()

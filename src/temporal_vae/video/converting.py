@@ -7,6 +7,7 @@ white at 255 * 256 (or at the source's own maximum, shifted left), which is set 
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -22,6 +23,8 @@ from temporal_vae.video.colour import FULL, LIMITED, colour_of, is_grey, is_rgb
 from temporal_vae.video.frames import Frame, Image, VideoError, Words
 
 EXACT = int(Interpolation.BILINEAR) | 0x40000  # SWS_ACCURATE_RND
+THREADS = max(1, (os.cpu_count() or 1) // 2)
+"""That convert one frame: decoding has the other half of the cores."""
 KEPT_BYTES = 32 * 2**20
 """Memory of images that waits for the next ones."""
 GREY_DEPTHS = (8, 9, 10, 12, 14, 16)
@@ -180,7 +183,7 @@ class Converter:
         if deep:
             name = "rgba64le" if alpha else "rgb48le"
         rgb = self._scaler.reformat(
-            frame, width=width, height=height, format=name, interpolation=EXACT
+            frame, width=width, height=height, format=name, interpolation=EXACT, threads=THREADS
         )
         image: Image = rgb.to_ndarray()
         return image.astype(np.uint16) * 257 if self._shape.deep and not deep else image
@@ -191,7 +194,7 @@ class Converter:
         frame.colorspace, frame.color_range = colour.matrix, colour.range
         name = ("gbrap" if alpha else "gbrp") + ("16le" if deep else "")
         gbr = self._scaler.reformat(
-            frame, width=width, height=height, format=name, interpolation=EXACT
+            frame, width=width, height=height, format=name, interpolation=EXACT, threads=THREADS
         )
         kind = np.uint16 if deep else np.uint8
         image = self._memory.empty((4 if alpha else 3, height, width), kind)
@@ -211,7 +214,7 @@ class Converter:
         frame.color_range = FULL
         grey = self._scaler.reformat(
             frame, width=width, height=height, format="gray" if bits == 8 else f"gray{bits}le",
-            dst_color_range=FULL, interpolation=EXACT,
+            dst_color_range=FULL, interpolation=EXACT, threads=THREADS,
         )  # fmt: skip
         frame.color_range = tagged
         kind = np.uint8 if bits == 8 else np.uint16

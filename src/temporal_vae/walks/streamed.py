@@ -81,8 +81,6 @@ def finish(
         if not isinstance(layer, Timewise):
             continue
         memory = memories.pop(0)
-        if memory and not int(memory[0].max()):  # no frame has come so far
-            memory = ()
         if not memory or (bounds is None and torch.is_grad_enabled()):
             held, _ = layer.stream(None, memory, last=True)
         else:  # a few pixels at a time, or the end would take more than the steps
