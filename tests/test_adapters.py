@@ -294,7 +294,9 @@ def assert_chunks_do_nothing(pipe: Any, expected: Tensor) -> None:
         assert difference(mine, expected) < TOLERANCE, f"{chunk} frames a chunk: another video"
 
 
-@pytest.mark.parametrize("memory", [None, "least", "6GiB", "auto"])
+@pytest.mark.parametrize(
+    "memory", [None, "least", pytest.param("6GiB", marks=pytest.mark.slow), "auto"]
+)
 def test_svd_is_the_stock_one_without_its_chunks(memory: str | None) -> None:
     pipe = svd_pipeline()
     one_clip = svd_video(pipe, decode_chunk_size=5)

@@ -386,12 +386,18 @@ def test_a_budget_never_changes_the_file(
 
 
 @pytest.mark.parametrize(
-    "options", [{}, pytest.param({"causal_mode": True}, marks=pytest.mark.slow)], ids=str
+    ("options", "length"),
+    [
+        ({"causal_mode": True}, 24),
+        pytest.param({"causal_mode": True}, 80, marks=pytest.mark.slow),
+        pytest.param({}, 80, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 @torch.no_grad()
-def test_a_stream_is_planned_within_its_budget(options: dict[str, Any]) -> None:
+def test_a_stream_is_planned_within_its_budget(options: dict[str, Any], length: int) -> None:
     """All that is alive while the command's walk runs: states, frames and the end included."""
-    model, frames = awake(torch.float32, **options), smooth(80, 32, 48)
+    model, frames = awake(torch.float32, **options), smooth(length, 32, 48)
     with pytest.raises(ValueError, match="below the least that a stream of 48x32") as error:
         walking.stream_plans(model, (32, 48), 1000)
     least = int(re.findall(r"with: (\d+) bytes", str(error.value))[0])

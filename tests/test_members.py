@@ -665,7 +665,12 @@ def _fresh_compiler() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"causal_mode": True}, {"temporal_norm": "clip", "clip_frames": 3}], ids=str
+    "options",
+    [
+        *(pytest.param(o, marks=pytest.mark.slow) for o in ({}, {"causal_mode": True})),
+        {"temporal_norm": "clip", "clip_frames": 3},
+    ],
+    ids=str,
 )
 def test_moments_and_decode_are_one_graph(options: dict[str, Any]) -> None:
     model, x = awake(torch.float32, **SLIM, **options), pixels(3, 8, 8).float()
@@ -723,6 +728,7 @@ def test_a_compiled_model_trains_and_is_copied() -> None:
     assert {"encode", "decode"} == set(other._compiled)
 
 
+@pytest.mark.slow
 def test_switching_after_compiling_takes_effect() -> None:
     model, x = awake(torch.float32, **SLIM), pixels(3, 8, 8, batch=2).float()
     with torch.no_grad():
@@ -776,7 +782,12 @@ def test_the_default_compiler_gives_the_same_numbers(causal: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"causal_mode": True, "channel_multipliers": (1, 2, 2)}], ids=str
+    "options",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        {"causal_mode": True, "channel_multipliers": (1, 2, 2)},
+    ],
+    ids=str,
 )
 def test_one_graph_serves_every_shape(options: dict[str, Any]) -> None:
     model = awake(torch.float32, **SLIM, **options)
