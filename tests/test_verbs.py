@@ -407,6 +407,18 @@ def test_folders_and_patterns(
     assert "scale_factor" in run("stats", "lat/*.safetensors").stdout
 
 
+def test_bare_rgb_says_nothing_of_itself_and_is_no_failure(
+    tmp_path: Path, small_model: Path, run: Callable[..., Said]
+) -> None:
+    source, latents = write(tmp_path / "a.mkv", smooth(2, 16, 16)), tmp_path / "a.safetensors"
+    assert run("encode", source, latents, "--model", small_model).returncode == 0
+    for verb, path in (("reconstruct", source), ("decode", latents)):
+        said = run(verb, path, tmp_path / f"{verb}.rgb", "--model", small_model, "--json")
+        assert said.returncode == 0, said.stderr
+        assert json.loads(said.stdout)["frames"] == 2
+        assert (tmp_path / f"{verb}.rgb").stat().st_size == 2 * 16 * 16 * 3
+
+
 def test_several_videos_through_a_model(
     tmp_path: Path, small_model: Path, run: Callable[..., Said]
 ) -> None:

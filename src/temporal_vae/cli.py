@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -286,7 +287,9 @@ Result = tuple[app.Summary, Rows]
 
 
 def _written(target: Path) -> Rows:
-    return {} if str(target) == PIPE else describe_video(str(target))
+    with suppress(VideoError):  # of a pipe nothing can be read, and bare RGB says nothing of itself
+        return {} if str(target) == PIPE else describe_video(str(target))
+    return {}
 
 
 @dataclass(frozen=True)
@@ -311,11 +314,9 @@ class Voice:
             err.print(f"tvae: note: {note}", markup=False, soft_wrap=True)
         console = err if str(target) == PIPE else out
         if self.as_json:
-            known: Rows = {
-                "frames": done.frames,
-                "seconds": done.seconds,
-            }  # a file may not state them
-            known |= {"clip_frames": done.clip_frames, "notes": done.notes}
+            # last, as a file may not state how many frames it has
+            known: Rows = {"frames": done.frames, "seconds": done.seconds,
+                           "clip_frames": done.clip_frames, "notes": done.notes}  # fmt: skip
             rows = {"path": str(target), **rows, **known}
             console.print(to_json(rows), markup=False, soft_wrap=True)
         elif not self.quiet:
