@@ -119,8 +119,8 @@ def reconstruct(
     or with "all" takes it as one.
     `memory` bounds what the model takes over its weights, reserved before the first frame: bytes,
     words such as "2GiB", "auto" for most of what is free, None for no bound; it never changes the
-    result. `target` appears whole or not at all; "-" is standard input, and standard output. One that
-    exists is replaced, unless `overwrite` is False.
+    result. `target` appears whole or not at all; "-" is standard input, and standard output.
+    One that exists is replaced, unless `overwrite` is False.
     `format` says more than its name of how it is written; a source deeper than 8 bits is written as
     deep where that can be. Its colours' tags, its sound and its subtitles are passed on.
 
