@@ -64,6 +64,7 @@ BOUNDS = [
     Bounds(frames=1, pixels=1),
     Bounds(frames=2, pixels=5),
     Bounds(frames=99, pixels=10**6),
+    Bounds(frames=1, largest=400, pixels=9, channels=8),
     Bounds(rows=1, pixels=7),
     Bounds(rows=3, pixels=7),
     Bounds(rows=8, pixels=7),
@@ -86,6 +87,7 @@ def test_bounded_equals_whole(layout: str, bounds: Bounds) -> None:
     pixels=st.integers(1, 40),
     rows=st.none() | st.integers(1, 12),
     fused=st.booleans(),
+    larger=st.none() | st.integers(1, 4000),
     shape=st.tuples(
         st.integers(1, 2), st.integers(1, 6), st.tuples(st.integers(1, 5), st.integers(1, 5))
     ),
@@ -96,9 +98,12 @@ def test_any_bounds(
     pixels: int,
     rows: int | None,
     fused: bool,
+    larger: int | None,
     shape: tuple[int, int, tuple[int, int]],
 ) -> None:
-    bounds = Bounds(frames=frames, pixels=pixels, rows=rows, fused=fused)
+    bounds = Bounds(
+        frames=frames, largest=larger, pixels=pixels, channels=larger, rows=rows, fused=fused
+    )
     assert_bounded_equals_whole(MODELS[layout], bounds, shape)
 
 

@@ -341,6 +341,8 @@ class Timewise(nn.Module):
     future: int | None
     width: int
     """Channels, in and out."""
+    load = 1
+    """What is held for a pixel while the layer is computed, in multiples of a temporal block's."""
 
     def pixels(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
         """(B, C, T, P) -> (B, C, T, P), each of the P pixels on its own."""
@@ -481,7 +483,7 @@ class TimeConv(Timewise):
         return (self.past + self.future,)
 
     def advance(self, x: Tensor, past: Past, tails: State, last: bool) -> tuple[Tensor, State]:
-        y, tail = self.advance_scaled(x, past.least, tails[0], last, lambda u: u, None)
+        y, tail = self.advance_scaled(x, past.least, tails[0], last, None, None)
         return y, (tail,)
 
     def advance_scaled(
@@ -490,24 +492,24 @@ class TimeConv(Timewise):
         age: int,
         tail: Tensor,
         last: bool,
-        before: Callable[[Tensor], Tensor],
+        norm: nn.Module | None,
         gain: Tensor | None,
         raw: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """`advance` for the convolution of `before(x)`, times `gain`; (outputs, new tail).
+        """`advance` for the convolution times `gain`, behind norm and SiLU; (outputs, new tail).
 
-        The tail holds `before(x)`, ready to read, and starts as the zeros of the padding. A `raw`
-        one holds x itself, for a shortcut that is late; there the padding stands where `before`
-        would have made something of frames that never were.
+        The tail holds what is convolved, ready to read, and starts as the zeros of the padding. A
+        `raw` one holds x itself, for a shortcut that is late; there the padding stands where the
+        norm would have made something of frames that never were.
         """
         weight, bias = self._weights(gain)
-        if raw:
+        if raw and norm is not None:
             kept = torch.cat([tail, x], 2)
             unborn = max(0, tail.shape[2] - age)
-            u = self.scales.enter(before(kept[:, :, unborn:]))
+            u = self.scales.enter(silu(norm(kept[:, :, unborn:])))
             u = F.pad(u, (0, 0, unborn, 0)) if unborn else u
         else:
-            u = kept = torch.cat([tail, self.scales.enter(before(x))], 2)
+            u = kept = self._behind(tail, x, norm)
         u = F.pad(u, (0, 0, 0, self.future)) if last and self.future else u
         early = max(0, self.future - age)
         y = (
@@ -516,6 +518,21 @@ class TimeConv(Timewise):
             else x[:, :, :0]
         )
         return y, _tail(kept, tail.shape[2]).to(tail.dtype)  # autocast may have widened it
+
+    def _behind(self, tail: Tensor, x: Tensor, norm: nn.Module | None) -> Tensor:
+        """The input of the convolution, behind the tail of what came before."""
+        if norm is None:
+            return torch.cat([tail, self.scales.enter(x)], 2)
+        x = norm(x)
+        graph = x.requires_grad or tail.requires_grad or torch.compiler.is_compiling()
+        if graph or x.dtype != tail.dtype:
+            return torch.cat([tail, self.scales.enter(silu(x))], 2)
+        b, c, n, p = x.shape  # SiLU puts it there: a copy less
+        u = x.new_empty(b, tail.shape[2] + n, p, c).movedim(-1, 1)
+        u[:, :, : tail.shape[2]] = tail
+        new = u[:, :, tail.shape[2] :]
+        self.scales.enter(torch.ops.aten.silu.out(x, out=new))
+        return u
 
     def _weights(self, gain: Tensor | None) -> tuple[Tensor, Tensor]:
         weight: Tensor = self.weight.squeeze(-1)
@@ -588,11 +605,10 @@ class TemporalBlock(Timewise):
         first, second = tails
         ahead = self.conv1.future
         h, kept1 = self.conv1.advance_scaled(
-            x, past.least, first, last, lambda u: silu(self.norm1(u)), None, raw=ahead > 0
+            x, past.least, first, last, self.norm1, None, raw=ahead > 0
         )
         y, kept2 = self.conv2.advance_scaled(
-            h, past.later(ahead).least, second, last, lambda u: silu(self.norm2(u)),
-            torch.sigmoid(self.mix_factor),
+            h, past.later(ahead).least, second, last, self.norm2, torch.sigmoid(self.mix_factor)
         )  # fmt: skip
         if ahead:  # the shortcut is late by twice the reach ahead: as long as the first tail
             waiting = first[:, :, max(0, first.shape[2] - past.least) :][:, :, : y.shape[2]]
@@ -611,6 +627,7 @@ class TemporalAttention(Timewise):
 
     past: int
     future: int
+    load = 4
 
     def __init__(self, channels: int, config: TemporalVAEConfig):
         super().__init__()

@@ -104,20 +104,24 @@ def stream_plans(
         shape = pixels if operation == "encode" else latents
         return model.plan(shape, operation, budget=budget, stream=True, keep_state=keeps)
 
-    encode, decode = plan("encode", 1, "least"), plan("decode", 1, "least")
-    least = StreamPlans(1, encode, decode, _beside(model, 1, size))
+    def least() -> StreamPlans:
+        encode, decode = plan("encode", 1, "least"), plan("decode", 1, "least")
+        return StreamPlans(1, encode, decode, _beside(model, 1, size))
+
     if budget == "least":
-        return least
+        return least()
+    encoder_state = plan("encode", 1, None).state_bytes
+    decoder_state = plan("decode", 1, None).state_bytes
 
     def within(frames: int) -> tuple[Plan, Plan]:
         left = _without_heap(budget) - _beside(model, frames, size)
-        encode = plan("encode", frames, left - least.decode.state_bytes)
-        return encode, plan("decode", frames, left - least.encode.state_bytes)
+        encode = plan("encode", frames, left - decoder_state)
+        return encode, plan("decode", frames, left - encoder_state)
 
     if found := _largest_piece(within):
         frames, (encode, decode) = found
         return StreamPlans(frames, encode, decode, _beside(model, frames, size))
-    needed = least.peak_bytes
+    needed = least().peak_bytes
     raise ValueError(
         f"{budget} bytes ({budget / 2**30:.3f} GiB) are below the least that a stream of "
         f"{size[1]}x{size[0]} can do with: {needed} bytes ({needed / 2**30:.3f} GiB)"

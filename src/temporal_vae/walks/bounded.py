@@ -46,6 +46,8 @@ from temporal_vae.network import Layer, Line
 Shape = tuple[int, ...]
 MOVED_AT_A_TIME = 2**20
 """Numbers moved at a time inside an arena."""
+ENOUGH_FRAMES = 8
+"""Frames of a group from which on more of them gain nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,10 +56,14 @@ class Bounds:
 
     frames: int = 1
     """Frames of a group, for framewise layers."""
+    largest: int | None = None
+    """Numbers of a frame where it is largest: runs of smaller ones get more frames, up to
+    `ENOUGH_FRAMES`, so that a group is about as large."""
     pixels: int = 4096
     """Pixels of a chunk, for timewise layers."""
     channels: int | None = None
-    """Timewise layers of more channels get fewer pixels, so that a chunk is about as large."""
+    """Timewise layers of more channels, or more to hold of each, get fewer pixels, so that a chunk
+    takes about as much."""
     rows: int | None = None
     """Output rows of a band of one frame; None for whole frames."""
     fused: bool = False
@@ -67,17 +73,24 @@ class Bounds:
     folder, for a file without a name that is gone when the walk ends."""
 
     def __post_init__(self) -> None:
-        for name in ("frames", "pixels", "channels", "rows"):
+        for name in ("frames", "largest", "pixels", "channels", "rows"):
             value = getattr(self, name)
-            optional = value is None and name in ("channels", "rows")
+            optional = value is None and name in ("largest", "channels", "rows")
             if not optional and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a whole number above 0, got {value!r}")
 
+    def group(self, run: Sequence[Framewise], shape: Shape) -> int:
+        """Frames at a time for a run that gets (1, C, T, H, W)."""
+        if self.largest is None or any(layer.halo is None for layer in run):
+            return self.frames  # attention holds more than its size
+        here = max(math.prod(each) // shape[2] for each in shapes_in(run, shape))
+        return max(self.frames, min(ENOUGH_FRAMES, self.frames * self.largest // here))
+
     def chunk(self, layer: Timewise) -> int:
         """Pixels at a time for a layer."""
-        if self.channels is None or layer.width <= self.channels:
+        if self.channels is None:
             return self.pixels
-        return max(1, self.pixels * self.channels // layer.width)
+        return max(1, self.pixels * self.channels // max(self.channels, layer.width * layer.load))
 
 
 def walk(line: Line, x: Tensor, bounds: Bounds, out: Tensor | None = None) -> Tensor:
@@ -324,10 +337,7 @@ def stages(run: list[Framewise], shape: Shape, bounds: Bounds) -> list[list[Fram
     """
     if not bounds.fused:
         return [[layer] for layer in run]
-    sizes = [math.prod(shape)]
-    for layer in run:
-        shape = shape_after([layer], shape)
-        sizes.append(math.prod(shape))
+    sizes = [math.prod(each) for each in shapes_in(run, shape)]
     found: list[list[Framewise]] = [[run[0]]]
     for layer, following, (before, here, after) in zip(
         run, run[1:], zip(sizes, sizes[1:], sizes[2:], strict=False), strict=False
@@ -342,10 +352,16 @@ def stages(run: list[Framewise], shape: Shape, bounds: Bounds) -> list[list[Fram
 
 def shape_after(run: Iterable[Framewise], shape: Shape) -> Shape:
     """(1, C, T, H, W) after a run of framewise layers."""
-    b, c, t, h, w = shape
+    return shapes_in(run, shape)[-1]
+
+
+def shapes_in(run: Iterable[Framewise], shape: Shape) -> list[Shape]:
+    """(1, C, T, H, W) before a run of framewise layers, and after each of them."""
+    shapes = [shape]
     for layer in run:
-        c, h, w = layer.channels(c), int(h * layer.scale), int(w * layer.scale)
-    return b, c, t, h, w
+        b, c, t, h, w = shapes[-1]
+        shapes.append((b, layer.channels(c), t, int(h * layer.scale), int(w * layer.scale)))
+    return shapes
 
 
 def result_shape(layers: Iterable[Layer], shape: Shape) -> Shape:
@@ -428,7 +444,7 @@ def _walk_frames(run: list[Framewise], clip: Tensor, room: Room) -> Tensor:
 
 def _groups(run: list[Framewise], clip: Tensor, room: Room) -> Iterator[tuple[Span, Tensor]]:
     """Whole frames (n, C, H, W), a few at a time, after all layers of a run."""
-    for start, stop in spans(clip.shape[2], room.bounds.frames):
+    for start, stop in spans(clip.shape[2], room.bounds.group(run, tuple(clip.shape))):
         frames = _channels_last(clip[0, :, start:stop].movedim(1, 0), room.device)
         for layer in run:
             frames = layer.frames(frames)

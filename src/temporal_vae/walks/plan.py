@@ -134,8 +134,10 @@ class Plan:
             pieces = f"{self.bounds.frames} frames" if self.bounds.rows is None else (
                 f"bands of {self.bounds.rows} rows of a frame"
             )  # fmt: skip
-            fused = ", the widest activation never stored" if self.bounds.fused else ""
-            lines.append(f"  framewise layers: {pieces} at a time{fused}")
+            more = ", the widest activation never stored" if self.bounds.fused else ""
+            if self.bounds.largest is not None:
+                more = f", up to {bounded.ENOUGH_FRAMES} where they are smaller"
+            lines.append(f"  framewise layers: {pieces} at a time{more}")
             fewer = "" if self.bounds.channels is None else (
                 f", fewer of more than {self.bounds.channels} channels"
             )  # fmt: skip
@@ -238,19 +240,21 @@ def _candidates(line: Line, asked: Question, limit: int | str | None) -> Iterato
         yield None
     if limit is None and None in asked.offload:
         return
-    shapes, frames = _shapes(line, asked.shape), asked.shape[2]
+    framewise = (layer for layer in line.layers() if isinstance(layer, Framewise))
+    shapes, frames = bounded.shapes_in(framewise, (1, *asked.shape[1:])), asked.shape[2]
     height, width = max(shape[3:] for shape in shapes)
     channels = _finest_channels(line)
     pixels = max(16, CHUNK_BYTES // (frames * asked.dtype.itemsize * channels))
-    largest = frames
+    largest, most = max(map(math.prod, shapes)) // frames, frames
     if asked.device.type == "cpu":
-        frame = max(map(math.prod, shapes)) // frames * asked.dtype.itemsize
-        largest = max(1, min(frames, GROUP_BYTES // frame))
+        most = max(1, min(frames, GROUP_BYTES // (largest * asked.dtype.itemsize)))
     for offload in asked.offload:
-        group = largest
+        group = most
         while group >= 1:
             chunk = max(16, min(pixels, group * height * width // frames))
-            yield Bounds(frames=group, pixels=chunk, channels=channels, offload=offload)
+            yield Bounds(
+                frames=group, largest=largest, pixels=chunk, channels=channels, offload=offload
+            )
             group = group // 2
         for fused in (False, True):
             for rows in (256, 128, 64, 32, 16, 8):
@@ -259,15 +263,6 @@ def _candidates(line: Line, asked: Question, limit: int | str | None) -> Iterato
                     yield Bounds(
                         rows=rows, pixels=chunk, channels=channels, fused=fused, offload=offload
                     )
-
-
-def _shapes(line: Line, shape: Shape) -> list[Shape]:
-    """(1, C, T, H, W) before the first layer and after each framewise one."""
-    shapes = [(1, *shape[1:])]
-    for layer in line.layers():
-        if isinstance(layer, Framewise):
-            shapes.append(bounded.shape_after([layer], shapes[-1]))
-    return shapes
 
 
 def _finest_channels(line: Line) -> int:
@@ -382,15 +377,15 @@ class _Count:
 
     def _groups(self, run: list[Framewise], shape: Shape, bounds: Bounds) -> None:
         _, c, t, h, w = shape
-        frames = min(bounds.frames, t)
+        frames = min(bounds.group(run, shape), t)
         piece: Shape = (1, c, frames, h, w)
+        in_arena = run[0] is not self.layers[0] and bounds.offload is None
         for layer in run:
             trace = self.tracer.whole(layer, piece, False)
             self.work = self.work.plus(trace.work, t / frames)
-            self._note(
-                f"{frames} frames in {type(layer).__name__}", self._bytes(piece) + trace.peak
-            )
-            piece = bounded.shape_after([layer], piece)
+            held = 0 if in_arena else self._bytes(piece)
+            self._note(f"{frames} frames in {type(layer).__name__}", held + trace.peak)
+            piece, in_arena = bounded.shape_after([layer], piece), False
 
     def _bands(self, run: list[Framewise], shape: Shape, bounds: Bounds) -> None:
         _, c, t, h, w = shape
@@ -414,9 +409,7 @@ class _Count:
 
 def _middle_band(stage: list[Framewise], shape: Shape, rows: int) -> list[Shape]:
     """Shapes of a band in the middle of a frame: what each layer reads, and the result."""
-    shapes = [shape]
-    for layer in stage:
-        shapes.append(bounded.shape_after([layer], shapes[-1]))
+    shapes = bounded.shapes_in(stage, shape)
     bands = spans(shapes[-1][3], rows)
     band = bands[len(bands) // 2] if len(bands) > 2 else bands[0]
     found = [(*shapes[-1][:3], band[1] - band[0], shapes[-1][4])]

@@ -73,23 +73,44 @@ def finish(
 ) -> Iterator[Tensor]:
     """What an ended clip still owes, in pieces, in order.
 
-    Layer after layer is told that its input has ended, and the few frames that it held back go
-    through the rest, `frames` at a time: however far a network sees, no more is ever on the way.
+    Layer after layer is told that its input has ended, and the few frames that it held back join
+    those that wait for the next one. A quarter of `frames` of them, and never more than `frames`,
+    go through the rest together: however far a network sees, no more is ever on the way.
     """
     layers, memories = list(line.layers()), _memories(line, state)
+    handed, reached = isinstance(state, list), 0
+    waiting: Tensor | None = None  # in front of the layer that is reached
     for index, layer in enumerate(layers):
         if not isinstance(layer, Timewise):
             continue
-        memory = memories.pop(0)
-        if not memory or (bounds is None and torch.is_grad_enabled()):
-            held, _ = layer.stream(None, memory, last=True)
-        else:  # a few pixels at a time, or the end would take more than the steps
-            held = bounded.flush(layer, memory, bounds or Bounds())
-        del memory
-        for piece in () if held is None else held.split(frames, dim=2):
-            x = _pass_on(layers[index + 1 :], piece, memories, bounds, isinstance(state, list))
+        through = layers[reached : index + 1]
+        given = waiting if waiting is None else _pass_on(through, waiting, memories, bounds, handed)
+        waiting, reached = _joined(given, _flush(layer, memories.pop(0), bounds)), index + 1
+        del given
+        while waiting is not None and waiting.shape[2] >= max(1, frames // 4):
+            piece, rest = waiting[:, :, :frames], waiting[:, :, frames:]
+            waiting = rest if rest.shape[2] else None
+            x = _pass_on(layers[reached:], piece, memories, bounds, handed)
             if x is not None:
                 yield x
+    if waiting is not None:
+        x = _pass_on(layers[reached:], waiting, memories, bounds, handed)
+        if x is not None:
+            yield x
+
+
+def _flush(layer: Timewise, memory: LayerState, bounds: Bounds | None) -> Tensor | None:
+    """What a layer holds back at the end of its input."""
+    if not memory or (bounds is None and torch.is_grad_enabled()):
+        return layer.stream(None, memory, last=True)[0]
+    # a few pixels at a time, or the end would take more than the steps
+    return bounded.flush(layer, memory, bounds or Bounds())
+
+
+def _joined(*pieces: Tensor | None) -> Tensor | None:
+    """Pieces (B, C, n, H, W) of a clip that follow one another, as one."""
+    present = [piece for piece in pieces if piece is not None]
+    return torch.cat(present, 2) if len(present) > 1 else next(iter(present), None)
 
 
 class Stream:
