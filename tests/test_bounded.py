@@ -132,6 +132,31 @@ def test_bfloat16_is_no_further_from_the_truth(options: dict[str, Any], bounds: 
 
 
 @torch.no_grad()
+def test_groups_are_about_as_large_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More frames of the coarse levels go together, never more than a group of the finest holds."""
+    model, sizes, counts = awake(), set[int](), set[int]()
+    honest = ResidualBlock.frames
+
+    def watched(self: ResidualBlock, x: Tensor, *norm: Any) -> Tensor:
+        counts.add(len(x))
+        y = honest(self, x, *norm)
+        sizes.add(max(x.numel(), y.numel()))
+        return y
+
+    monkeypatch.setattr(ResidualBlock, "frames", watched)
+    latent = inputs(model, 1, 9, (3, 4))[1]
+    largest = max(
+        shape[1] * shape[3] * shape[4]
+        for shape in bounded.shapes_in(
+            (layer for layer in model.decoder.layers() if isinstance(layer, Framewise)),
+            (1, 4, 9, 3, 4),
+        )
+    )
+    bounded.walk(model.decoder, latent, Bounds(frames=1, largest=largest))
+    assert {1, 2, 4} <= counts and max(sizes) <= largest
+
+
+@torch.no_grad()
 def test_an_arena_in_a_file(tmp_path: Path) -> None:
     model = MODELS[str({})]
     x = inputs(model, 2, 5, (3, 4))[1]
