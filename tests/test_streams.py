@@ -311,3 +311,16 @@ def test_an_empty_stream() -> None:
     model = MODELS[str({})]
     assert model.encode_finish(()) is None
     assert model.decode_finish(()) is None
+
+
+@pytest.mark.parametrize("options", [{}, {"causal_mode": True}], ids=str)
+@pytest.mark.parametrize("sizes", [[1, 1, 1], [3, 3], [9]], ids=str)
+def test_gradients_go_through_a_stream(options: dict[str, Any], sizes: list[int]) -> None:
+    model = awake(**options)
+    weights, gradients = list(model.decoder.parameters()), []
+    latent = clip(sum(sizes), 4, 2).requires_grad_()
+    for decoded in (model.decode(latent), join(decode(model, cut(latent, sizes)))):
+        found = torch.autograd.grad(decoded.square().sum(), [latent, *weights])
+        gradients.append(found)
+    for whole, pieces in zip(*gradients, strict=True):
+        assert torch.allclose(pieces, whole, rtol=1e-9, atol=1e-9)

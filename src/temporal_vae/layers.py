@@ -515,7 +515,7 @@ class TimeConv(Timewise):
         y = (
             F.conv2d(u, weight, bias)[:, :, early:]
             if u.shape[2] >= weight.shape[2]
-            else x[:, :, :0]
+            else x[:, :, :0].clone()  # a shortcut is added in place
         )
         return y, _tail(kept, tail.shape[2]).to(tail.dtype)  # autocast may have widened it
 

@@ -964,7 +964,7 @@ class TemporalVAE(nn.Module):
 
     def _owed_frames(self, state: StreamState | None, plan: Plan | None) -> Iterator[Tensor]:
         for frames in self._owed("decode", state, plan):
-            yield frames.contiguous()
+            yield frames.clone(memory_format=torch.contiguous_format)
 
     def _owed(
         self, operation: Operation, state: StreamState | None, plan: Plan | None

@@ -135,12 +135,10 @@ class Plan:
                 f"bands of {self.bounds.rows} rows of a frame"
             )  # fmt: skip
             more = ", the widest activation never stored" if self.bounds.fused else ""
-            if self.bounds.largest is not None:
+            if self.bounds.largest and self.bounds.frames < bounded.ENOUGH_FRAMES:
                 more = f", up to {bounded.ENOUGH_FRAMES} where they are smaller"
             lines.append(f"  framewise layers: {pieces} at a time{more}")
-            fewer = "" if self.bounds.channels is None else (
-                f", fewer of more than {self.bounds.channels} channels"
-            )  # fmt: skip
+            fewer = "" if self.bounds.channels is None else ", fewer where layers hold more"
             lines.append(f"  timewise layers: {self.bounds.pixels} pixels at a time{fewer}")
         if self.offload is not None:
             where = "the memory of the CPU" if self.offload == "host" else os.fspath(self.offload)

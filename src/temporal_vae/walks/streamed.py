@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ State = tuple[LayerState, ...]
 """One entry for each timewise layer of the line, in order; `()` before the first piece."""
 Held = State | list[LayerState]
 """A state, or the entries of one that nobody else holds."""
+END_PIXELS = 1024
+"""Pixels at a time at the end of a stream whose steps nothing bounds."""
 
 
 def step(
@@ -79,32 +82,42 @@ def finish(
     """
     layers, memories = list(line.layers()), _memories(line, state)
     handed, reached = isinstance(state, list), 0
+    if bounds is not None and not handed:  # written over again and again: a copy of its own
+        memories, handed = [tuple(map(torch.clone, memory)) for memory in memories], True
     waiting: Tensor | None = None  # in front of the layer that is reached
     for index, layer in enumerate(layers):
         if not isinstance(layer, Timewise):
             continue
         through = layers[reached : index + 1]
-        given = waiting if waiting is None else _pass_on(through, waiting, memories, bounds, handed)
-        waiting, reached = _joined(given, _flush(layer, memories.pop(0), bounds)), index + 1
-        del given
+        if waiting is not None:
+            waiting = _pass_on(through, waiting, memories, bounds, handed)
+        held, reached = _flush(layer, memories.pop(0), bounds, frames), index + 1
+        waiting = _joined(waiting, held)
+        del held
         while waiting is not None and waiting.shape[2] >= max(1, frames // 4):
             piece, rest = waiting[:, :, :frames], waiting[:, :, frames:]
             waiting = rest if rest.shape[2] else None
             x = _pass_on(layers[reached:], piece, memories, bounds, handed)
+            del piece, rest  # or they would be there during the next pieces; so the result
             if x is not None:
                 yield x
+            del x
     if waiting is not None:
         x = _pass_on(layers[reached:], waiting, memories, bounds, handed)
         if x is not None:
             yield x
 
 
-def _flush(layer: Timewise, memory: LayerState, bounds: Bounds | None) -> Tensor | None:
-    """What a layer holds back at the end of its input."""
+def _flush(
+    layer: Timewise, memory: LayerState, bounds: Bounds | None, frames: int
+) -> Tensor | None:
+    """What a layer holds back at the end of its input, for steps of so many frames."""
     if not memory or (bounds is None and torch.is_grad_enabled()):
         return layer.stream(None, memory, last=True)[0]
-    # a few pixels at a time, or the end would take more than the steps
-    return bounded.flush(layer, memory, bounds or Bounds())
+    # a few pixels at a time, fewer for more frames, or the end would take more than the steps
+    bounds = bounds or Bounds(pixels=END_PIXELS)
+    pixels = bounds.pixels * frames // max(frames, layer.future or 0)
+    return bounded.flush(layer, memory, replace(bounds, pixels=max(1, pixels)))
 
 
 def _joined(*pieces: Tensor | None) -> Tensor | None:
