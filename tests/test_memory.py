@@ -207,6 +207,24 @@ def test_the_plan_of_a_stream_foresees_its_peak(
     assert max(peaks) == pytest.approx(plan.peak_bytes, rel=0.25)
 
 
+@torch.no_grad()
+def test_the_end_of_a_kept_stream_is_within_its_plan() -> None:
+    model = awake(base_channels=16, channel_multipliers=(1,))
+    frame = torch.randn(1, 3, 1, 24, 32, generator=torch.Generator().manual_seed(0)).double()
+    plan = model.plan(frame.shape, "encode", budget="least", stream=True)
+    with _Alive() as alive:
+        for tensor in (frame, *model.parameters()):
+            alive.leave_out(tensor)
+        stream = model.encode_stream(sample_mode=False, plan=plan)
+        for _ in range((model.encode_reach or 0) + 4):
+            stream.push(frame)
+        kept = stream.state  # the caller's own
+        for _ in stream.drain():
+            pass
+    assert kept
+    assert alive.most <= plan.peak_bytes
+
+
 @pytest.mark.parametrize("options", [{}, {"causal_mode": True}], ids=str)
 @pytest.mark.parametrize("bounded", [False, True])
 @torch.no_grad()
