@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from flat_memory import make_video, peak
 
-from temporal_vae import TemporalVAE, cli, walking
+from temporal_vae import TemporalVAE, walking
 from temporal_vae.video import Bytes
+from temporal_vae.walks import heap
 from temporal_vae.walks.plan import parse_budget
 
 HEIGHT, WIDTH = 144, 256
@@ -37,7 +38,7 @@ def streamed(model: TemporalVAE, frames: Bytes, plans: walking.StreamPlans) -> i
 
 def speeds(budget: str, repeats: int, frames: int) -> tuple[float, float]:
     """Median frames a second: streamed and whole."""
-    cli._keep_freed_memory()  # as the command does
+    heap.keep_freed()  # as the command does
     model = TemporalVAE.from_pretrained("tiny")
     limit = parse_budget(budget)
     assert isinstance(limit, int)

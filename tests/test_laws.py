@@ -401,7 +401,7 @@ FLOORS = {
     "video.ahead": 1, "video.colour": 1, "video.container": 1, "video.converting": 1,
     "video.exif": 1, "video.images": 1, "video.selecting": 1,
     "video.copying": 1, "video.formats": 1, "video.plain": 1, "video.planes": 1, "video.saving": 1,
-    "kernels.conv": 1, "kernels.norm": 1,
+    "kernels.conv": 1, "kernels.norm": 1, "walks.heap": 1,
     "vectors": 1, "layers": 2, "losses": 2,
     "latents": 2, "latents.distribution": 2, "latents.info": 2, "latents.header": 2,
     "latents.identity": 2, "latents.reading": 2, "latents.writing": 2, "latents.statistics": 2,

@@ -41,6 +41,7 @@ from temporal_vae import (
 from temporal_vae.evaluate import reconstruct_frames
 from temporal_vae.jobs import plan_jobs
 from temporal_vae.video import VideoWriter, pad_frames, read_clip, to_pixels
+from temporal_vae.walks import heap
 from temporal_vae.walks.plan import _Alive
 
 Said = subprocess.CompletedProcess[str]
@@ -51,7 +52,7 @@ def here(
 ) -> Said:
     """The command in this process, which saves it a second each time."""
     monkeypatch.setattr(sys, "argv", ["tvae", *map(str, words)])
-    monkeypatch.setattr(cli, "_keep_freed_memory", lambda: None)
+    monkeypatch.setattr(heap, "keep_freed", lambda: None)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:

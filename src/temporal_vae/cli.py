@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import io
-import platform
 import signal
 import sys
 import time
@@ -35,6 +33,7 @@ from temporal_vae.describing import (
 from temporal_vae.jobs import VIDEO_SUFFIXES, Job, find_inputs, plan_jobs
 from temporal_vae.latents import SUFFIX, latent_statistics
 from temporal_vae.video import PIPE, Format, VideoError, check_suffix
+from temporal_vae.walks import heap
 from temporal_vae.words import reader_options
 
 command = typer.Typer(
@@ -409,7 +408,7 @@ class Meter:
 
 def main() -> None:
     """Run the command; a mistake of the user is one line and exit status 1."""
-    _keep_freed_memory()
+    heap.keep_freed()
     for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
@@ -425,18 +424,6 @@ def main() -> None:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         _fail("out of memory: give --memory a bound, or take --dtype bfloat16")
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc reuse freed memory for the next piece of a stream, instead of returning it.
-
-    Returned, it comes back page by page and in other places, which costs time and lets the peak
-    wander; docs/decisions.md has the runs.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def _fail(message: str) -> None:

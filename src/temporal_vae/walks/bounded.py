@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -42,6 +43,7 @@ from temporal_vae.layers import (
 )
 from temporal_vae.layers import State as LayerState
 from temporal_vae.network import Layer, Line
+from temporal_vae.walks.heap import Heap
 
 Shape = tuple[int, ...]
 MOVED_AT_A_TIME = 2**20
@@ -57,8 +59,8 @@ class Bounds:
     frames: int = 1
     """Frames of a group, for framewise layers."""
     largest: int | None = None
-    """Numbers of a frame where it is largest: runs of smaller ones get more frames, up to
-    `ENOUGH_FRAMES`, so that a group is about as large."""
+    """Numbers of a frame before and after a layer where they are most: runs of fewer get more
+    frames, up to `ENOUGH_FRAMES`, so that a group is about as large."""
     pixels: int = 4096
     """Pixels of a chunk, for timewise layers."""
     channels: int | None = None
@@ -71,11 +73,14 @@ class Bounds:
     offload: str | os.PathLike[str] | None = None
     """Where the activation lies: None where the model is, "host" in the memory of the CPU, else a
     folder, for a file without a name that is gone when the walk ends."""
+    most: int | None = None
+    """Bytes that the walk may take on the CPU over what the process has when it begins: where the
+    allocator keeps too much of what is freed, it has to give that back. None: it keeps all."""
 
     def __post_init__(self) -> None:
-        for name in ("frames", "largest", "pixels", "channels", "rows"):
+        for name in ("frames", "largest", "pixels", "channels", "rows", "most"):
             value = getattr(self, name)
-            optional = value is None and name in ("largest", "channels", "rows")
+            optional = value is None and name not in ("frames", "pixels")
             if not optional and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a whole number above 0, got {value!r}")
 
@@ -83,7 +88,7 @@ class Bounds:
         """Frames at a time for a run that gets (1, C, T, H, W)."""
         if self.largest is None or any(layer.halo is None for layer in run):
             return self.frames  # attention holds more than its size
-        here = max(math.prod(each) // shape[2] for each in shapes_in(run, shape))
+        here = largest_of(run, shape)
         return max(self.frames, min(ENOUGH_FRAMES, self.frames * self.largest // here))
 
     def chunk(self, layer: Timewise) -> int:
@@ -157,6 +162,7 @@ def advance(
     for number, sample in enumerate(x.split(1)):
 
         def remember(layer: Timewise, clip: Tensor, number: int = number) -> Tensor | None:
+            room.heap.before()
             index = next(i for i, other in enumerate(timewise) if other is layer)
             # its size and dtype, where the model is: the clip itself may be offloaded
             like = clip[:, :, :0].expand(batch, -1, -1, -1, -1).to(room.device)
@@ -241,6 +247,7 @@ class Room:
     def __init__(self, layers: Sequence[Layer], x: Tensor, bounds: Bounds):
         clip, frame = arena_sizes(layers, tuple(x.shape), bounds)
         self.bounds, self.device = bounds, x.device
+        self.heap = Heap(bounds.most, x.device)
         self.clip = _Arena(clip, x, bounds.offload)
         self.frame = _Arena(frame, x, bounds.offload)
 
@@ -350,6 +357,12 @@ def stages(run: list[Framewise], shape: Shape, bounds: Bounds) -> list[list[Fram
     return found
 
 
+def largest_of(run: Iterable[Framewise], shape: Shape) -> int:
+    """Numbers of a frame before and after a layer of a run, together, where they are most."""
+    sizes = [math.prod(each) // shape[2] for each in shapes_in(run, shape)]
+    return max(map(sum, pairwise(sizes)))
+
+
 def shape_after(run: Iterable[Framewise], shape: Shape) -> Shape:
     """(1, C, T, H, W) after a run of framewise layers."""
     return shapes_in(run, shape)[-1]
@@ -447,9 +460,17 @@ def _groups(run: list[Framewise], clip: Tensor, room: Room) -> Iterator[tuple[Sp
     for start, stop in spans(clip.shape[2], room.bounds.group(run, tuple(clip.shape))):
         frames = _channels_last(clip[0, :, start:stop].movedim(1, 0), room.device)
         for layer in run:
+            room.heap.before(max(frames.nbytes, _bytes_after(layer, frames)))
             frames = layer.frames(frames)
         yield (start, stop), frames
         del frames
+
+
+def _bytes_after(layer: Framewise, x: Tensor) -> int:
+    """Size of what a layer makes of frames (N, C, H, W)."""
+    n, c, h, w = x.shape
+    after = shape_after([layer], (1, c, n, h, w))
+    return math.prod(after) * x.itemsize
 
 
 def _in_bands(run: list[Framewise], source: Tensor, target: Tensor, room: Room) -> None:
@@ -465,6 +486,7 @@ def _in_bands(run: list[Framewise], source: Tensor, target: Tensor, room: Room) 
             source = room.frame.back(source)
         result = target if stage is cut[-1] else room.frame.front(shape)
         if stage[0].halo is None:
+            room.heap.before()
             whole = _channels_last(source[:, :, 0], room.device)
             result[:, :, 0] = stage[0].frames(whole)
         else:
@@ -477,6 +499,7 @@ class _Bands:
 
     def __init__(self, stage: list[Framewise], source: Tensor, room: Room):
         self.stage, self.source, self.device = stage, source, room.device
+        self.heap = room.heap
         self.heights = [source.shape[2]]
         for layer in stage:
             self.heights.append(int(self.heights[-1] * layer.scale))
@@ -510,6 +533,7 @@ class _Bands:
 
     def _through(self, piece: Tensor, band: list[Span], norm: Norm) -> Tensor:
         for layer, (top, _), (first, stop) in zip(self.stage, band, band[1:], strict=False):
+            self.heap.before(max(piece.nbytes, _bytes_after(layer, piece)))
             y = layer.frames(piece, norm)
             skipped = first - int(top * layer.scale)
             piece = y[:, :, skipped : skipped + stop - first]
@@ -548,6 +572,7 @@ def _in_place(room: Room) -> Callable[[Timewise, Tensor], Tensor]:
     """A timewise layer on a few pixels at a time, all frames of them, over its input."""
 
     def walk(layer: Timewise, clip: Tensor) -> Tensor:
+        room.heap.before()
         x = fold_pixels(clip)
         chunks = [slice(*span) for span in spans(x.shape[3], room.bounds.chunk(layer))]
         known: dict[nn.Module, Moments] = {}

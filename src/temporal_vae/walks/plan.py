@@ -13,7 +13,7 @@ import re
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
 
@@ -38,8 +38,9 @@ from temporal_vae.layers import (
 from temporal_vae.network import Layer, Line
 from temporal_vae.walks import bounded
 from temporal_vae.walks.bounded import Bounds
+from temporal_vae.walks.heap import MAPPED_BYTES
 
-MARGIN = 0.08
+MARGIN = 0.06
 """Share of the count that is added for what it does not see: sums, slices, copies in kernels."""
 KERNELS_BYTES = 32 * 2**20
 """What kernels and their threads keep for themselves, however small the walk."""
@@ -47,11 +48,9 @@ NEARLY_LEAST = 1.05
 """The least memory may be exceeded by so much for the sake of speed."""
 CHUNK_BYTES = 8 * 2**20
 """A chunk of pixels, all frames and channels, is about as large: it stays in the cache."""
-GROUP_BYTES = 20 * 2**20
-"""On a CPU, larger groups of frames gain a few percent, and cut up the memory of a long stream."""
-
-FRESH_BYTES = 32 * 2**20
-"""Larger blocks glibc takes from the system for each use, page by page, and gives back."""
+GROUP_BYTES = 40 * 2**20
+"""Of a group before and after a layer. On a CPU, larger ones gain a few percent, and cut up the
+memory of a long stream."""
 
 Operation = Literal["encode", "decode"]
 Budget = int | str | None
@@ -188,10 +187,13 @@ def _fastest(line: Line, asked: Question) -> Plan:
             parts.append(("what is made of the result", rest))
         margin = math.ceil(MARGIN * sum(size for _, size in parts))
         parts += [("margin", margin), ("the kernels' own", KERNELS_BYTES)]
+        peak = sum(size for _, size in parts)
+        if bounds is not None:
+            bounds = replace(bounds, most=peak - count.state)  # of which one is there before
         plan = Plan(
             operation=asked.operation, shape=asked.shape, dtype=asked.dtype, stream=asked.stream,
             keep_state=asked.keep_state, bounds=bounds, parts=tuple(parts),
-            peak_bytes=sum(size for _, size in parts), state_bytes=count.state, work=work,
+            peak_bytes=peak, state_bytes=count.state, work=work,
             device=asked.device,
         )  # fmt: skip
         if limit is None or (limit != "least" and plan.peak_bytes <= limit):
@@ -238,12 +240,12 @@ def _candidates(line: Line, asked: Question, limit: int | str | None) -> Iterato
         yield None
     if limit is None and None in asked.offload:
         return
-    framewise = (layer for layer in line.layers() if isinstance(layer, Framewise))
+    framewise = [layer for layer in line.layers() if isinstance(layer, Framewise)]
     shapes, frames = bounded.shapes_in(framewise, (1, *asked.shape[1:])), asked.shape[2]
     height, width = max(shape[3:] for shape in shapes)
     channels = _finest_channels(line)
     pixels = max(16, CHUNK_BYTES // (frames * asked.dtype.itemsize * channels))
-    largest, most = max(map(math.prod, shapes)) // frames, frames
+    largest, most = bounded.largest_of(framewise, (1, *asked.shape[1:])), frames
     if asked.device.type == "cpu":
         most = max(1, min(frames, GROUP_BYTES // (largest * asked.dtype.itemsize)))
     for offload in asked.offload:
@@ -545,7 +547,7 @@ class _Alive(TorchDispatchMode):
         if any(alias is not None and not alias.is_write for alias in aliases):
             return  # a view
         sizes = [x.nbytes for x in tree_leaves(out) if isinstance(x, Tensor)]
-        fresh = 0 if any(aliases) else sum(n for n in sizes if n > FRESH_BYTES)
+        fresh = 0 if any(aliases) else sum(n for n in sizes if n > MAPPED_BYTES)
         self.work = self.work.plus(Work(_operations(func, args, kwargs, out), sum(sizes), 1, fresh))
 
     def _take_in(self, storage: torch.UntypedStorage) -> None:
@@ -582,7 +584,7 @@ def probe(device: torch.device, dtype: torch.dtype) -> Work:
         x = torch.ones(4, 64, 64, 128, device=device, dtype=dtype).movedim(-1, 1)
         weight = torch.ones(128, 128, 3, 3, device=device, dtype=dtype)
         weight = weight.contiguous(memory_format=torch.channels_last)
-        large = torch.ones(2 * FRESH_BYTES // dtype.itemsize, device=device, dtype=dtype)
+        large = torch.ones(2 * MAPPED_BYTES // dtype.itemsize, device=device, dtype=dtype)
         operations = 2.0 * x.numel() * weight[0].numel()
         written = x.nbytes / _seconds(device, lambda: F.silu(x))
         fresh = _seconds(device, lambda: F.silu(large)) - large.nbytes / written

@@ -1,0 +1,134 @@
+"""What the allocator keeps of freed memory stays within a plan: real processes, real pages."""
+
+from __future__ import annotations
+
+import math
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import awake
+
+from temporal_vae.layers import Framewise
+from temporal_vae.walks import bounded, heap
+from temporal_vae.walks.bounded import Bounds
+
+pytestmark = pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc" or heap.anonymous_bytes() is None, reason="not glibc on Linux"
+)
+
+MiB = 2**20
+
+HOLES = """
+import torch
+from temporal_vae.walks import heap
+if {kept}:
+    heap.keep_freed()
+torch.ones(8 * 2**18)  # once freed, blocks of this size are no longer mapped on their own
+blocks = [torch.ones(2**18) for _ in range(200)]
+watch = heap.Heap({most}, torch.device("cpu"))
+blocks = blocks[1::2]
+before = heap.anonymous_bytes()
+watch.before({largest})
+print(before - heap.anonymous_bytes())
+"""
+
+
+def given_back(most: int | None, largest: int = 0, kept: bool = False) -> int:
+    """Bytes that a process with 100 MiB of gaps gives back."""
+    code = HOLES.format(most=most, largest=largest, kept=kept)
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return int(said.stdout)
+
+
+def test_gaps_are_given_back_near_the_limit() -> None:
+    assert given_back(heap.NEAR // 2) > 80 * MiB
+
+
+def test_gaps_are_given_back_before_what_cannot_lie_in_them() -> None:
+    most = heap.NEAR + 150 * MiB
+    assert given_back(most, heap.MAPPED_BYTES) < 10 * MiB
+    assert given_back(most, 60 * MiB) > 80 * MiB
+
+
+@pytest.mark.parametrize(("most", "kept"), [(None, False), (2**30, False), (1, True)])
+def test_gaps_are_kept_without_need(most: int | None, kept: bool) -> None:
+    assert given_back(most, kept=kept) < 10 * MiB
+
+
+def test_what_others_take_is_not_fought_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that is in use above the limit is asked for once, not before each layer."""
+    trims: list[int] = []
+
+    class Watched:
+        def malloc_trim(self, pad: int) -> int:
+            trims.append(pad)
+            return 0
+
+    watch = heap.Heap(1, torch.device("cpu"))
+    taken = torch.ones(200 * MiB // 4)
+    monkeypatch.setattr(heap, "_glibc", Watched)
+    for _ in range(5):
+        watch.before()
+    assert taken.numel() and len(trims) == 1
+
+
+@torch.no_grad()
+def test_every_layer_of_a_bounded_walk_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+    monkeypatch.setattr(heap.Heap, "before", lambda self, largest=0: looks.append(largest))
+    model = awake()
+    latent = torch.randn(1, 4, 3, 4, 6).double()
+    framewise = [layer for layer in model.decoder.layers() if isinstance(layer, Framewise)]
+    largest = max(map(math.prod, bounded.shapes_in(framewise, (1, 4, 1, 4, 6)))) * 8
+    for bounds in (Bounds(), Bounds(rows=2)):
+        looks.clear()
+        bounded.walk(model.decoder, latent, bounds)
+        assert len(looks) >= len(list(model.decoder.layers()))
+        assert max(looks) == largest if bounds.rows is None else 0 < max(looks) < largest
+
+
+PEAK = """
+import ctypes, threading, time, torch
+from temporal_vae import TemporalVAE
+from temporal_vae.walks import heap
+model = TemporalVAE(base_channels=64).eval()
+x = torch.randn({shape})
+plan = model.plan(x.shape, "{operation}", budget={budget})
+assert plan.walk == "bounded"
+ctypes.CDLL(None).malloc_trim(0)
+base, most, done = heap.anonymous_bytes(), 0, False
+def watch():
+    global most
+    while not done:
+        most = max(most, heap.anonymous_bytes() - base)
+        time.sleep(0.002)
+thread = threading.Thread(target=watch)
+thread.start()
+with torch.no_grad():
+    model.{operation}(x, plan=plan)
+done = True
+thread.join()
+print(plan.peak_bytes, most)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("operation", "shape", "budget"),
+    [
+        ("encode", (1, 3, 9, 320, 576), "700 * 2**20"),
+        ("encode", (1, 3, 9, 320, 576), "'least'"),
+        ("decode", (1, 4, 9, 40, 72), "800 * 2**20"),
+        ("decode", (1, 4, 9, 40, 72), "'least'"),
+    ],
+)
+def test_a_process_stays_within_its_plan(
+    operation: str, shape: tuple[int, ...], budget: str
+) -> None:
+    code = PEAK.format(operation=operation, shape=shape, budget=budget)
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    planned, measured = map(int, said.stdout.split())
+    assert measured <= planned <= 1.15 * measured
