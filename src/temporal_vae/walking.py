@@ -31,8 +31,10 @@ AUTO_SHARE = 0.8
 """Of the free memory that "auto" takes."""
 
 HEAP_PERCENT = 12
-"""Of what a long stream takes, that the allocator loses between blocks, and codecs take beside;
-measured, it is 9 to 11."""
+"""Of what a walk takes, that the command's allocator loses between blocks: 5 to 10 were seen."""
+CODEC_BYTES = 16 * 2**20
+CODEC_BYTES_A_PIXEL = 60 * 1.5
+"""What codecs and their threads hold: a constant, and the frames that an encoder looks ahead."""
 
 NO_FRAMES: Bytes = np.empty((0, 1, 1, 3), np.uint8)
 
@@ -79,10 +81,17 @@ class StreamPlans:
     decode: Plan
     beside: int
     """Bytes of frames that lie about while a piece is walked."""
+    codecs: int
+    """Bytes that reading and writing the video takes."""
 
     @property
     def peak_bytes(self) -> int:
-        """Largest memory in use: the state of one stream waits while a step of the other runs."""
+        """Largest memory in use."""
+        return self.walk_bytes + self.codecs
+
+    @property
+    def walk_bytes(self) -> int:
+        """That of the walk: the state of one stream waits while a step of the other runs."""
         encoding = self.encode.peak_bytes + self.decode.state_bytes
         decoding = self.decode.peak_bytes + self.encode.state_bytes
         return _with_heap(self.beside + max(encoding, decoding))
@@ -107,7 +116,7 @@ def stream_plans(
 
     def least() -> StreamPlans:
         encode, decode = plan("encode", 1, "least"), plan("decode", 1, "least")
-        return StreamPlans(1, encode, decode, _beside(model, 1, size))
+        return StreamPlans(1, encode, decode, _beside(model, 1, size), _codecs(size))
 
     if budget == "least":
         return least()
@@ -115,18 +124,16 @@ def stream_plans(
     decoder_state = plan("decode", 1, None).state_bytes
 
     def within(frames: int) -> tuple[Plan, Plan]:
-        left = _without_heap(budget) - _beside(model, frames, size)
+        left = _without_heap(budget - _codecs(size)) - _beside(model, frames, size)
         encode = plan("encode", frames, left - decoder_state)
         return encode, plan("decode", frames, left - encoder_state)
 
     if found := _largest_piece(within):
         frames, (encode, decode) = found
-        return StreamPlans(frames, encode, decode, _beside(model, frames, size))
-    needed = least().peak_bytes
-    raise ValueError(
-        f"{budget} bytes ({budget / 2**30:.3f} GiB) are below the least that a stream of "
-        f"{size[1]}x{size[0]} can do with: {needed} bytes ({needed / 2**30:.3f} GiB)"
-    )
+        return StreamPlans(frames, encode, decode, _beside(model, frames, size), _codecs(size))
+    plans = least()
+    _refuse_less(budget, plans.peak_bytes, "a stream", size)
+    return plans
 
 
 def _largest_piece(
@@ -172,30 +179,42 @@ def _beside(model: TemporalVAE, frames: int, size: tuple[int, int]) -> int:
     return pixels * (6 + 4 + 2 * model.dtype.itemsize)
 
 
+def _codecs(size: tuple[int, int]) -> int:
+    """Bytes that reading and writing frames of (height, width) takes."""
+    return CODEC_BYTES + int(size[0] * size[1] * CODEC_BYTES_A_PIXEL)
+
+
 def clip_plans(
     model: TemporalVAE, shape: tuple[int, ...], budget: int | Literal["least"]
 ) -> tuple[Plan, Plan, int]:
-    """Plans to encode and decode a clip (1, C, T, H, W), and the bytes for both, one at a time.
+    """Plans to encode and decode a clip (1, C, T, H, W), and the bytes to reserve for them.
 
     Raises `ValueError` naming the smallest budget that can be met.
     """
-    factor = model.downsample_factor
-    latents = (1, model.latent_channels, shape[2], shape[3] // factor, shape[4] // factor)
-    beside = _beside(model, shape[2], (shape[3], shape[4]))
-    beside += math.prod(latents) * model.dtype.itemsize
-    least = [model.plan(shape, "encode", budget="least"), model.plan(latents, budget="least")]
-    needed = beside + max(plan.peak_bytes for plan in least)
+    factor, size = model.downsample_factor, (shape[3], shape[4])
+    latents = (1, model.latent_channels, shape[2], size[0] // factor, size[1] // factor)
+    beside = _beside(model, shape[2], size) + math.prod(latents) * model.dtype.itemsize
+
+    def total(encode: Plan, decode: Plan) -> int:
+        return _with_heap(beside + max(encode.peak_bytes, decode.peak_bytes))
+
+    def within(budget: Budget) -> tuple[Plan, Plan]:
+        return model.plan(shape, "encode", budget=budget), model.plan(latents, budget=budget)
+
+    plans = within("least")
     if isinstance(budget, int):
-        if budget < needed:
-            raise ValueError(
-                f"{budget} bytes ({budget / 2**30:.3f} GiB) are below the least that a clip of "
-                f"{shape[2]} frames of {shape[4]}x{shape[3]} can do with: {needed} bytes "
-                f"({needed / 2**30:.3f} GiB)"
-            )
-        left = budget - beside
-        least = [model.plan(shape, "encode", budget=left), model.plan(latents, budget=left)]
-    encode, decode = least
-    return encode, decode, beside + max(encode.peak_bytes, decode.peak_bytes)
+        _refuse_less(budget, total(*plans) + _codecs(size), f"a clip of {shape[2]} frames", size)
+        plans = within(_without_heap(budget - _codecs(size)) - beside)
+    return *plans, total(*plans)
+
+
+def _refuse_less(budget: int, needed: int, what: str, size: tuple[int, int]) -> None:
+    """Raise `ValueError` for a budget below what is needed."""
+    if budget < needed:
+        raise ValueError(
+            f"{budget} bytes ({budget / 2**30:.3f} GiB) are below the least that {what} of "
+            f"{size[1]}x{size[0]} can do with: {needed} bytes ({needed / 2**30:.3f} GiB)"
+        )
 
 
 def reserve(size: int, device: torch.device) -> None:
@@ -241,7 +260,7 @@ def start_walk(
         pieces = pieces_of(frames, _piece_frames(size), stamps)
         return Walk(_walk_stream(pieces, model, None, None, depth), stamps)
     plans = stream_plans(model, padded, budget)
-    reserve(plans.peak_bytes, model.device)
+    reserve(plans.walk_bytes, model.device)
     pieces = pieces_of(frames, plans.frames, stamps)
     return Walk(_walk_stream(pieces, model, plans.encode, plans.decode, depth), stamps)
 
@@ -461,7 +480,7 @@ def _fitting_plan(
     *,
     stream: bool,
 ) -> tuple[Plan, int]:
-    """A plan, and what it needs with the frames beside it.
+    """A plan, and what to reserve for it with the frames beside it.
 
     Raises `ValueError` naming the smallest budget that can be met.
     """
@@ -473,18 +492,13 @@ def _fitting_plan(
     planned = partial(model.plan, shape, operation, stream=stream, keep_state=_keeps_states(model))
 
     def total(plan: Plan) -> int:
-        return _with_heap(beside + plan.peak_bytes) if stream else beside + plan.peak_bytes
+        return _with_heap(beside + plan.peak_bytes)
 
     plan = planned(budget="least")
-    needed = total(plan)
     if isinstance(budget, int):
-        if budget < needed:
-            what = "a stream" if stream else f"a clip of {frames} frames"
-            raise ValueError(
-                f"{budget} bytes ({budget / 2**30:.3f} GiB) are below the least that {what} of "
-                f"{size[1]}x{size[0]} can do with: {needed} bytes ({needed / 2**30:.3f} GiB)"
-            )
-        plan = planned(budget=(_without_heap(budget) if stream else budget) - beside)
+        what = "a stream" if stream else f"a clip of {frames} frames"
+        _refuse_less(budget, total(plan) + _codecs(size), what, size)
+        plan = planned(budget=_without_heap(budget - _codecs(size)) - beside)
     return plan, total(plan)
 
 
