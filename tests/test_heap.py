@@ -21,41 +21,46 @@ pytestmark = pytest.mark.skipif(
 
 MiB = 2**20
 
-HOLES = """
-import torch
+GAPS = """
+import sys, torch
 from temporal_vae.walks import heap
-if {kept}:
+if sys.argv[1] == "kept":
     heap.keep_freed()
 torch.ones(8 * 2**18)  # once freed, blocks of this size are no longer mapped on their own
-blocks = [torch.ones(2**18) for _ in range(200)]
-watch = heap.Heap({most}, torch.device("cpu"))
-blocks = blocks[1::2]
-before = heap.anonymous_bytes()
-watch.before({largest})
-print(before - heap.anonymous_bytes())
+for case in sys.argv[2:]:
+    most, largest = map(int, case.split(","))
+    blocks = [torch.ones(2**18) for _ in range(200)]
+    watch = heap.Heap(most or None, torch.device("cpu"))
+    blocks = blocks[1::2]
+    before = heap.anonymous_bytes()
+    watch.before(largest)
+    print(before - heap.anonymous_bytes())
 """
+CASES = {
+    "near the limit": (heap.NEAR // 2, 0),
+    "before what cannot lie in them": (heap.NEAR + 150 * MiB, 60 * MiB),
+    "not before what can": (heap.NEAR + 150 * MiB, heap.MAPPED_BYTES),
+    "not far from the limit": (2**30, 0),
+    "not without a limit": (0, 60 * MiB),
+}
 
 
-def given_back(most: int | None, largest: int = 0, kept: bool = False) -> int:
-    """Bytes that a process with 100 MiB of gaps gives back."""
-    code = HOLES.format(most=most, largest=largest, kept=kept)
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return int(said.stdout)
+def given_back(process: str) -> dict[str, int]:
+    """Bytes that a process with 100 MiB of gaps gives back, by case."""
+    cases = [f"{most},{largest}" for most, largest in CASES.values()]
+    said = subprocess.run(
+        [sys.executable, "-c", GAPS, process, *cases], capture_output=True, text=True, check=True
+    )
+    return dict(zip(CASES, map(int, said.stdout.split()), strict=True))
 
 
-def test_gaps_are_given_back_near_the_limit() -> None:
-    assert given_back(heap.NEAR // 2) > 80 * MiB
+def test_gaps_are_given_back_where_they_would_break_the_plan() -> None:
+    for case, size in given_back("ours").items():
+        assert size < 10 * MiB if case.startswith("not") else size > 80 * MiB, case
 
 
-def test_gaps_are_given_back_before_what_cannot_lie_in_them() -> None:
-    most = heap.NEAR + 150 * MiB
-    assert given_back(most, heap.MAPPED_BYTES) < 10 * MiB
-    assert given_back(most, 60 * MiB) > 80 * MiB
-
-
-@pytest.mark.parametrize(("most", "kept"), [(None, False), (2**30, False), (1, True)])
-def test_gaps_are_kept_without_need(most: int | None, kept: bool) -> None:
-    assert given_back(most, kept=kept) < 10 * MiB
+def test_a_process_that_keeps_what_is_freed_gives_nothing_back() -> None:
+    assert max(given_back("kept").values()) < 10 * MiB
 
 
 def test_what_others_take_is_not_fought_for(monkeypatch: pytest.MonkeyPatch) -> None:

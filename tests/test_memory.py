@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from temporal_vae import TemporalVAE
 from temporal_vae import model as model_module
-from temporal_vae.layers import TemporalBlock
+from temporal_vae.layers import FrameConv, ResidualBlock, TemporalBlock
 from temporal_vae.walks import available, bounded, streamed
 from temporal_vae.walks.bounded import Bounds
 from temporal_vae.walks.plan import _Alive
@@ -591,3 +591,61 @@ def test_law_1_sees_rows_read_after_they_were_overwritten(monkeypatch: pytest.Mo
     assert_bounded_pieces_equal_whole(MODELS[str({})], [3], Bounds(rows=1))
     monkeypatch.setattr(bounded, "_aside", lambda rows: rows.new_zeros(rows.shape))
     assert_red({}, Bounds(rows=1), [3])
+
+
+@pytest.mark.parametrize("options", [{}, {"causal_mode": True}], ids=str)
+@torch.no_grad()
+def test_all_memory_is_asked_for_before_the_first_layer(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What pieces take is had before work begins; what cannot be had ends the walk before it."""
+    model = awake(base_channels=16, **options)
+    latent = torch.randn(1, 4, 6, 12, 16, generator=torch.Generator().manual_seed(0)).double()
+    plan = model.plan(latent.shape, budget="least")
+    steps = model.plan(latent.shape, budget="least", stream=True)
+    assert plan.bounds is not None
+    assert f"{plan.bounds.workspace / 2**20:.1f} MiB" in plan.explain()
+    honest, asked, moments = bounded.Room.reserve, list[int](), list[str]()
+
+    def reserve(self: bounded.Room) -> None:
+        with _Alive() as alive:
+            honest(self)
+        asked.append(alive.most)
+        moments.append("reserved")
+
+    for kind in (FrameConv, ResidualBlock, TemporalBlock):
+        for name in ("frames", "pixels", "advance"):
+            if name in vars(kind):
+                monkeypatch.setattr(kind, name, noting(getattr(kind, name), moments))
+    monkeypatch.setattr(bounded.Room, "reserve", reserve)
+
+    def begins(walk: Callable[[], object], bounds: Bounds | None) -> None:
+        moments.clear()
+        asked.clear()
+        walk()
+        assert moments[0] == "reserved" and moments.count("reserved") == 1 and len(moments) > 5
+        assert bounds is not None and asked == [bounds.workspace]
+
+    begins(lambda: model.decode(latent, plan=plan), plan.bounds)
+    begins(lambda: list(model.iter_decode(latent, plan=plan)), plan.bounds)
+    begins(lambda: model.decode_step(latent, None, steps), steps.bounds)
+    _, state = model.decode_step(latent, None, steps)
+    moments.clear()
+    model.decode_step(latent, state, steps)  # a later step has what the first one had
+    assert "reserved" not in moments and moments
+
+    monkeypatch.setattr(bounded.Room, "reserve", honest)
+    moments.clear()
+    with pytest.raises(RuntimeError, match="allocate"):
+        bounded.walk(model.decoder, latent, Bounds(workspace=2**60))
+    assert not moments
+
+
+def noting(method: Callable[..., Tensor], moments: list[str]) -> Callable[..., Tensor]:
+    """A method of a layer that leaves its name."""
+
+    def noted(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        moments.append(method.__name__)
+        return method(self, *args, **kwargs)
+
+    return noted

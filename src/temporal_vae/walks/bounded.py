@@ -73,6 +73,8 @@ class Bounds:
     offload: str | os.PathLike[str] | None = None
     """Where the activation lies: None where the model is, "host" in the memory of the CPU, else a
     folder, for a file without a name that is gone when the walk ends."""
+    workspace: int = 0
+    """Bytes that pieces take at the most: taken and let go before the first layer."""
     most: int | None = None
     """Bytes that the walk may take on the CPU over what the process has when it begins: where the
     allocator keeps too much of what is freed, it has to give that back. None: it keeps all."""
@@ -83,6 +85,8 @@ class Bounds:
             optional = value is None and name not in ("frames", "pixels")
             if not optional and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a whole number above 0, got {value!r}")
+        if not isinstance(self.workspace, int) or self.workspace < 0:
+            raise ValueError(f"workspace must be a number of bytes, got {self.workspace!r}")
 
     def group(self, run: Sequence[Framewise], shape: Shape) -> int:
         """Frames at a time for a run that gets (1, C, T, H, W)."""
@@ -105,10 +109,10 @@ def walk(line: Line, x: Tensor, bounds: Bounds, out: Tensor | None = None) -> Te
     """
     refuse_autograd(line, x)
     layers = list(line.layers())
-    # reserved before the first layer: running out of memory can only come before work
     room = Room(layers, x, bounds)
     if out is None:
         out = x.new_empty(result_shape(layers, tuple(x.shape)))
+    room.reserve()
     for sample, result in zip(x.split(1), out.split(1), strict=True):
         start = 0
         for piece in _walk_sample(layers, sample, room, _in_place(room)):
@@ -125,6 +129,7 @@ def pieces(line: Line, x: Tensor, bounds: Bounds) -> Iterator[Tensor]:
     def walked() -> Iterator[Tensor]:  # whose memory is made where it is used, as to inference mode
         layers = list(line.layers())
         room = Room(layers, x, bounds)
+        room.reserve()
         yield from _walk_sample(layers, x, room, _in_place(room))
 
     return walked()
@@ -157,6 +162,8 @@ def advance(
     """
     room, batch, frames = Room(layers, x, bounds), len(x), 0
     out = x.new_empty(result_shape(layers, tuple(x.shape)))
+    if not any(memory and memory[0].any() for memory in memories):  # the first piece
+        room.reserve()
     timewise = [layer for layer in layers if isinstance(layer, Timewise)]
     fresh: dict[int, LayerState] = {}
     for number, sample in enumerate(x.split(1)):
@@ -242,7 +249,11 @@ def _advance_pixels(
 
 
 class Room:
-    """The memory of a walk: an arena for the clip between runs, and one for a frame in bands."""
+    """The memory of a walk: an arena for the clip between runs, and one for a frame in bands.
+
+    With `reserve`, all of it is asked for before the first layer: running out of memory comes then,
+    not in the middle of the work.
+    """
 
     def __init__(self, layers: Sequence[Layer], x: Tensor, bounds: Bounds):
         clip, frame = arena_sizes(layers, tuple(x.shape), bounds)
@@ -250,6 +261,10 @@ class Room:
         self.heap = Heap(bounds.most, x.device)
         self.clip = _Arena(clip, x, bounds.offload)
         self.frame = _Arena(frame, x, bounds.offload)
+
+    def reserve(self) -> None:
+        """Take what pieces need at the most, and let it go."""
+        torch.empty(self.bounds.workspace, dtype=torch.uint8, device=self.device).fill_(0)
 
 
 class _Arena:

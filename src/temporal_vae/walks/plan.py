@@ -189,7 +189,8 @@ def _fastest(line: Line, asked: Question) -> Plan:
         parts += [("margin", margin), ("the kernels' own", KERNELS_BYTES)]
         peak = sum(size for _, size in parts)
         if bounds is not None:
-            bounds = replace(bounds, most=peak - count.state)  # of which one is there before
+            most = peak - count.state  # which is there before the step
+            bounds = replace(bounds, workspace=count.workspace, most=most)
         plan = Plan(
             operation=asked.operation, shape=asked.shape, dtype=asked.dtype, stream=asked.stream,
             keep_state=asked.keep_state, bounds=bounds, parts=tuple(parts),
@@ -298,6 +299,11 @@ class _Count:
             new = "a layer's next state" if self._replaces else "the next state"
             parts = [("the state of the stream", self.state), (new, after), *parts]
         return [(name, size) for name, size in parts if size]
+
+    @property
+    def workspace(self) -> int:
+        """Bytes that pieces take at the most."""
+        return self._largest[1]
 
     def after_the_walk(self) -> int:
         """Bytes when the layers are done: copies in the caller's layout, or moments and noise."""
