@@ -17,7 +17,7 @@ from temporal_vae.walks import plan
 
 # Plans are compared with the storages that are alive, not with what kernels and codecs keep.
 plan.KERNELS_BYTES = 0
-walking.CODEC_BYTES = walking.CODEC_BYTES_A_PIXEL = 0
+walking.CODEC_BYTES, walking.CODEC_BYTES_A_PIXEL = 0, 0.0
 
 SHARED = Path(__file__).parent.parent.parent / "shared"
 

@@ -28,7 +28,7 @@ from temporal_vae import TemporalVAE, app, cli, walking
 from temporal_vae.evaluate import reconstruct_frames
 from temporal_vae.metrics import psnr
 from temporal_vae.video import VideoError, VideoReader, VideoWriter, read_clip, to_bytes
-from temporal_vae.walks.plan import _Alive
+from temporal_vae.walks.plan import BudgetError, _Alive
 
 COMMAND = [sys.executable, "-c", "from temporal_vae.cli import main; main()"]
 
@@ -414,12 +414,44 @@ def test_a_stream_is_planned_within_its_budget(options: dict[str, Any], length: 
         assert 0.4 * plans.peak_bytes < alive.most <= plans.peak_bytes
 
 
+@pytest.mark.parametrize("kind", ["stream", "clip", "encode", "decode"])
+def test_codecs_count_in_a_budget(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The least that is named is enough, a byte less is not, and codecs are within it."""
+    model = awake(torch.float32, **(SVD_LIKE if kind == "clip" else {}))
+    size, taken = (32, 48), 3 * 2**20
+    reserved: list[int] = []
+
+    def least() -> int:
+        with pytest.raises(ValueError, match=r"below the least that a (stream|clip)") as error:
+            total(1000)
+        return int(re.findall(r"with: (\d+) bytes", str(error.value))[0])
+
+    def total(budget: int) -> int:
+        if kind == "stream":
+            return walking.stream_plans(model, size, budget).walk_bytes
+        if kind == "clip":
+            return walking.clip_plans(model, (1, 3, 4, *size), budget)[2]
+        plan = walking._one_way_plan(model, kind, 2, size, budget, stream=True)  # type: ignore[arg-type]
+        assert plan is not None
+        return reserved.pop()
+
+    monkeypatch.setattr(walking, "reserve", lambda size, device: reserved.append(size))
+    without = least()
+    monkeypatch.setattr(walking, "CODEC_BYTES", taken)
+    monkeypatch.setattr(walking, "CODEC_BYTES_A_PIXEL", 1.5)
+    frames = 0 if kind == "encode" else walking.LOOKED_AHEAD
+    assert least() == without + taken + int(frames * 32 * 48 * 1.5)
+    assert total(least()) <= without
+    with pytest.raises(ValueError, match="below the least"):
+        total(least() - 1)
+
+
 def test_a_piece_that_fits_whole_is_taken_before_a_longer_one_in_bands() -> None:
     """Bands compute their edges twice: they are for frames that do not fit otherwise."""
 
     def plans(frames: int, banded_from: int, most: int) -> tuple[Any, ...]:
         if frames > most:
-            raise ValueError
+            raise BudgetError("too little", 1)
         return (SimpleNamespace(banded=frames >= banded_from),)
 
     def chosen(banded_from: int, most: int) -> int | None:

@@ -6,13 +6,14 @@ import math
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
 from conftest import awake
 
 from temporal_vae.layers import Framewise
-from temporal_vae.walks import bounded, heap
+from temporal_vae.walks import bounded, heap, streamed
 from temporal_vae.walks.bounded import Bounds
 
 pytestmark = pytest.mark.skipif(
@@ -29,17 +30,20 @@ if sys.argv[1] == "kept":
 torch.ones(8 * 2**18)  # once freed, blocks of this size are no longer mapped on their own
 for case in sys.argv[2:]:
     most, largest = map(int, case.split(","))
-    blocks = [torch.ones(2**18) for _ in range(200)]
     watch = heap.Heap(most or None, torch.device("cpu"))
+    blocks = [torch.ones(2**18) for _ in range(200)]
     blocks = blocks[1::2]
     before = heap.anonymous_bytes()
     watch.before(largest)
     print(before - heap.anonymous_bytes())
+    del blocks
+    heap._glibc().malloc_trim(0)
 """
 CASES = {
-    "near the limit": (heap.NEAR // 2, 0),
-    "before what cannot lie in them": (heap.NEAR + 150 * MiB, 60 * MiB),
-    "not before what can": (heap.NEAR + 150 * MiB, heap.MAPPED_BYTES),
+    "near the limit": (200 * MiB + heap.NEAR // 2, 0),
+    "near a small limit": (100 * MiB, 0),
+    "before what cannot lie in them": (350 * MiB + heap.NEAR, 60 * MiB),
+    "not before what can": (350 * MiB + heap.NEAR, heap.MAPPED_BYTES),
     "not far from the limit": (2**30, 0),
     "not without a limit": (0, 60 * MiB),
 }
@@ -63,7 +67,8 @@ def test_a_process_that_keeps_what_is_freed_gives_nothing_back() -> None:
     assert max(given_back("kept").values()) < 10 * MiB
 
 
-def test_what_others_take_is_not_fought_for(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("largest", [0, 2 * heap.MAPPED_BYTES])
+def test_what_others_take_is_not_fought_for(monkeypatch: pytest.MonkeyPatch, largest: int) -> None:
     """Memory that is in use above the limit is asked for once, not before each layer."""
     trims: list[int] = []
 
@@ -73,11 +78,14 @@ def test_what_others_take_is_not_fought_for(monkeypatch: pytest.MonkeyPatch) -> 
             return 0
 
     watch = heap.Heap(1, torch.device("cpu"))
-    taken = torch.ones(200 * MiB // 4)
+    taken = [torch.ones(200 * MiB // 4)]
     monkeypatch.setattr(heap, "_glibc", Watched)
     for _ in range(5):
-        watch.before()
-    assert taken.numel() and len(trims) == 1
+        watch.before(largest)
+    assert len(trims) == 1
+    taken.append(torch.ones(50 * MiB // 4))
+    watch.before(largest)
+    assert len(trims) == 2
 
 
 @torch.no_grad()
@@ -86,13 +94,32 @@ def test_every_layer_of_a_bounded_walk_is_watched(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(heap.Heap, "before", lambda self, largest=0: looks.append(largest))
     model = awake()
     latent = torch.randn(1, 4, 3, 4, 6).double()
-    framewise = [layer for layer in model.decoder.layers() if isinstance(layer, Framewise)]
-    largest = max(map(math.prod, bounded.shapes_in(framewise, (1, 4, 1, 4, 6)))) * 8
-    for bounds in (Bounds(), Bounds(rows=2)):
+    layers = list(model.decoder.layers())
+    framewise = [layer for layer in layers if isinstance(layer, Framewise)]
+    frame = max(map(math.prod, bounded.shapes_in(framewise, (1, 4, 1, 4, 6)))) * 8
+
+    def looked(walk: Callable[[Bounds], object], bounds: Bounds) -> list[int]:
         looks.clear()
-        bounded.walk(model.decoder, latent, bounds)
-        assert len(looks) >= len(list(model.decoder.layers()))
-        assert max(looks) == largest if bounds.rows is None else 0 < max(looks) < largest
+        walk(bounds)
+        return list(looks)
+
+    def walk(bounds: Bounds) -> object:
+        return bounded.walk(model.decoder, latent, bounds)
+
+    def step(bounds: Bounds) -> object:
+        return streamed.step(model.decoder, latent, None, bounds)
+
+    together = looked(walk, Bounds(frames=3))
+    assert len(together) == len(layers) and max(together) == 3 * frame
+    singly = looked(walk, Bounds())
+    timewise = len(layers) - len(framewise)
+    assert len(singly) == 3 * len(framewise) + timewise and max(singly) == frame
+    bands = looked(walk, Bounds(rows=1000))
+    attentions = sum(layer.halo is None for layer in framewise)
+    assert attentions and bands.count(0) == timewise + 3 * attentions and max(bands) == frame
+    assert 0 < max(looked(walk, Bounds(rows=2))) < frame
+    reached = looked(step, Bounds(frames=3))
+    assert reached == together[: len(reached)] and len(reached) > 3
 
 
 PEAK = """

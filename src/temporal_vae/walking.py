@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from temporal_vae.geometry import Padding, spans
 from temporal_vae.model import Stream, TemporalVAE
 from temporal_vae.video import Bytes, Frame, Image, pad_frames, to_bytes, to_pixels
 from temporal_vae.walks.available import available_bytes
-from temporal_vae.walks.plan import Budget, Operation, Plan, parse_budget
+from temporal_vae.walks.plan import Budget, BudgetError, Operation, Plan, parse_budget
 
 PIECE_FRAMES = 8
 PIECE_PIXELS = PIECE_FRAMES * 640 * 360
@@ -33,8 +33,11 @@ AUTO_SHARE = 0.8
 HEAP_PERCENT = 12
 """Of what a walk takes, that the command's allocator loses between blocks: 5 to 10 were seen."""
 CODEC_BYTES = 16 * 2**20
-CODEC_BYTES_A_PIXEL = 60 * 1.5
-"""What codecs and their threads hold: a constant, and the frames that an encoder looks ahead."""
+"""What codecs and their threads hold, however small the frames."""
+CODEC_BYTES_A_PIXEL = 1.5
+"""A codec's frame takes so many."""
+LOOKED_AHEAD = 60
+"""Frames that an encoder holds."""
 
 NO_FRAMES: Bytes = np.empty((0, 1, 1, 3), np.uint8)
 
@@ -72,6 +75,43 @@ def memory_budget(memory: Budget, model: TemporalVAE) -> int | Literal["least"] 
     return int(AUTO_SHARE * free)
 
 
+class Beside(NamedTuple):
+    """What the command takes beside the walk of a plan."""
+
+    frames: int
+    """Bytes of frames that lie about while a piece is walked."""
+    codecs: int
+    """Bytes that reading and writing the video takes."""
+    heap_percent: int
+    """Of a walk, what the allocator loses between blocks."""
+
+    def reserved(self, walk: int) -> int:
+        """Bytes to reserve for a walk and the frames beside it."""
+        size = walk + self.frames
+        return size + -(-size * self.heap_percent // 100)
+
+    def total(self, walk: int) -> int:
+        """Bytes of all together."""
+        return self.reserved(walk) + self.codecs
+
+    def left(self, budget: int) -> int:
+        """Bytes that a walk may take for all to be within a budget."""
+        return (budget - self.codecs) * 100 // (100 + self.heap_percent) - self.frames
+
+    @classmethod
+    def of(
+        cls, model: TemporalVAE, frames: int, size: tuple[int, int], looked_ahead: int
+    ) -> Beside:
+        """For pieces of frames of (height, width), and an encoder that looks so many ahead."""
+        pixels = size[0] * size[1]
+        # in up to 16 bits, and as the model takes them
+        taken = frames * pixels * model.input_channels * (6 + 4 + 2 * model.dtype.itemsize)
+        if model.device.type != "cpu":  # codecs and the heap are not of its memory
+            return cls(taken, 0, 0)
+        codecs = CODEC_BYTES + int(looked_ahead * pixels * CODEC_BYTES_A_PIXEL)
+        return cls(taken, codecs, HEAP_PERCENT)
+
+
 @dataclass(frozen=True, slots=True)
 class StreamPlans:
     """How a video streams through encoder and decoder: pieces of `frames` frames."""
@@ -79,22 +119,23 @@ class StreamPlans:
     frames: int
     encode: Plan
     decode: Plan
-    beside: int
-    """Bytes of frames that lie about while a piece is walked."""
-    codecs: int
-    """Bytes that reading and writing the video takes."""
+    beside: Beside
 
     @property
     def peak_bytes(self) -> int:
         """Largest memory in use."""
-        return self.walk_bytes + self.codecs
+        return self.beside.total(self._both_bytes)
 
     @property
     def walk_bytes(self) -> int:
-        """That of the walk: the state of one stream waits while a step of the other runs."""
+        """That of the walk alone."""
+        return self.beside.reserved(self._both_bytes)
+
+    @property
+    def _both_bytes(self) -> int:
+        """The state of one stream waits while a step of the other runs."""
         encoding = self.encode.peak_bytes + self.decode.state_bytes
-        decoding = self.decode.peak_bytes + self.encode.state_bytes
-        return _with_heap(self.beside + max(encoding, decoding))
+        return max(encoding, self.decode.peak_bytes + self.encode.state_bytes)
 
 
 def stream_plans(
@@ -102,7 +143,7 @@ def stream_plans(
 ) -> StreamPlans:
     """Plans for frames of (height, width), in whole cells, within a budget for both streams.
 
-    Raises `ValueError` naming the smallest budget that can be met.
+    Raises `BudgetError` naming the smallest budget that can be met.
     """
     factor = model.downsample_factor
     cells = (size[0] // factor, size[1] // factor)
@@ -114,26 +155,25 @@ def stream_plans(
         shape = pixels if operation == "encode" else latents
         return model.plan(shape, operation, budget=budget, stream=True, keep_state=keeps)
 
-    def least() -> StreamPlans:
-        encode, decode = plan("encode", 1, "least"), plan("decode", 1, "least")
-        return StreamPlans(1, encode, decode, _beside(model, 1, size), _codecs(size))
+    def beside(frames: int) -> Beside:
+        return Beside.of(model, frames, size, LOOKED_AHEAD)
 
     if budget == "least":
-        return least()
+        return StreamPlans(1, plan("encode", 1, "least"), plan("decode", 1, "least"), beside(1))
     encoder_state = plan("encode", 1, None).state_bytes
     decoder_state = plan("decode", 1, None).state_bytes
 
     def within(frames: int) -> tuple[Plan, Plan]:
-        left = _without_heap(budget - _codecs(size)) - _beside(model, frames, size)
-        encode = plan("encode", frames, left - decoder_state)
-        return encode, plan("decode", frames, left - encoder_state)
+        left = beside(frames).left(budget)
+        encode = plan("encode", frames, max(1, left - decoder_state))
+        return encode, plan("decode", frames, max(1, left - encoder_state))
 
     if found := _largest_piece(within):
         frames, (encode, decode) = found
-        return StreamPlans(frames, encode, decode, _beside(model, frames, size), _codecs(size))
-    plans = least()
-    _refuse_less(budget, plans.peak_bytes, "a stream", size)
-    return plans
+        return StreamPlans(frames, encode, decode, beside(frames))
+    encoding = _least(partial(plan, "encode", 1)) + decoder_state
+    decoding = _least(partial(plan, "decode", 1)) + encoder_state
+    raise _too_little(budget, beside(1).total(max(encoding, decoding)), "a stream", size)
 
 
 def _largest_piece(
@@ -141,11 +181,11 @@ def _largest_piece(
 ) -> tuple[int, tuple[Plan, ...]] | None:
     """The best of `PLANNED_PIECES`, and what `within` plans for it; None when none fits.
 
-    `within` raises `ValueError` for what does not fit.
+    `within` raises `BudgetError` for what does not fit.
     """
 
     def planned(frames: int) -> tuple[Plan, ...]:
-        with suppress(ValueError):
+        with suppress(BudgetError):
             return within(frames)
         return ()
 
@@ -165,23 +205,20 @@ def _keeps_states(model: TemporalVAE) -> bool:
     return model.device.type != "cpu"
 
 
-def _with_heap(size: int) -> int:
-    return size + -(-size * HEAP_PERCENT // 100)
+def _least(plan: Callable[[Budget], Plan]) -> int:
+    """The smallest budget that can be met."""
+    try:
+        return plan(1).peak_bytes
+    except BudgetError as error:
+        return error.least
 
 
-def _without_heap(size: int) -> int:
-    return size * 100 // (100 + HEAP_PERCENT)
-
-
-def _beside(model: TemporalVAE, frames: int, size: tuple[int, int]) -> int:
-    """Bytes of frames beside a walk: in up to 16 bits, and as the model takes them."""
-    pixels = frames * size[0] * size[1] * model.input_channels
-    return pixels * (6 + 4 + 2 * model.dtype.itemsize)
-
-
-def _codecs(size: tuple[int, int]) -> int:
-    """Bytes that reading and writing frames of (height, width) takes."""
-    return CODEC_BYTES + int(size[0] * size[1] * CODEC_BYTES_A_PIXEL)
+def _too_little(budget: int, least: int, what: str, size: tuple[int, int]) -> BudgetError:
+    return BudgetError(
+        f"{budget} bytes ({budget / 2**30:.3f} GiB) are below the least that {what} of "
+        f"{size[1]}x{size[0]} can do with: {least} bytes ({least / 2**30:.3f} GiB)",
+        least,
+    )
 
 
 def clip_plans(
@@ -189,32 +226,27 @@ def clip_plans(
 ) -> tuple[Plan, Plan, int]:
     """Plans to encode and decode a clip (1, C, T, H, W), and the bytes to reserve for them.
 
-    Raises `ValueError` naming the smallest budget that can be met.
+    Raises `BudgetError` naming the smallest budget that can be met.
     """
     factor, size = model.downsample_factor, (shape[3], shape[4])
     latents = (1, model.latent_channels, shape[2], size[0] // factor, size[1] // factor)
-    beside = _beside(model, shape[2], size) + math.prod(latents) * model.dtype.itemsize
+    beside = Beside.of(model, shape[2], size, LOOKED_AHEAD)
+    held = math.prod(latents) * model.dtype.itemsize
+    encode, decode = partial(model.plan, shape, "encode"), partial(model.plan, latents, "decode")
 
-    def total(encode: Plan, decode: Plan) -> int:
-        return _with_heap(beside + max(encode.peak_bytes, decode.peak_bytes))
+    def planned(budget: Budget) -> tuple[Plan, Plan]:
+        return encode(budget=budget), decode(budget=budget)
 
-    def within(budget: Budget) -> tuple[Plan, Plan]:
-        return model.plan(shape, "encode", budget=budget), model.plan(latents, budget=budget)
-
-    plans = within("least")
-    if isinstance(budget, int):
-        _refuse_less(budget, total(*plans) + _codecs(size), f"a clip of {shape[2]} frames", size)
-        plans = within(_without_heap(budget - _codecs(size)) - beside)
-    return *plans, total(*plans)
-
-
-def _refuse_less(budget: int, needed: int, what: str, size: tuple[int, int]) -> None:
-    """Raise `ValueError` for a budget below what is needed."""
-    if budget < needed:
-        raise ValueError(
-            f"{budget} bytes ({budget / 2**30:.3f} GiB) are below the least that {what} of "
-            f"{size[1]}x{size[0]} can do with: {needed} bytes ({needed / 2**30:.3f} GiB)"
-        )
+    if budget == "least":
+        plans = planned(budget)
+    else:
+        try:
+            plans = planned(max(1, beside.left(budget) - held))
+        except BudgetError:
+            both = max(_least(lambda n: encode(budget=n)), _least(lambda n: decode(budget=n)))
+            what = f"a clip of {shape[2]} frames"
+            raise _too_little(budget, beside.total(held + both), what, size) from None
+    return *plans, beside.reserved(held + max(plan.peak_bytes for plan in plans))
 
 
 def reserve(size: int, device: torch.device) -> None:
@@ -482,24 +514,25 @@ def _fitting_plan(
 ) -> tuple[Plan, int]:
     """A plan, and what to reserve for it with the frames beside it.
 
-    Raises `ValueError` naming the smallest budget that can be met.
+    Raises `BudgetError` naming the smallest budget that can be met.
     """
     factor = model.downsample_factor
     shape = (1, model.input_channels, frames, *size)
     if operation == "decode":
         shape = (1, model.latent_channels, frames, size[0] // factor, size[1] // factor)
-    beside = _beside(model, frames, size)
-    planned = partial(model.plan, shape, operation, stream=stream, keep_state=_keeps_states(model))
+    beside = Beside.of(model, frames, size, LOOKED_AHEAD if operation == "decode" else 0)
+    keeps = _keeps_states(model)
 
-    def total(plan: Plan) -> int:
-        return _with_heap(beside + plan.peak_bytes)
+    def planned(budget: Budget) -> Plan:
+        return model.plan(shape, operation, budget=budget, stream=stream, keep_state=keeps)
 
-    plan = planned(budget="least")
-    if isinstance(budget, int):
+    try:
+        plan = planned(budget if budget == "least" else max(1, beside.left(budget)))
+    except BudgetError as error:
+        assert isinstance(budget, int)
         what = "a stream" if stream else f"a clip of {frames} frames"
-        _refuse_less(budget, total(plan) + _codecs(size), what, size)
-        plan = planned(budget=_without_heap(budget - _codecs(size)) - beside)
-    return plan, total(plan)
+        raise _too_little(budget, beside.total(error.least), what, size) from None
+    return plan, beside.reserved(plan.peak_bytes)
 
 
 def _piece_frames(size: tuple[int, int]) -> int:

@@ -59,8 +59,8 @@ class Bounds:
     frames: int = 1
     """Frames of a group, for framewise layers."""
     largest: int | None = None
-    """Numbers of a frame before and after a layer where they are most: runs of fewer get more
-    frames, up to `ENOUGH_FRAMES`, so that a group is about as large."""
+    """Most numbers of a frame that a layer reads and makes together: runs of fewer get more frames,
+    up to `ENOUGH_FRAMES`, so that a group is about as large."""
     pixels: int = 4096
     """Pixels of a chunk, for timewise layers."""
     channels: int | None = None
@@ -111,7 +111,7 @@ def walk(line: Line, x: Tensor, bounds: Bounds, out: Tensor | None = None) -> Te
     layers = list(line.layers())
     room = Room(layers, x, bounds)
     if out is None:
-        out = x.new_empty(result_shape(layers, tuple(x.shape)))
+        out = x.new_zeros(result_shape(layers, tuple(x.shape)))  # touched, so as to be there
     room.reserve()
     for sample, result in zip(x.split(1), out.split(1), strict=True):
         start = 0
@@ -153,16 +153,17 @@ def advance(
     memories: list[LayerState],
     bounds: Bounds,
     handed: bool = False,
+    first: bool = False,
 ) -> Tensor | None:
     """A piece (B, C, n, H, W) of a stream through layers -> what can be given so far.
 
     `memories` has an entry for each timewise layer; each is replaced as soon as it has been read,
     so that the old one can be let go; where they are handed over, in its own memory. A layer that
-    nothing reaches yet keeps its own.
+    nothing reaches yet keeps its own. The `first` piece reserves memory for all.
     """
     room, batch, frames = Room(layers, x, bounds), len(x), 0
     out = x.new_empty(result_shape(layers, tuple(x.shape)))
-    if not any(memory and memory[0].any() for memory in memories):  # the first piece
+    if first:
         room.reserve()
     timewise = [layer for layer in layers if isinstance(layer, Timewise)]
     fresh: dict[int, LayerState] = {}
@@ -251,8 +252,8 @@ def _advance_pixels(
 class Room:
     """The memory of a walk: an arena for the clip between runs, and one for a frame in bands.
 
-    With `reserve`, all of it is asked for before the first layer: running out of memory comes then,
-    not in the middle of the work.
+    With `reserve`, what pieces take is asked for before the first layer as well: running out of
+    memory comes then, not in the middle of the work.
     """
 
     def __init__(self, layers: Sequence[Layer], x: Tensor, bounds: Bounds):

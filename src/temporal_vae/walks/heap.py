@@ -1,10 +1,10 @@
 """The memory that glibc keeps when it is freed, which no count of tensors sees.
 
-Blocks of up to `MAPPED_BYTES` come from its heap. What is freed there stays with the process until
-all that lies above it is freed too; where the next block fits into none of the gaps, the heap grows
-beside them. Larger blocks are mapped each on their own, and never lie in a gap. So a walk whose
-tensors take 570 MiB at the most could take 690. `Heap` has the gaps given back in time; where there
-is no glibc, nothing of this does anything.
+Once a few have been freed, blocks of up to `MAPPED_BYTES` come from its heap. What is freed there
+stays with the process until all that lies above it is freed too; where the next block fits into
+none of the gaps, the heap grows beside them. Larger blocks are mapped each on their own, and never
+lie in a gap. So a walk whose tensors take 570 MiB at the most could take 690. `Heap` has the gaps
+given back in time; where there is no glibc, nothing of this does anything.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import torch
 MAPPED_BYTES = 32 * 2**20
 """Larger blocks glibc takes from the system for each use, page by page, and gives back."""
 NEAR = 40 * 2**20
-"""So near to the most it may take, a walk has gaps given back: more than one layer adds to them."""
+"""This near its limit a walk has gaps given back: one layer adds less. At most a quarter of it."""
 AGAIN = 16 * 2**20
-"""Where that was not enough, it is asked for again after so much more."""
+"""After gaps were given back, the process has to grow by so much before it happens again."""
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
@@ -61,9 +61,10 @@ class Heap:
 
     def __init__(self, most: int | None, device: torch.device):
         self._limit: int | None = None
+        self._again = 0
         if most is not None and device.type == "cpu" and not _kept and _glibc() is not None:
             now = anonymous_bytes()
-            self._limit = None if now is None else now + most - NEAR
+            self._limit = None if now is None else now + most - min(NEAR, most // 4)
 
     def before(self, largest: int = 0) -> None:
         """Give back gaps if the process has nearly all that it may take.
@@ -74,10 +75,12 @@ class Heap:
         if self._limit is None:
             return
         mapped = 3 * largest if largest > MAPPED_BYTES else 0
-        if (anonymous_bytes() or 0) + mapped <= self._limit:
+        now = anonymous_bytes() or 0
+        if now + mapped <= self._limit or now < self._again:
             return
         libc = _glibc()
         assert libc is not None
         libc.malloc_trim(0)
         # what is left is in use, or not of this walk
-        self._limit = max(self._limit, (anonymous_bytes() or 0) + AGAIN)
+        self._again = (anonymous_bytes() or 0) + AGAIN
+        self._limit = max(self._limit, self._again)

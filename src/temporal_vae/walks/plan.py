@@ -162,12 +162,20 @@ class Question(NamedTuple):
     keep_state: bool = True
 
 
+class BudgetError(ValueError):
+    """A budget that cannot be met; `least` bytes can."""
+
+    def __init__(self, message: str, least: int):
+        super().__init__(message)
+        self.least = least
+
+
 def make_plan(build: Callable[[], Line], asked: Question) -> Plan:
     """The fastest plan within a budget: bytes, words such as "6GiB", "least", or None for any.
 
     `build` makes the network; it is called where tensors have a shape and no memory.
 
-    Raises `ValueError` for a budget that cannot be met, naming the smallest that can.
+    Raises `BudgetError` for a budget that cannot be met, naming the smallest that can.
     """
     with torch.no_grad(), FakeTensorMode():
         line = build()
@@ -205,9 +213,10 @@ def _fastest(line: Line, asked: Question) -> Plan:
         return next(plan for plan in plans if plan.peak_bytes <= NEARLY_LEAST * least)
     states = (2 if asked.keep_state else 1) * plans[0].state_bytes
     state = f", of which {states} for the stream's state" if asked.stream else ""
-    raise ValueError(
+    raise BudgetError(
         f"the budget {asked.budget!r} is below the least that {asked.operation} of {asked.shape} "
-        f"in {asked.dtype} can do with: {least} bytes ({least / 2**30:.3f} GiB){state}"
+        f"in {asked.dtype} can do with: {least} bytes ({least / 2**30:.3f} GiB){state}",
+        least,
     )
 
 

@@ -43,7 +43,8 @@ def step(
     memories = _memories(line, state)
     if bounds is not None:
         bounded.refuse_autograd(line, x)
-    y = _pass_on(list(line.layers()), x, memories, bounds, isinstance(state, list))
+    first = bool(memories) and not any(memory and memory[0].any() for memory in memories)
+    y = _pass_on(list(line.layers()), x, memories, bounds, isinstance(state, list), first)
     return y, tuple(memories)
 
 
@@ -199,12 +200,13 @@ def _pass_on(
     memories: list[LayerState],
     bounds: Bounds | None,
     handed: bool,
+    first: bool = False,
 ) -> Tensor | None:
     """A piece through layers; the entries of `memories` are replaced by the new ones."""
     if bounds is not None:
         if x is None or not layers:
             return x
-        return bounded.advance(layers, x, memories, bounds, handed)
+        return bounded.advance(layers, x, memories, bounds, handed, first)
     index = 0
     for layer in layers:
         if isinstance(layer, Timewise):
