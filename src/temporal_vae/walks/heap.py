@@ -21,7 +21,7 @@ MAPPED_BYTES = 32 * 2**20
 """Larger blocks glibc takes from the system for each use, page by page, and gives back."""
 NEAR = 40 * 2**20
 """This near its limit a walk has gaps given back: one layer adds less. At most a quarter of it."""
-AGAIN = 16 * 2**20
+AGAIN = 8 * 2**20
 """After gaps were given back, the process has to grow by so much before it happens again."""
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
