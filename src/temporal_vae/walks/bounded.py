@@ -43,6 +43,7 @@ from temporal_vae.layers import (
 )
 from temporal_vae.layers import State as LayerState
 from temporal_vae.network import Layer, Line
+from temporal_vae.walks import heap
 from temporal_vae.walks.heap import Heap
 
 Shape = tuple[int, ...]
@@ -92,8 +93,9 @@ class Bounds:
         """Frames at a time for a run that gets (1, C, T, H, W)."""
         if self.largest is None or any(layer.halo is None for layer in run):
             return self.frames  # attention holds more than its size
-        here = largest_of(run, shape)
-        return max(self.frames, min(ENOUGH_FRAMES, self.frames * self.largest // here))
+        most = min(ENOUGH_FRAMES, self.frames * self.largest // largest_of(run, shape))
+        # doubled, not filled up: groups of many sizes cut the heap up
+        return self.frames << (max(1, most // self.frames).bit_length() - 1)
 
     def chunk(self, layer: Timewise) -> int:
         """Pixels at a time for a layer."""
@@ -264,8 +266,12 @@ class Room:
         self.frame = _Arena(frame, x, bounds.offload)
 
     def reserve(self) -> None:
-        """Take what pieces need at the most, and let it go."""
-        torch.empty(self.bounds.workspace, dtype=torch.uint8, device=self.device).fill_(0)
+        """Take what pieces need at the most, and let it go.
+
+        The command has done so for all of its walk; another block would only cut its heap up.
+        """
+        if not heap.keeps_freed():
+            torch.empty(self.bounds.workspace, dtype=torch.uint8, device=self.device).fill_(0)
 
 
 class _Arena:

@@ -47,6 +47,11 @@ def keep_freed() -> None:
         _kept = True
 
 
+def keeps_freed() -> bool:
+    """Whether this process keeps what is freed, by `keep_freed`."""
+    return _kept
+
+
 def anonymous_bytes() -> int | None:
     """Memory of this process without that of files; None where nobody can tell (not Linux)."""
     try:
