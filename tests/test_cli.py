@@ -28,7 +28,7 @@ from temporal_vae import TemporalVAE, app, cli, walking
 from temporal_vae.evaluate import reconstruct_frames
 from temporal_vae.metrics import psnr
 from temporal_vae.video import VideoError, VideoReader, VideoWriter, read_clip, to_bytes
-from temporal_vae.walks.plan import BudgetError, _Alive
+from temporal_vae.walks.plan import BudgetError, Operation, _Alive
 
 COMMAND = [sys.executable, "-c", "from temporal_vae.cli import main; main()"]
 
@@ -431,7 +431,8 @@ def test_codecs_count_in_a_budget(kind: str, monkeypatch: pytest.MonkeyPatch) ->
             return walking.stream_plans(model, size, budget).walk_bytes
         if kind == "clip":
             return walking.clip_plans(model, (1, 3, 4, *size), budget)[2]
-        plan = walking._one_way_plan(model, kind, 2, size, budget, stream=True)  # type: ignore[arg-type]
+        operation: Operation = "encode" if kind == "encode" else "decode"
+        plan = walking._one_way_plan(model, operation, 2, size, budget, stream=True)
         assert plan is not None
         return reserved.pop()
 
@@ -444,6 +445,18 @@ def test_codecs_count_in_a_budget(kind: str, monkeypatch: pytest.MonkeyPatch) ->
     assert total(least()) <= without
     with pytest.raises(ValueError, match="below the least"):
         total(least() - 1)
+
+
+def test_codecs_and_the_heap_are_not_of_the_memory_of_a_gpu() -> None:
+    def beside(device: str) -> tuple[int, int]:
+        model: Any = SimpleNamespace(
+            device=torch.device(device), dtype=torch.float16, input_channels=3
+        )
+        found = walking.Beside.of(model, 4, (32, 48), walking.LOOKED_AHEAD)
+        return found.frames, found.total(10**6)
+
+    frames, total = beside("cuda")
+    assert total == 10**6 + frames and beside("cpu") > (frames, total)
 
 
 def test_a_piece_that_fits_whole_is_taken_before_a_longer_one_in_bands() -> None:

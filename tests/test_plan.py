@@ -210,12 +210,22 @@ def test_offload_is_not_counted_and_changes_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"frames": 0}, {"frames": -1}, {"pixels": -3}, {"rows": 0}, {"rows": 1.5}, {"largest": 0}],
+    [
+        {"frames": 0},
+        {"frames": -1},
+        {"pixels": -3},
+        {"rows": 0},
+        {"rows": 1.5},
+        {"largest": 0},
+        {"most": 0},
+    ],
     ids=str,
 )
 def test_bounds_are_above_zero(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="above 0"):
         Bounds(**wrong)
+    with pytest.raises(ValueError, match="workspace must be a number of bytes, got -1"):
+        Bounds(workspace=-1)
 
 
 @pytest.mark.parametrize(

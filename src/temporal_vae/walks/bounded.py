@@ -43,8 +43,7 @@ from temporal_vae.layers import (
 )
 from temporal_vae.layers import State as LayerState
 from temporal_vae.network import Layer, Line
-from temporal_vae.walks import heap
-from temporal_vae.walks.heap import Heap
+from temporal_vae.walks.heap import Heap, keeps_freed
 
 Shape = tuple[int, ...]
 MOVED_AT_A_TIME = 2**20
@@ -268,9 +267,9 @@ class Room:
     def reserve(self) -> None:
         """Take what pieces need at the most, and let it go.
 
-        The command has done so for all of its walk; another block would only cut its heap up.
+        A process that keeps what is freed has done so for all of its walk.
         """
-        if not heap.keeps_freed():
+        if not keeps_freed():
             torch.empty(self.bounds.workspace, dtype=torch.uint8, device=self.device).fill_(0)
 
 

@@ -20,7 +20,8 @@ import torch
 MAPPED_BYTES = 32 * 2**20
 """Larger blocks glibc takes from the system for each use, page by page, and gives back."""
 NEAR = 40 * 2**20
-"""This near its limit a walk has gaps given back: one layer adds less. At most a quarter of it."""
+"""This near to what it may take a walk has gaps given back: one layer adds less. Of what may be
+taken it is a quarter at the most."""
 AGAIN = 8 * 2**20
 """After gaps were given back, the process has to grow by so much before it happens again."""
 

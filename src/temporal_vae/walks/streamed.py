@@ -40,10 +40,10 @@ def step(
 
     Raises `ValueError` for a network whose norms span the clip, and for a state that does not fit.
     """
-    memories = _memories(line, state)
+    memories, first = _memories(line, state), False
     if bounds is not None:
         bounded.refuse_autograd(line, x)
-    first = bool(memories) and not any(memory and memory[0].any() for memory in memories)
+        first = bool(memories) and not any(memory and memory[0].any() for memory in memories)
     y = _pass_on(list(line.layers()), x, memories, bounds, isinstance(state, list), first)
     return y, tuple(memories)
 
