@@ -67,28 +67,48 @@ def test_a_process_that_keeps_what_is_freed_gives_nothing_back() -> None:
     assert max(given_back("kept").values()) < 10 * MiB
 
 
-@pytest.mark.parametrize("largest", [0, 2 * heap.MAPPED_BYTES])
-def test_what_others_take_is_not_fought_for(monkeypatch: pytest.MonkeyPatch, largest: int) -> None:
-    """Memory that is in use above the limit is asked for once, not before each layer."""
-    trims: list[int] = []
+@pytest.fixture
+def trims(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How often gaps were asked for, in vain."""
+    asked: list[int] = []
 
     class Watched:
         def malloc_trim(self, pad: int) -> int:
-            trims.append(pad)
+            asked.append(pad)
             return 0
 
-    taken = [100 * MiB]  # not this process's own: what tests leave goes at any time
-    monkeypatch.setattr(heap, "anonymous_bytes", lambda: sum(taken))
-    watch = heap.Heap(1, torch.device("cpu"))
     monkeypatch.setattr(heap, "_glibc", Watched)
-    taken.append(200 * MiB)
-    for _ in range(5):
-        watch.before(largest)
-    assert len(trims) == 1
-    taken.append(50 * MiB)
-    for _ in range(5):
-        watch.before(largest)
-    assert len(trims) == 2
+    return asked
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What the process has, not truly: what other tests leave goes at any time."""
+    sizes = [100 * MiB]
+    monkeypatch.setattr(heap, "anonymous_bytes", lambda: sum(sizes))
+    return sizes
+
+
+@pytest.mark.parametrize("largest", [0, 2 * heap.MAPPED_BYTES])
+def test_what_others_take_is_not_fought_for(
+    trims: list[int], taken: list[int], largest: int
+) -> None:
+    """Memory that is in use above the limit is asked for once, not before each layer."""
+    watch = heap.Heap(1, torch.device("cpu"))
+    for times in (1, 2):
+        taken.append(200 * MiB)
+        for _ in range(5):
+            watch.before(largest)
+        assert len(trims) == times
+
+
+def test_a_small_walk_begins_far_from_its_limit(trims: list[int], taken: list[int]) -> None:
+    watch = heap.Heap(8 * MiB, torch.device("cpu"))
+    watch.before()
+    assert not trims
+    taken.append(7 * MiB)
+    watch.before()
+    assert trims
 
 
 @torch.no_grad()
