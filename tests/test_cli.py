@@ -197,9 +197,10 @@ def test_progress_in_a_log(
     clock = iter(range(0, 1000, 7))
     monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
     with cli.Meter("working") as meter:
-        for done in (10, 20, 30):
+        for done in (0, 0, 10, 20, 30):  # a small budget waits long for the first frame
             meter(done, 40)
     said = capsys.readouterr().err
+    assert "working: 0 frames of 40, 0.00" in said
     assert "working: 20 frames of 40" in said and "s left" in said and "frames/s" in said
 
 

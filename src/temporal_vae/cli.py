@@ -402,8 +402,10 @@ class Meter:
         self._bar.update(self._task, completed=done, total=total, rate=f"{rate:.2f} frames/s")
         if not err.is_terminal and not self._quiet and now - self._said > 10:
             self._said = now
-            left = "" if total is None else f" of {total}, {max(0, total - done) / rate:.0f} s left"
-            err.print(f"{self._title}: {done} frames{left}, {rate:.2f} frames/s")
+            of = "" if total is None else f" of {total}"
+            # before the first frame nobody knows
+            left = f", {max(0, total - done) / rate:.0f} s left" if total and done else ""
+            err.print(f"{self._title}: {done} frames{of}{left}, {rate:.2f} frames/s")
 
 
 def main() -> None:
