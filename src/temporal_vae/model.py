@@ -46,8 +46,8 @@ from temporal_vae.walks.plan import (
     Offload,
     Operation,
     Plan,
+    Planner,
     Question,
-    make_plan,
     parse_budget,
 )
 
@@ -571,9 +571,9 @@ class TemporalVAE(nn.Module):
             places = (offload,)
         elif self.device.type == "cuda" and budget is not None:
             places = (None, "host")
-        asked = Question(operation, full, dtype or self.dtype, budget, stream, places, self.device,
+        asked = Question(operation, full, dtype or self.dtype, stream, places, self.device,
                          keep_state or not stream)  # fmt: skip
-        return _make_plan(self.config, asked)
+        return _planner(self.config, asked).plan(budget)
 
     def _check_budget(self, budget: Budget) -> None:
         limit = parse_budget(budget)
@@ -1488,11 +1488,11 @@ class TemporalVAE(nn.Module):
             )
 
 
-@lru_cache(maxsize=64)
-def _make_plan(config: TemporalVAEConfig, asked: Question) -> Plan:
-    """A plan depends on these alone; making one takes a second or two."""
+@lru_cache(maxsize=16)
+def _planner(config: TemporalVAEConfig, asked: Question) -> Planner:
+    """Plans depend on these alone; making the first takes a second or two."""
     line = Encoder if asked.operation == "encode" else Decoder
-    return make_plan(lambda: line(config), asked)
+    return Planner(lambda: line(config), asked)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -149,12 +150,11 @@ class Plan:
 
 
 class Question(NamedTuple):
-    """What a plan depends on, beside the network."""
+    """What a plan depends on, beside the network and the budget."""
 
     operation: Operation
     shape: Shape
     dtype: torch.dtype
-    budget: Budget
     stream: bool
     offload: tuple[Offload, ...]
     """Where the activation may lie, in the order of preference."""
@@ -170,54 +170,68 @@ class BudgetError(ValueError):
         self.least = least
 
 
-def make_plan(build: Callable[[], Line], asked: Question) -> Plan:
-    """The fastest plan within a budget: bytes, words such as "6GiB", "least", or None for any.
+class Planner:
+    """Plans to one question, for any budget: each way to walk is counted once."""
 
-    `build` makes the network; it is called where tensors have a shape and no memory.
+    def __init__(self, build: Callable[[], Line], asked: Question):
+        """`build` makes the network; it is called where tensors have a shape and no memory."""
+        self._asked, self._tracer = asked, Tracer(asked.dtype)
+        self._shapes_alone, self._lock = FakeTensorMode(), threading.Lock()
+        self._counted: dict[Bounds | None, Plan] = {}
+        with self._shapes_alone:
+            self._line = build()
+            for module in self._line.modules():  # `.to` cannot swap parameters of no memory
+                for name, parameter in list(module.named_parameters(recurse=False)):
+                    shape = torch.empty_like(parameter, dtype=asked.dtype)
+                    setattr(module, name, nn.Parameter(shape))
 
-    Raises `BudgetError` for a budget that cannot be met, naming the smallest that can.
-    """
-    with torch.no_grad(), FakeTensorMode():
-        line = build()
-        for module in line.modules():  # `.to` cannot swap parameters that are only shapes
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                setattr(module, name, nn.Parameter(torch.empty_like(parameter, dtype=asked.dtype)))
-        return _fastest(line, asked)
+    def plan(self, budget: Budget) -> Plan:
+        """The fastest plan within a budget: bytes, words such as "6GiB", "least", None for any.
 
+        Raises `BudgetError` for a budget that cannot be met, naming the smallest that can.
+        """
+        with self._lock, torch.no_grad(), self._shapes_alone:
+            return self._fastest(budget)
 
-def _fastest(line: Line, asked: Question) -> Plan:
-    limit = parse_budget(asked.budget)
-    tracer, plans = Tracer(asked.dtype), []
-    for bounds in _candidates(line, asked, limit):
-        count = _Count(line, asked, bounds, tracer)
+    def _fastest(self, budget: Budget) -> Plan:
+        asked, limit, plans = self._asked, parse_budget(budget), list[Plan]()
+        for bounds in _candidates(self._line, asked):
+            plan = self._counted.get(bounds) or self._count(bounds)
+            if limit is None or (limit != "least" and plan.peak_bytes <= limit):
+                return plan
+            plans.append(plan)
+        least = min(plan.peak_bytes for plan in plans)
+        if limit == "least":
+            return next(plan for plan in plans if plan.peak_bytes <= NEARLY_LEAST * least)
+        states = (2 if asked.keep_state else 1) * plans[0].state_bytes
+        state = f", of which {states} for the stream's state" if asked.stream else ""
+        raise BudgetError(
+            f"the budget {budget!r} is below the least that {asked.operation} of {asked.shape} "
+            f"in {asked.dtype} can do with: {least} bytes ({least / 2**30:.3f} GiB){state}",
+            least,
+        )
+
+    def _count(self, bounds: Bounds | None) -> Plan:
+        asked = self._asked
+        count = _Count(self._line, asked, bounds, self._tracer)
         parts, work = count.parts(), count.work
         if (rest := count.after_the_walk() - sum(size for _, size in parts)) > 0:
             parts.append(("what is made of the result", rest))
         margin = math.ceil(MARGIN * sum(size for _, size in parts))
         parts += [("margin", margin), ("the kernels' own", KERNELS_BYTES)]
         peak = sum(size for _, size in parts)
+        walked = bounds
         if bounds is not None:
             most = peak - count.state  # which is there before the step
-            bounds = replace(bounds, workspace=count.workspace, most=most)
+            walked = replace(bounds, workspace=count.workspace, most=most)
         plan = Plan(
             operation=asked.operation, shape=asked.shape, dtype=asked.dtype, stream=asked.stream,
-            keep_state=asked.keep_state, bounds=bounds, parts=tuple(parts),
+            keep_state=asked.keep_state, bounds=walked, parts=tuple(parts),
             peak_bytes=peak, state_bytes=count.state, work=work,
             device=asked.device,
         )  # fmt: skip
-        if limit is None or (limit != "least" and plan.peak_bytes <= limit):
-            return plan
-        plans.append(plan)
-    least = min(plan.peak_bytes for plan in plans)
-    if limit == "least":
-        return next(plan for plan in plans if plan.peak_bytes <= NEARLY_LEAST * least)
-    states = (2 if asked.keep_state else 1) * plans[0].state_bytes
-    state = f", of which {states} for the stream's state" if asked.stream else ""
-    raise BudgetError(
-        f"the budget {asked.budget!r} is below the least that {asked.operation} of {asked.shape} "
-        f"in {asked.dtype} can do with: {least} bytes ({least / 2**30:.3f} GiB){state}",
-        least,
-    )
+        self._counted[bounds] = plan
+        return plan
 
 
 def parse_budget(budget: Budget) -> int | Literal["least"] | None:
@@ -244,12 +258,10 @@ def parse_budget(budget: Budget) -> int | Literal["least"] | None:
     )
 
 
-def _candidates(line: Line, asked: Question, limit: int | str | None) -> Iterator[Bounds | None]:
+def _candidates(line: Line, asked: Question) -> Iterator[Bounds | None]:
     """Ways to walk, fastest first; those of one place for the activation before the next place."""
     if None in asked.offload:
         yield None
-    if limit is None and None in asked.offload:
-        return
     framewise = [layer for layer in line.layers() if isinstance(layer, Framewise)]
     shapes, frames = bounded.shapes_in(framewise, (1, *asked.shape[1:])), asked.shape[2]
     height, width = max(shape[3:] for shape in shapes)
