@@ -389,7 +389,7 @@ def test_a_budget_never_changes_the_file(
 @pytest.mark.parametrize(
     ("options", "length"),
     [
-        ({"causal_mode": True}, 24),
+        ({"causal_mode": True}, 9),
         pytest.param({"causal_mode": True}, 80, marks=pytest.mark.slow),
         pytest.param({}, 80, marks=pytest.mark.slow),
     ],

@@ -22,13 +22,13 @@ exclude = ["skip_*"]
 widths = [48]
 [[stage]]
 name = "frames"
-minutes = 0.03
+minutes = 0.01
 temporal = false
 learning_rate = 1e-3
 batches = [[1.0, 2, 1, 32]]
 [[stage]]
 name = "clips"
-minutes = 0.05
+minutes = 0.02
 temporal = true
 learning_rate = 1e-3
 batches = [[0.5, 1, 3, 32], [0.5, 2, 1, 32]]
