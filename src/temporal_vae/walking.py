@@ -32,8 +32,8 @@ AUTO_SHARE = 0.8
 
 HEAP_PERCENT = 12
 """Of what a walk takes, that the command's allocator loses between blocks: 5 to 10 were seen."""
-CODEC_BYTES = 16 * 2**20
-"""What codecs and their threads hold, however small the frames."""
+CODEC_BYTES = 24 * 2**20
+"""What codecs, their threads and their libraries hold, however small the frames."""
 CODEC_BYTES_A_PIXEL = 1.5
 """A codec's frame takes so many."""
 LOOKED_AHEAD = 60
