@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -15,8 +16,9 @@ from test_bounded import SVD_LIKE
 from torch import Tensor
 
 from temporal_vae import TemporalVAE
+from temporal_vae import model as model_module
 from temporal_vae.walks.bounded import Bounds
-from temporal_vae.walks.plan import _Alive, parse_budget
+from temporal_vae.walks.plan import Plan, _Alive, parse_budget
 
 LAYOUTS: list[dict[str, Any]] = [{}, {"causal_mode": True}, SVD_LIKE]
 MODELS = {str(options): awake(base_channels=16, **options) for options in LAYOUTS}
@@ -244,6 +246,29 @@ def test_bounds_are_above_zero(wrong: dict[str, Any]) -> None:
 def test_what_cannot_be_planned(shape: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MODELS[str({})].plan(shape, **options)
+
+
+@pytest.mark.parametrize(("operation", "stream"), [("encode", True), ("decode", False)])
+def test_a_plan_is_the_same_wherever_it_is_made(operation: Any, stream: bool) -> None:
+    model = awake(torch.float32, channel_multipliers=(1, 2))
+    shape = (1, 3 if operation == "encode" else 4, 2, 8, 8)
+
+    def plans() -> list[Plan]:
+        return [model.plan(shape, operation, budget=b, stream=stream) for b in (None, "least")]
+
+    found = []
+    for surroundings in (
+        torch.no_grad, torch.enable_grad, torch.inference_mode,
+        partial(torch.autocast, "cpu", torch.bfloat16),
+    ):  # fmt: skip
+        model_module._planner.cache_clear()
+        with surroundings():
+            found.append(plans())
+    assert all(each == found[0] for each in found)
+    with torch.inference_mode():  # and begun in one place, gone on with in another
+        model_module._planner.cache_clear()
+        first = model.plan(shape, operation, stream=stream)
+    assert [first, model.plan(shape, operation, budget="least", stream=stream)] == found[0]
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
@@ -178,7 +179,7 @@ class Planner:
         self._asked, self._tracer = asked, Tracer(asked.dtype)
         self._shapes_alone, self._lock = FakeTensorMode(), threading.Lock()
         self._counted: dict[Bounds | None, Plan] = {}
-        with self._shapes_alone:
+        with self._counting():
             self._line = build()
             for module in self._line.modules():  # `.to` cannot swap parameters of no memory
                 for name, parameter in list(module.named_parameters(recurse=False)):
@@ -190,8 +191,17 @@ class Planner:
 
         Raises `BudgetError` for a budget that cannot be met, naming the smallest that can.
         """
-        with self._lock, torch.no_grad(), self._shapes_alone:
+        with self._lock, self._counting():
             return self._fastest(budget)
+
+    @contextmanager
+    def _counting(self) -> Iterator[None]:
+        """The same everywhere: inference mode and autocast hide operations, or add some."""
+        with (
+            torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False),
+            self._shapes_alone,
+        ):  # fmt: skip
+            yield
 
     def _fastest(self, budget: Budget) -> Plan:
         asked, limit, plans = self._asked, parse_budget(budget), list[Plan]()
