@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,53 @@ def test_bfloat16_is_no_further_from_the_truth(options: dict[str, Any], bounds: 
         )
     ]
     assert errors[0] <= 1.2 * errors[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "bounds"),
+    [
+        (SVD_LIKE, Bounds(frames=1, pixels=5)),
+        ({}, Bounds(rows=3)),
+        ({}, Bounds(rows=3, fused=True)),
+    ],
+    ids=str,
+)
+def test_norms_do_not_depend_on_what_the_operator_does_with_its_outputs(
+    options: dict[str, Any], bounds: Bounds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA's batch norm writes mean and 1/sigma into two of them, and then computes with those."""
+
+    class AsOnCuda:
+        @staticmethod
+        def out(
+            x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor,
+            train: bool, momentum: float, eps: float, *,
+            out: Tensor, save_mean: Tensor, save_invstd: Tensor,
+        ) -> None:  # fmt: skip
+            assert not train
+            save_mean.resize_(mean.shape).copy_(mean)
+            save_invstd.resize_(variance.shape).copy_((variance + eps).rsqrt())
+            centred = (x - save_mean.view(1, -1, 1, 1)) * save_invstd.view(1, -1, 1, 1)
+            out.copy_(centred * weight.view(1, -1, 1, 1) + bias.view(1, -1, 1, 1))
+
+    monkeypatch.setattr(torch.ops.aten, "native_batch_norm", AsOnCuda)
+    assert_bounded_equals_whole(MODELS[str(options)], bounds, (1, 5, (3, 4)))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("layout", MODELS)
+@pytest.mark.parametrize(
+    "bounds",
+    [Bounds(frames=1, pixels=5), Bounds(rows=3), Bounds(rows=3, fused=True, offload="host")],
+    ids=str,
+)
+@torch.no_grad()
+def test_bounded_equals_whole_on_a_gpu(layout: str, bounds: Bounds) -> None:
+    model, dtype = copy.deepcopy(MODELS[layout]).cuda(), torch.float64
+    for line, x in zip((model.encoder, model.decoder), inputs(model, 2, 5, (6, 4)), strict=True):
+        y = bounded.walk(line, x.to("cuda", dtype), bounds)
+        assert difference(y, line(x.to("cuda", dtype))) < 1e-10
 
 
 @torch.no_grad()

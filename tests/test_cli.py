@@ -431,9 +431,9 @@ def test_codecs_count_in_a_budget(kind: str, monkeypatch: pytest.MonkeyPatch) ->
         if kind == "stream":
             return walking.stream_plans(model, size, budget).walk_bytes
         if kind == "clip":
-            return walking.clip_plans(model, (1, 3, 4, *size), budget)[2]
+            return walking.clip_plans(model, (1, 3, 4, *size), budget)[2].reserved
         operation: Operation = "encode" if kind == "encode" else "decode"
-        plan = walking._one_way_plan(model, operation, 2, size, budget, stream=True)
+        plan, _ = walking._one_way_plan(model, operation, 2, size, budget, stream=True)
         assert plan is not None
         return reserved.pop()
 
@@ -476,9 +476,21 @@ def test_a_piece_that_fits_whole_is_taken_before_a_longer_one_in_bands() -> None
     assert [chosen(1, 99), chosen(1, 4), chosen(1, 0)] == [32, 4, None]
 
 
-@pytest.mark.parametrize("options", [{}, SVD_LIKE], ids=str)
+@pytest.mark.parametrize(
+    ("options", "free", "message"),
+    [
+        ({}, 2**61, "which cannot be had"),
+        (SVD_LIKE, 2**61, "which cannot be had"),
+        (SVD_LIKE, 2**27, r"and 0\.125 GiB are free"),
+    ],
+    ids=str,
+)
 def test_memory_is_reserved_before_the_first_frame(
-    tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    options: dict[str, Any],
+    free: int,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     honest, sizes = walking.reserve, []
 
@@ -487,9 +499,10 @@ def test_memory_is_reserved_before_the_first_frame(
         honest(2**60, device)
 
     monkeypatch.setattr(walking, "reserve", more)
+    monkeypatch.setattr(walking, "available_bytes", lambda device: free)
     source = write(tmp_path / "in.mkv", smooth(3, 16, 16))
     seen: list[int] = []
-    with pytest.raises(ValueError, match="which cannot be had"):
+    with pytest.raises(ValueError, match=message):
         app.reconstruct(
             source, tmp_path / "out.mkv", awake(torch.float32, **options), None,
             lambda *n: seen.append(n[0]), "64MiB",

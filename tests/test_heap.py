@@ -7,11 +7,14 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import awake
+from test_video import smooth, write
 
+from temporal_vae import walking
 from temporal_vae.layers import Framewise
 from temporal_vae.walks import bounded, heap, streamed
 from temporal_vae.walks.bounded import Bounds
@@ -186,3 +189,53 @@ def test_a_process_stays_within_its_plan(
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     planned, measured = map(int, said.stdout.split())
     assert measured <= planned <= 1.15 * measured
+
+
+FILES = """
+import sys, torch
+from pathlib import Path
+torch.set_num_threads(1)
+from temporal_vae.walks import available, heap
+heap.keep_freed()  # as the command does
+from temporal_vae import TemporalVAE, app, model, walking
+folder = Path(sys.argv[1])
+options = dict(
+    temporal_norm="clip", clip_frames=4, temporal_encoder=False, temporal_attention_reach=0
+)
+vae = TemporalVAE(base_channels=32, channel_multipliers=(1, 2), **options)
+vae.plan((1, 4, 4, 8, 8), budget="least")
+machine = heap.anonymous_bytes() + 220 * 2**20
+def free(device):
+    return max(0, machine - heap.anonymous_bytes()) + heap.kept_bytes()
+model.available_bytes = walking.available_bytes = free
+for number, memory in enumerate(("200MiB", "auto")):
+    print(app.reconstruct(folder / "in.mkv", folder / f"{number}.mkv", vae, memory=memory).frames)
+kept = heap.kept_bytes()
+x = torch.ones(30 * 2**18)
+assert heap.kept_bytes() < kept - 25 * 2**20, "reused"
+try:
+    walking.reserve(300 * 2**20, torch.device("cpu"))
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_what_a_process_keeps_is_free_to_it(tmp_path: Path) -> None:
+    """The last, shorter clip and the next file were refused what the process held itself."""
+    write(tmp_path / "in.mkv", smooth(6, 160, 160))
+    said = subprocess.run(
+        [sys.executable, "-c", FILES, str(tmp_path)], capture_output=True, text=True
+    )
+    assert said.stdout.split("\n")[:2] == ["6"] * 2, said.stderr
+    assert "the walk needs 314572800 bytes" in said.stdout and "are free" in said.stdout
+    assert heap.kept_bytes() == 0, "of a process that gives back what is freed"
+
+
+def test_further_clips_are_within_what_the_first_one_took() -> None:
+    """Others may have taken what was free then, of the budget too."""
+    model = awake(torch.float32, base_channels=8)
+    *_, needed = walking.clip_plans(model, (1, 3, 4, 32, 32), 2**33)
+    assert needed.reserved <= needed.total < 2**28 and needed.settle(2**33) == needed.total
+    assert needed.settle("least") == "least" and needed.settle(5) == 5
+    *_, again = walking.clip_plans(model, (1, 3, 3, 32, 32), needed.total)
+    assert again.total <= needed.total

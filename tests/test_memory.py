@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from temporal_vae import TemporalVAE
 from temporal_vae import model as model_module
-from temporal_vae.layers import FrameConv, ResidualBlock, TemporalBlock
+from temporal_vae.layers import FrameConv, ResidualBlock, TemporalBlock, TimeConv
 from temporal_vae.walks import available, bounded, streamed
 from temporal_vae.walks.bounded import Bounds
 from temporal_vae.walks.plan import _Alive
@@ -118,8 +120,8 @@ def test_a_bounded_step_is_a_step(layout: str) -> None:
     assert frames is not None and bounded_frames is not None
     assert difference(bounded_frames, frames) < 1e-10
     storages = set()
-    for old, mine, theirs, copy in zip(state, bounded_after, after, kept, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(old, copy, strict=True))
+    for old, mine, theirs, before in zip(state, bounded_after, after, kept, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(old, before, strict=True))
         assert torch.equal(mine[0], theirs[0])
         assert all(
             difference(a, b) < 1e-10 for a, b in zip(mine[1:], theirs[1:], strict=True) if b.numel()
@@ -152,17 +154,111 @@ def test_streams_of_unequal_age_walk_bounded() -> None:
 
 
 @torch.no_grad()
-def test_the_future_never_changes_the_past_bounded() -> None:
+def assert_future_is_unseen_bounded(
+    model: TemporalVAE, bounds: Bounds, sizes: list[int], frame: int
+) -> None:
     """Law 3, bit for bit, in a bounded walk and in bounded steps."""
-    model = MODELS[str({"causal_mode": True})]
-    latent = clip(9, 4, 2)
-    other = latent.clone()
-    other[:, :, 6:] += 1
-    for bounds in BOUNDS:
-        a, b = (bounded.walk(model.decoder, x, bounds) for x in (latent, other))
-        assert torch.equal(a[:, :, :6], b[:, :, :6]) and not torch.equal(a[:, :, 6:], b[:, :, 6:])
-        a, b = (decode_in_pieces(model, cut(x, [4, 5]), bounds) for x in (latent, other))
-        assert torch.equal(a[:, :, :6], b[:, :, :6]) and not torch.equal(a[:, :, 6:], b[:, :, 6:])
+    length = sum(sizes)
+    frame = frame % (length - 1) + 1
+    other = (latent := clip(length, 4, 2)).clone()
+    other[:, :, frame:] += 1
+    walks: list[Callable[[Tensor], Tensor]] = [
+        lambda x: bounded.walk(model.decoder, x, bounds),
+        lambda x: decode_in_pieces(model, cut(x, sizes), bounds),
+    ]
+    for walk in walks:
+        a, b = walk(latent), walk(other)
+        assert torch.equal(a[:, :, :frame], b[:, :, :frame]), "the future changed the past"
+        assert not torch.equal(a[:, :, frame], b[:, :, frame])
+
+
+CAUSAL_MODELS = [
+    MODELS[str({"causal_mode": True})],
+    awake(causal_mode=True, num_temporal_layers=2, temporal_kernel_size=5),
+    awake(causal_mode=True, temporal_attention_reach=0, channel_multipliers=(1,)),
+]
+
+
+@pytest.mark.parametrize("bounds", BOUNDS, ids=str)
+def test_the_future_never_changes_the_past_bounded(bounds: Bounds) -> None:
+    assert_future_is_unseen_bounded(CAUSAL_MODELS[0], bounds, [4, 5], 5)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    model=st.sampled_from(CAUSAL_MODELS),
+    bounds=st.sampled_from(BOUNDS),
+    sizes=st.lists(st.integers(1, 5), min_size=2, max_size=4),
+    frame=st.integers(0, 20),
+)
+def test_no_future_changes_any_past_bounded(
+    model: TemporalVAE, bounds: Bounds, sizes: list[int], frame: int
+) -> None:
+    assert_future_is_unseen_bounded(model, bounds, sizes, frame)
+
+
+@pytest.mark.parametrize("bounds", [BOUNDS[0], BOUNDS[3]], ids=str)
+def test_law_3_sees_a_future_that_leaks_into_a_bounded_walk(bounds: Bounds) -> None:
+    model = awake(causal_mode=True)
+    assert_future_is_unseen_bounded(model, bounds, [4, 5], 5)
+    conv = next(m for m in model.decoder.modules() if isinstance(m, TimeConv) and m.past == 2)
+    conv.past, conv.future = 1, 1
+    with pytest.raises(AssertionError, match="the future changed the past"):
+        assert_future_is_unseen_bounded(model, bounds, [4, 5], 5)
+
+
+@lru_cache(maxsize=16)
+def model_in(layout: str, dtype: torch.dtype) -> TemporalVAE:
+    return copy.deepcopy(MODELS[layout]).to(dtype)
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    layout=st.sampled_from(list(MODELS)),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    operation=st.sampled_from(["encode", "decode"]),
+    share=st.floats(0, 1),
+    sizes=st.lists(st.integers(1, 6), min_size=1, max_size=4),
+    batch=st.integers(1, 2),
+)
+@torch.no_grad()
+def test_any_budget_and_dtype(
+    layout: str, dtype: torch.dtype, operation: Any, share: float, sizes: list[int], batch: int
+) -> None:
+    """Laws 1 and 2 as a caller meets them: what a budget gives is what no budget gives."""
+    model, exact = model_in(layout, dtype), model_in(layout, torch.float64)
+    x = clip(sum(sizes), 4, 2, batch) if operation == "decode" else clip(sum(sizes), batch=batch)
+    x = x.to(dtype)
+    encoding = operation == "encode"
+
+    def planned(shape: Any, stream: bool) -> Any:
+        least, most = (model.plan(shape, operation, None, b, stream=stream).peak_bytes
+                       for b in ("least", None))  # fmt: skip
+        budget = int(least + share * (most - least))
+        plan = model.plan(shape, operation, budget=budget, stream=stream)
+        assert plan.peak_bytes <= budget
+        return plan
+
+    def walked(vae: TemporalVAE, x: Tensor, plan: Any = None) -> Tensor:
+        if encoding:
+            return torch.cat(vae.encode_with_distribution(x, plan=plan), 1)
+        return vae.decode(x, plan=plan)
+
+    whole, truth = walked(model, x), walked(exact, x.double())
+    found = [walked(model, x, planned(tuple(x.shape), False))]
+    if getattr(model, f"{operation}_reach") is not None:
+        steps = planned((*x.shape[:2], max(sizes), *x.shape[3:]), True)
+        stream = model.moments_stream(steps) if encoding else model.decode_stream(steps)
+        found.append(torch.cat(list(stream.pull(cut(x, sizes))), 2))
+
+    def error(y: Tensor) -> float:
+        return float((y.double() - truth).square().mean().sqrt() / truth.square().mean().sqrt())
+
+    for y in found:
+        assert y.shape == whole.shape
+        if dtype == torch.float64:
+            assert difference(y, whole) < 1e-10
+        assert error(y) <= 1.3 * error(whole) + 1e-6
 
 
 # Plans of streams ----------------------------------------------------------------------------
@@ -312,16 +408,44 @@ def test_a_planned_step_leaves_the_state_it_was_given() -> None:
     assert once is not None and again is not None and torch.equal(once, again)
 
 
+@pytest.mark.parametrize("budget", [None, "least"])
 @torch.no_grad()
-def test_what_a_stream_hands_on_is_gone() -> None:
-    model, latent = MODELS[str({})], clip(4, 4, 2)
-    plan = model.plan(latent.shape, stream=True, keep_state=False)
+def test_a_stream_that_hands_its_state_on_goes_on_after_a_bad_piece(budget: Any) -> None:
+    model, latent = MODELS[str({})], clip(70, 4, 2)
+    plan = model.plan((1, 4, 35, 2, 2), budget=budget, stream=True, keep_state=False)
     with pytest.raises(ValueError, match="give it to encode_stream or decode_stream"):
-        model.decode_step(latent, plan=plan)
+        model.decode_step(latent[:, :, :35], plan=plan)
     stream = model.decode_stream(plan)
-    stream.push(latent)
-    with pytest.raises(ValueError, match="the plan is for"):
-        stream.push(clip(4, 4, 3))
+    given = [stream.push(latent[:, :, :35])]
+    for bad, message in (
+        (clip(4, 4, 3), "the plan is for"),
+        (latent[:, :, :4].expand(2, -1, -1, -1, -1), "the plan is for"),
+        (latent, "the plan is for"),
+        (latent[:, :3, :4], "must have 4 channels"),
+        (latent[:, :, :4].float(), "the model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            stream.push(bad)
+    if budget:
+        with torch.enable_grad(), pytest.raises(ValueError, match="under autograd"):
+            stream.push(latent[:, :, 35:])
+    given += [stream.push(latent[:, :, 35:]), stream.finish()]
+    assert difference(join(given), model.decode(latent)) < 1e-10
+
+
+@torch.no_grad()
+def test_a_stream_that_hands_its_state_on_ends_where_a_step_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, latent = MODELS[str({})], clip(4, 4, 2)
+    stream = model.decode_stream(model.plan(latent.shape, stream=True, keep_state=False))
+
+    def failing(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("as if")
+
+    monkeypatch.setattr(TemporalBlock, "advance", failing)
+    with pytest.raises(RuntimeError, match="as if"):
+        stream.push(latent)
     with pytest.raises(ValueError, match="a step of it failed"):
         stream.push(latent)
 
@@ -544,6 +668,68 @@ def test_an_end_that_fails_can_be_tried_again(monkeypatch: pytest.MonkeyPatch) -
 
 
 @torch.no_grad()
+def test_pieces_begin_again_in_less_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frames that were given before memory ran out are not given again."""
+    model = awake(base_channels=16)
+    latent = torch.randn(1, 4, 6, 8, 12, generator=torch.Generator().manual_seed(0)).double()
+    honest, calls, fails, left = FrameConv.frames, 0, set[int](), list[Bounds]()
+
+    def failing(self: FrameConv, x: Tensor, *rest: Any) -> Tensor:
+        nonlocal calls
+        if type(x) is Tensor:  # not while a plan is made, on shapes
+            calls += 1
+            if calls in fails:
+                raise torch.OutOfMemoryError("as if")
+        return honest(self, x, *rest)
+
+    monkeypatch.setattr(FrameConv, "frames", failing)
+    exact = model.decode(latent)
+    bounded_plan = model.plan(latent.shape, budget="least")
+    stream_plan = model.plan((1, 4, 9, 8, 12), budget=10**9, stream=True)
+
+    ways = [Bounds(frames=2, pixels=9), Bounds(rows=5, pixels=7)]
+
+    def smaller(self: TemporalVAE, plan: Any) -> Any:
+        return replace(plan, bounds=left.pop(0)) if left else None
+
+    monkeypatch.setattr(TemporalVAE, "_smaller", smaller)
+
+    def drained() -> Iterator[Tensor]:
+        stream = model.decode_stream(stream_plan)
+        assert stream.push(latent) is None
+        return stream.drain()
+
+    def walked(make: Callable[[], Iterator[Tensor]], *failures: int) -> list[Tensor]:
+        nonlocal calls
+        fails.clear()
+        pieces, calls, left[:] = make(), 0, ways
+        fails.update(failures)
+        found = list(pieces)
+        assert not fails or calls > max(fails)
+        assert len(left) == 2 - len(failures)
+        return found
+
+    makers: list[Callable[[], Iterator[Tensor]]] = [
+        lambda: model.iter_decode(latent, plan=bounded_plan), drained
+    ]  # fmt: skip
+    for pieces in makers:
+        found = walked(pieces)
+        assert len(found) > 1 and difference(torch.cat(found, 2), exact) < 1e-10
+        last = calls
+        for failures in ([last], [2], [2, 5], [last, last + 2]):
+            found = walked(pieces, *failures)
+            assert difference(torch.cat(found, 2), exact) < 1e-10, failures
+        with pytest.raises(torch.OutOfMemoryError):
+            walked(pieces, *range(1, 999))
+    again = model.iter_decode(latent, plan=bounded_plan)
+    left[:], calls = ways, 0
+    fails.clear()
+    fails.add(2)
+    with torch.enable_grad():  # pulled where gradients are on
+        assert difference(torch.cat(list(again), 2), exact) < 1e-10
+
+
+@torch.no_grad()
 def test_a_step_out_of_memory_is_planned_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
     model, latent = awake(base_channels=16, causal_mode=True), clip(6, 4, 24)
     plan = model.plan(latent.shape, budget=10**9, stream=True)
@@ -646,6 +832,9 @@ def test_all_memory_is_asked_for_before_the_first_layer(
     moments.clear()
     model.decode_step(latent, state, steps)  # a later step has what the first one had
     assert "reserved" not in moments and moments
+    image = awake(num_temporal_layers=0)  # without a state to tell the first step by
+    plain = image.plan(latent.shape, budget="least", stream=True)
+    begins(lambda: image.decode_step(latent, None, plain), plain.bounds)
 
     monkeypatch.setattr(bounded.Room, "reserve", honest)
     moments.clear()

@@ -18,7 +18,7 @@ from torch import Tensor
 from temporal_vae import TemporalVAE
 from temporal_vae import model as model_module
 from temporal_vae.walks.bounded import Bounds
-from temporal_vae.walks.plan import Plan, _Alive, parse_budget
+from temporal_vae.walks.plan import Plan, Tracer, _Alive, parse_budget
 
 LAYOUTS: list[dict[str, Any]] = [{}, {"causal_mode": True}, SVD_LIKE]
 MODELS = {str(options): awake(base_channels=16, **options) for options in LAYOUTS}
@@ -272,23 +272,60 @@ def test_a_plan_is_the_same_wherever_it_is_made(operation: Any, stream: bool) ->
 
 
 @torch.no_grad()
-def test_two_threads_may_use_one_model() -> None:
-    model = MODELS[str({})]
-    inputs = [latent(model, frames) for frames in (3, 4, 5, 6)]
-    results: dict[int, Tensor] = {}
+def test_threads_may_use_one_model_and_one_planner() -> None:
+    model, x = MODELS[str({})], latent(MODELS[str({})], 3)
+    least = model.plan(x.shape, budget="least").peak_bytes
+    model_module._planner.cache_clear()
+    inputs = [(x, "least"), (x, None), (x, 2 * least), (x, 1), (latent(model, 4), "least")]
+    results: dict[int, Tensor | Exception] = {}
 
     def work(i: int) -> None:
-        with torch.no_grad():
-            plan = model.plan(inputs[i].shape, budget="least")
-            results[i] = model.decode(inputs[i], plan=plan)
+        z, budget = inputs[i]
+        try:
+            with torch.no_grad():
+                results[i] = model.decode(z, plan=model.plan(z.shape, budget=budget))
+        except Exception as error:
+            results[i] = error
 
     threads = [Thread(target=work, args=(i,)) for i in range(len(inputs))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for i, z in enumerate(inputs):
-        assert difference(results[i], model.decode(z)) < 1e-10
+    for i, (z, budget) in enumerate(inputs):
+        found = results[i]
+        if budget == 1:
+            assert isinstance(found, ValueError) and "below the least" in str(found)
+        else:
+            assert isinstance(found, Tensor), found
+            assert difference(found, model.decode(z)) < 1e-10
+
+
+def test_a_plan_is_of_one_layout() -> None:
+    """That of a narrower model would be broken without a word."""
+    narrow, wide = (awake(base_channels=n) for n in (8, 16))
+    z = latent(wide)
+    with pytest.raises(ValueError, match="a model of another layout"):
+        wide.decode(z, plan=narrow.plan(z.shape))
+    plan = wide.plan(z.shape)
+    with pytest.raises(ValueError, match="a model on cpu, not on meta"):
+        wide.to("meta").decode(z.to("meta"), plan=plan)
+    other = awake(base_channels=8, latent_scale_factor=0.5)  # which no plan depends on
+    assert difference(other.decode(z, plan=narrow.plan(z.shape)), narrow.decode(z)) < 1e-10
+
+
+def test_a_plan_for_a_gpu_counts_the_copies_of_its_norms() -> None:
+    """Nothing is put there: a plan is made on shapes."""
+    x = torch.empty(2, 8, 4, 4, device="meta").contiguous(memory_format=torch.channels_last)
+    for dtype, most in ((torch.float32, 2), (torch.bfloat16, 2), (torch.float16, 3.5)):
+        taken = []
+        for device in ("cpu", "cuda"):
+            tracer, y = Tracer(dtype, torch.device(device)), x.to(dtype)
+            with _Alive() as alive:
+                alive.leave_out(y)
+                tracer._norm(y)
+            taken.append(alive.most / y.nbytes)
+        assert taken == [1, most]
 
 
 @pytest.mark.parametrize("batch", [1, 3])

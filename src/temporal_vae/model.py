@@ -13,7 +13,7 @@ import io
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from fractions import Fraction
 from functools import lru_cache, partial
 from typing import Any, BinaryIO, Literal, Self, Unpack
@@ -571,9 +571,16 @@ class TemporalVAE(nn.Module):
             places = (offload,)
         elif self.device.type == "cuda" and budget is not None:
             places = (None, "host")
-        asked = Question(operation, full, dtype or self.dtype, stream, places, self.device,
-                         keep_state or not stream)  # fmt: skip
-        return _planner(self.config, asked).plan(budget)
+        asked = Question(
+            self._network, operation, full, dtype or self.dtype, stream, places, self.device,
+            keep_state or not stream,
+        )  # fmt: skip
+        return _planner(asked).plan(budget)
+
+    @property
+    def _network(self) -> TemporalVAEConfig:
+        """What a plan depends on of the configuration."""
+        return replace(self.config, latent_scale_factor=1.0, latent_shift_factor=0.0)
 
     def _check_budget(self, budget: Budget) -> None:
         limit = parse_budget(budget)
@@ -665,6 +672,11 @@ class TemporalVAE(nn.Module):
             return self.plan(shape, operation, clip.dtype, budget, stream=stream)
         if not isinstance(plan, Plan):
             raise ValueError(f"plan must be what plan(...) gives, got {plan!r}")
+        if plan.device != self.device or plan.network != self._network:
+            what = "a model of another layout"
+            if plan.device != self.device:
+                what = f"a model on {plan.device}, not on {self.device}"
+            raise ValueError(f"the plan is for {what}: make one with this model's plan(...)")
         fits = (plan.operation, plan.dtype, plan.stream) == (operation, clip.dtype, stream)
         if stream and fits and not plan.keep_state and not handed:
             raise ValueError(
@@ -682,6 +694,37 @@ class TemporalVAE(nn.Module):
                 "dtype)"
             )
         return plan
+
+    def _in_less(
+        self, plan: Plan | None, walk: Callable[[Plan | None], Iterator[Tensor]]
+    ) -> Iterator[Tensor]:
+        """The pieces of a walk, which begins again where memory runs out; see `_walk`.
+
+        Frames that were given are walked again, and not given again.
+        """
+        pieces = walk(plan)  # which refuses here what it cannot do
+
+        def walked(plan: Plan | None, pieces: Iterator[Tensor]) -> Iterator[Tensor]:
+            given = 0
+            while True:
+                skipped = given
+                try:
+                    for piece in pieces:
+                        frames = piece.shape[2]
+                        if skipped < frames:
+                            given += frames - skipped
+                            yield piece[:, :, skipped:]
+                        skipped = max(0, skipped - frames)
+                        del piece  # or it would be there during the next
+                    return
+                except torch.OutOfMemoryError:
+                    if plan is None or (smaller := self._smaller(plan)) is None:
+                        raise
+                    plan = smaller
+                with torch.no_grad():  # as it was where the first walk was made
+                    pieces = walk(plan)
+
+        return walked(plan, pieces)
 
     def _smaller(self, plan: Plan) -> Plan | None:
         """A plan for the same with a third less memory, or as much less as can be."""
@@ -812,7 +855,14 @@ class TemporalVAE(nn.Module):
         plan = self._plan_for("decode", clip, plan)
         if plan is None or plan.bounds is None:
             return iter([self._walk("decode", self._masked(clip), plan).contiguous()])
-        return bounded.pieces(self._line("decode"), self._masked(clip.clone()), plan.bounds)
+        line, clip = self._line("decode"), self._masked(clip.clone())
+
+        def walk(plan: Plan | None) -> Iterator[Tensor]:
+            if plan is None or plan.bounds is None:
+                return iter([line(clip)])
+            return bounded.pieces(line, clip, plan.bounds)
+
+        return self._in_less(plan, walk)
 
     def _trains(self, module: nn.Module) -> bool:
         return any(parameter.requires_grad for parameter in module.parameters())
@@ -848,8 +898,7 @@ class TemporalVAE(nn.Module):
             >>> torch.allclose(torch.cat(found, 2), vae.encode(video, sample_mode=False), atol=1e-5)
             True
         """
-        clip = self._pixels(self._piece(frames, "frames"), "frames")
-        moments, state = self._step("encode", clip, state, plan)
+        moments, state = self._step("encode", self._next_frames(frames), state, plan)
         return moments if moments is None else self._latents(moments, sample_mode, generator), state
 
     def encode_finish(
@@ -870,8 +919,7 @@ class TemporalVAE(nn.Module):
 
         See `encode_step`; `decode_finish` gives the rest.
         """
-        clip = self._clip(self._piece(latents, "latents"), self.latent_channels, "latents", "BCTHW")
-        frames, state = self._step("decode", self._masked(clip), state, plan)
+        frames, state = self._step("decode", self._next_latents(latents), state, plan)
         return None if frames is None else frames.contiguous(), state
 
     def decode_finish(self, state: StreamState | None, plan: Plan | None = None) -> Tensor | None:
@@ -891,6 +939,7 @@ class TemporalVAE(nn.Module):
             "encode",
             lambda frames, state: self.encode_step(frames, state, *how),
             lambda state: self._owed_latents(state, *how),
+            self._next_frames,
             plan,
         )
 
@@ -901,14 +950,14 @@ class TemporalVAE(nn.Module):
         """
 
         def step(frames: Tensor, state: StreamState) -> tuple[Tensor | None, StreamState]:
-            clip = self._pixels(self._piece(frames, "frames"), "frames")
-            moments, state = self._step("encode", clip, state, plan)
+            moments, state = self._step("encode", self._next_frames(frames), state, plan)
             return None if moments is None else self._joined(moments), state
 
         return self._stream(
             "encode",
             step,
             lambda state: map(self._joined, self._owed("encode", state, plan)),
+            self._next_frames,
             plan,
         )
 
@@ -918,6 +967,7 @@ class TemporalVAE(nn.Module):
             "decode",
             partial(self.decode_step, plan=plan),
             partial(self._owed_frames, plan=plan),
+            self._next_latents,
             plan,
         )
 
@@ -926,15 +976,29 @@ class TemporalVAE(nn.Module):
         operation: Operation,
         step: Callable[[Tensor, Any], tuple[Tensor | None, StreamState]],
         owed: Callable[[Any], Iterator[Tensor]],
+        taken: Callable[[Tensor], Tensor],
         plan: Plan | None,
     ) -> Stream:
+        def check(piece: Tensor) -> None:
+            clip = taken(piece)
+            self._plan_for(operation, clip, plan, stream=True, handed=True)
+            if plan is not None and plan.bounds is not None:
+                bounded.refuse_autograd(self._line(operation), clip)
+
         if plan is None or plan.keep_state:
-            return Stream(step, owed)
+            return Stream(step, owed, check)
         state: StreamState = ()
         if plan.bounds is not None:  # whose walk writes over the state
             like = torch.empty(1, dtype=plan.dtype, device=self.device).expand(plan.shape)
             state = streamed.begin(self._line(operation), like)
-        return Stream(step, owed, False, state)
+        return Stream(step, owed, check, False, state)
+
+    def _next_frames(self, frames: Tensor) -> Tensor:
+        return self._pixels(self._piece(frames, "frames"), "frames")
+
+    def _next_latents(self, latents: Tensor) -> Tensor:
+        latents = self._piece(latents, "latents")
+        return self._masked(self._clip(latents, self.latent_channels, "latents", "BCTHW"))
 
     def _step(
         self, operation: Operation, clip: Tensor, state: StreamState | None, plan: Plan | None
@@ -975,8 +1039,13 @@ class TemporalVAE(nn.Module):
             handed = isinstance(state, list)
             like = self._frame_of(line, first)
             plan = self._plan_for(operation, like, plan, stream=True, handed=handed)
-        frames = 1 if plan is None else plan.shape[2]
-        return streamed.finish(line, state, _bounds(plan), frames)
+
+        def walk(plan: Plan | None) -> Iterator[Tensor]:
+            frames = 1 if plan is None else plan.shape[2]
+            return streamed.finish(line, state, _bounds(plan), frames)
+
+        # what was handed on is overwritten: no second try
+        return walk(plan) if isinstance(state, list) else self._in_less(plan, walk)
 
     def _frame_of(self, line: Encoder | Decoder, memory: tuple[Tensor, ...]) -> Tensor:
         """A frame that stands for a stream's input, by the memory of its first timewise layer."""
@@ -1489,9 +1558,10 @@ class TemporalVAE(nn.Module):
 
 
 @lru_cache(maxsize=16)
-def _planner(config: TemporalVAEConfig, asked: Question) -> Planner:
-    """Plans depend on these alone; making the first takes a second or two."""
-    line = Encoder if asked.operation == "encode" else Decoder
+def _planner(asked: Question) -> Planner:
+    """Plans depend on this alone; making the first takes a second or two."""
+    line, config = Encoder if asked.operation == "encode" else Decoder, asked.network
+    assert isinstance(config, TemporalVAEConfig)
     return Planner(lambda: line(config), asked)
 
 

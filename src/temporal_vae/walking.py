@@ -75,6 +75,21 @@ def memory_budget(memory: Budget, model: TemporalVAE) -> int | Literal["least"] 
     return int(AUTO_SHARE * free)
 
 
+class Needed(NamedTuple):
+    """Bytes that a walk with all beside it takes."""
+
+    reserved: int
+    """To reserve before it begins."""
+    total: int
+
+    def settle(self, budget: int | Literal["least"]) -> int | Literal["least"]:
+        """The budget of further clips, none longer: what this process has by now.
+
+        Meanwhile others may have taken what was free, of the budget too.
+        """
+        return budget if budget == "least" else min(budget, self.total)
+
+
 class Beside(NamedTuple):
     """What the command takes beside the walk of a plan."""
 
@@ -93,6 +108,10 @@ class Beside(NamedTuple):
     def total(self, walk: int) -> int:
         """Bytes of all together."""
         return self.reserved(walk) + self.codecs
+
+    def needed(self, walk: int) -> Needed:
+        """Both."""
+        return Needed(self.reserved(walk), self.total(walk))
 
     def left(self, budget: int) -> int:
         """Bytes that a walk may take for all to be within a budget."""
@@ -223,8 +242,8 @@ def _too_little(budget: int, least: int, what: str, size: tuple[int, int]) -> Bu
 
 def clip_plans(
     model: TemporalVAE, shape: tuple[int, ...], budget: int | Literal["least"]
-) -> tuple[Plan, Plan, int]:
-    """Plans to encode and decode a clip (1, C, T, H, W), and the bytes to reserve for them.
+) -> tuple[Plan, Plan, Needed]:
+    """Plans to encode and decode a clip (1, C, T, H, W), and what they need.
 
     Raises `BudgetError` naming the smallest budget that can be met.
     """
@@ -246,18 +265,19 @@ def clip_plans(
             both = max(_least(lambda n: encode(budget=n)), _least(lambda n: decode(budget=n)))
             what = f"a clip of {shape[2]} frames"
             raise _too_little(budget, beside.total(held + both), what, size) from None
-    return *plans, beside.reserved(held + max(plan.peak_bytes for plan in plans))
+    return *plans, beside.needed(held + max(plan.peak_bytes for plan in plans))
 
 
 def reserve(size: int, device: torch.device) -> None:
     """Take memory and let it go: what cannot be had is missed now, not in the middle."""
+    needs = f"the walk needs {size} bytes ({size / 2**30:.3f} GiB)"
+    free = available_bytes(device)
+    if free is not None and size > free:  # Linux would give it, and end the process when it is used
+        raise ValueError(f"{needs}, and {free / 2**30:.3f} GiB are free: give --memory less")
     try:
         torch.empty(max(0, size), dtype=torch.uint8, device=device).fill_(0)
     except RuntimeError as error:  # torch's own for the CPU; for a GPU a kind of it
-        raise ValueError(
-            f"the walk needs {size} bytes ({size / 2**30:.3f} GiB), which cannot be had: give "
-            "--memory less"
-        ) from error
+        raise ValueError(f"{needs}, which cannot be had: give --memory less") from error
 
 
 # Walks ---------------------------------------------------------------------------------------
@@ -311,7 +331,8 @@ def _walk_clips(
         video = _padded_pixels(clip, model)
         if budget is not None and (encode is None or encode.shape != tuple(video.shape)):
             encode, decode, needed = clip_plans(model, tuple(video.shape), budget)
-            reserve(needed, model.device)
+            reserve(needed.reserved, model.device)
+            budget = needed.settle(budget)
         latents = model.encode(video, sample_mode=False, plan=encode)
         del video
         for frames in model.iter_decode(latents, plan=decode):
@@ -420,7 +441,7 @@ def _encode_clips(
         video = _padded_pixels(clip, model)
         if plan is None or plan.shape != tuple(video.shape):
             size = (video.shape[3], video.shape[4])
-            plan = _one_way_plan(model, "encode", len(clip), size, budget, stream=False)
+            plan, budget = _one_way_plan(model, "encode", len(clip), size, budget, stream=False)
         if generator is None:
             yield torch.cat(model.encode_with_distribution(video, plan=plan), 1)
         else:
@@ -463,7 +484,8 @@ def _decode_clips(
     plan: Plan | None = None
     for latents in clips:
         if plan is None or plan.shape != tuple(latents.shape):
-            plan = _one_way_plan(model, "decode", latents.shape[2], size, budget, stream=False)
+            length = latents.shape[2]
+            plan, budget = _one_way_plan(model, "decode", length, size, budget, stream=False)
         for frames in model.iter_decode(latents, plan=plan):
             yield to_bytes(frames, depth)
 
@@ -483,7 +505,7 @@ def _stream_piece(
 
     found = _largest_piece(within) if isinstance(budget, int) else None
     frames = found[0] if found else 1
-    return frames, _one_way_plan(model, operation, frames, size, budget, stream=True)
+    return frames, _one_way_plan(model, operation, frames, size, budget, stream=True)[0]
 
 
 def _one_way_plan(
@@ -494,13 +516,16 @@ def _one_way_plan(
     budget: int | Literal["least"] | None,
     *,
     stream: bool,
-) -> Plan | None:
-    """A plan whose memory, with that of the frames beside it, is within the budget and reserved."""
+) -> tuple[Plan | None, int | Literal["least"] | None]:
+    """A plan whose memory, with that of the frames beside it, is within the budget and reserved.
+
+    And the budget for further clips.
+    """
     if budget is None:
-        return None
+        return None, None
     plan, needed = _fitting_plan(model, operation, frames, size, budget, stream=stream)
-    reserve(needed, model.device)
-    return plan
+    reserve(needed.reserved, model.device)
+    return plan, needed.settle(budget)
 
 
 def _fitting_plan(
@@ -511,8 +536,8 @@ def _fitting_plan(
     budget: int | Literal["least"],
     *,
     stream: bool,
-) -> tuple[Plan, int]:
-    """A plan, and what to reserve for it with the frames beside it.
+) -> tuple[Plan, Needed]:
+    """A plan, and what it needs with the frames beside it.
 
     Raises `BudgetError` naming the smallest budget that can be met.
     """
@@ -532,7 +557,7 @@ def _fitting_plan(
         assert isinstance(budget, int)
         what = "a stream" if stream else f"a clip of {frames} frames"
         raise _too_little(budget, beside.total(error.least), what, size) from None
-    return plan, beside.reserved(plan.peak_bytes)
+    return plan, beside.needed(plan.peak_bytes)
 
 
 def _piece_frames(size: tuple[int, int]) -> int:

@@ -43,9 +43,13 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float)
     """
     if x.dtype == torch.float16 and x.device.type != "cpu":
         return group_norm_in_float32(x, groups, weight, bias, eps)
-    if not _has_kernel(x, weight):
-        return group_norm_reference(x, groups, weight, bias, eps)
-    return normalise(x, Moments.of(x, groups), weight, bias, eps)
+    if _has_kernel(x, weight):
+        return normalise(x, Moments.of(x, groups), weight, bias, eps)
+    y = group_norm_reference(x, groups, weight, bias, eps)
+    if x.device.type != "cpu" and x.is_contiguous(memory_format=torch.channels_last):
+        # a GPU's kernel gives the other layout, of which every convolution would make a copy
+        y = y.contiguous(memory_format=torch.channels_last)
+    return y
 
 
 def group_norm_in_float32(
@@ -57,11 +61,12 @@ def group_norm_in_float32(
     of it: the eps of a scaled input would be 0, and a group of equal values NaN.
     """
     weight, bias = weight.float(), bias.float()
-    parts = []
-    for part in x.split(1):
+
+    def one(part: Tensor) -> Tensor:  # whose float32 is let go before the next
         y = group_norm_reference(part.float(), groups, weight, bias, eps)
-        parts.append(y.to(x.dtype, memory_format=torch.channels_last))
-    return torch.cat(parts)
+        return y.to(x.dtype, memory_format=torch.channels_last)
+
+    return torch.cat([one(part) for part in x.split(1)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +91,10 @@ class Moments:
         for runs, length in _slabs(pixels.shape[1], max(1, COLUMNS // channels)):
             slab = pixels[:, begin : begin + runs * length]
             columns = slab.reshape(samples, length, 1, runs * channels).permute(0, 3, 1, 2)
-            moments = [
-                torch.batch_norm_update_stats(one.to(wide), None, None, 0.0)
-                for one in columns.split(1)
-            ]
+            moments = [_of_columns(one.to(wide)) for one in columns.split(1)]
             shape = (samples, runs, groups, channels // groups)
             mean, variance = (
-                torch.stack(each).view(shape).double() for each in zip(*moments, strict=True)
+                _double(torch.stack(each)).view(shape) for each in zip(*moments, strict=True)
             )
             between, centre = torch.var_mean(mean, (1, 3), correction=0)
             found.append(cls(runs * length, centre, between.add_(variance.mean((1, 3)))))
@@ -119,16 +121,31 @@ def normalise(x: Tensor, moments: Moments, weight: Tensor, bias: Tensor, eps: fl
     samples, groups = moments.mean.shape
     each = (samples, groups, x.shape[1] // groups)
     mean, variance = (
-        moment.unsqueeze(2).expand(each).reshape(samples, -1).to(wide)
+        moment.unsqueeze(2).expand(each).reshape(samples, -1).to(x.device, wide)
         for moment in (moments.mean, moments.variance)
     )
-    y, unused = torch.empty_like(x), x.new_empty(0, dtype=wide)
+    # CUDA computes with what it saves: two tensors, or one would overwrite the other
+    y, saved = torch.empty_like(x), [x.new_empty(0, dtype=wide) for _ in range(2)]
     for n in range(samples):
         torch.ops.aten.native_batch_norm.out(
             x[n : n + 1], weight, bias, mean[n], variance[n], False, 0.0, eps,
-            out=y[n : n + 1], save_mean=unused, save_invstd=unused,
+            out=y[n : n + 1], save_mean=saved[0], save_invstd=saved[1],
         )  # fmt: skip
     return y
+
+
+def _of_columns(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each channel of x (1, C, H, 1), in two passes."""
+    if x.device.type in ("cpu", "cuda"):
+        mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
+    else:  # which have no such operator
+        variance, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
+    return mean, variance
+
+
+def _double(x: Tensor) -> Tensor:
+    """x in float64, on the CPU where its device has none (MPS)."""
+    return x.to("cpu" if x.device.type == "mps" else x.device, torch.float64)
 
 
 def _slabs(pixels: int, most: int) -> Iterator[tuple[int, int]]:

@@ -7,6 +7,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from temporal_vae.walks.heap import kept_bytes
+
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -20,7 +22,7 @@ def available_bytes(device: torch.device) -> int | None:
         return None
     machine = int(psutil.virtual_memory().available)
     container = _left_in_container(CGROUP)
-    return machine if container is None else min(machine, container)
+    return (machine if container is None else min(machine, container)) + kept_bytes()
 
 
 def _left_in_container(folder: Path) -> int | None:

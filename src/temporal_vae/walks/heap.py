@@ -35,6 +35,18 @@ def _glibc() -> ctypes.CDLL | None:
     return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 
 
+class _Counts(ctypes.Structure):
+    """What `mallinfo2` gives of the heap."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks",
+            "fordblks", "keepcost",
+        )
+    ]  # fmt: skip
+
+
 def keep_freed() -> None:
     """Let glibc reuse freed memory for the next piece of a stream, instead of returning it.
 
@@ -42,7 +54,8 @@ def keep_freed() -> None:
     time and lets the peak wander; docs/decisions.md has the runs.
     """
     global _kept
-    if (libc := _glibc()) is not None:
+    libc = _glibc()
+    if libc is not None and hasattr(libc, "mallinfo2"):  # or nobody could tell what is kept
         libc.mallopt(M_MMAP_MAX, 0)  # no block gets a mapping of its own
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         _kept = True
@@ -51,6 +64,16 @@ def keep_freed() -> None:
 def keeps_freed() -> bool:
     """Whether this process keeps what is freed, by `keep_freed`."""
     return _kept
+
+
+def kept_bytes() -> int:
+    """What was freed and is kept by `keep_freed`: as good as free to this process."""
+    if not _kept:
+        return 0
+    libc = _glibc()
+    assert libc is not None
+    libc.mallinfo2.restype = _Counts
+    return int(libc.mallinfo2().fordblks)
 
 
 def anonymous_bytes() -> int | None:

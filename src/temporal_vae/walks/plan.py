@@ -103,6 +103,8 @@ class Plan:
     """Operations counted."""
     device: torch.device
     """Where the model is."""
+    network: object = field(repr=False, default=None)
+    """The layout of the model."""
 
     @property
     def seconds(self) -> float:
@@ -151,8 +153,10 @@ class Plan:
 
 
 class Question(NamedTuple):
-    """What a plan depends on, beside the network and the budget."""
+    """What a plan depends on, beside the budget."""
 
+    network: object
+    """What tells the layout of the model from others."""
     operation: Operation
     shape: Shape
     dtype: torch.dtype
@@ -176,7 +180,7 @@ class Planner:
 
     def __init__(self, build: Callable[[], Line], asked: Question):
         """`build` makes the network; it is called where tensors have a shape and no memory."""
-        self._asked, self._tracer = asked, Tracer(asked.dtype)
+        self._asked, self._tracer = asked, Tracer(asked.dtype, asked.device)
         self._shapes_alone, self._lock = FakeTensorMode(), threading.Lock()
         self._counted: dict[Bounds | None, Plan] = {}
         with self._counting():
@@ -238,7 +242,7 @@ class Planner:
             operation=asked.operation, shape=asked.shape, dtype=asked.dtype, stream=asked.stream,
             keep_state=asked.keep_state, bounds=walked, parts=tuple(parts),
             peak_bytes=peak, state_bytes=count.state, work=work,
-            device=asked.device,
+            device=asked.device, network=asked.network,
         )  # fmt: skip
         self._counted[bounds] = plan
         return plan
@@ -467,8 +471,10 @@ class Trace(NamedTuple):
 class Tracer:
     """Runs layers where tensors have no memory, and remembers what it saw."""
 
-    def __init__(self, dtype: torch.dtype):
+    def __init__(self, dtype: torch.dtype, device: torch.device):
+        """`device`: where the layers will run; nothing is put there."""
         self.dtype = dtype
+        self._norm = _norm_on_cpu if device.type == "cpu" else _norm_elsewhere
         self._seen: dict[Any, list[Trace]] = {}
 
     def whole(self, layer: Layer, shape: Shape, stream: bool) -> Trace:
@@ -504,7 +510,9 @@ class Tracer:
         def norm(module: nn.Module, x: Tensor) -> Tensor:
             if module is wanted:
                 raise StopIteration
-            return _norm_of_shapes(module, x)
+            if isinstance(module, (GroupNorm, Framewise)):
+                return self._norm(x)
+            return own_norm(module, x)
 
         b, c, t, h, w = piece
         with _Alive() as alive:
@@ -545,11 +553,25 @@ def _framewise(stage: Iterable[Any], x: Tensor, crops: list[Shape], norm: Norm) 
         x = x[:, :, : crop[3]]
 
 
-def _norm_of_shapes(module: nn.Module, x: Tensor) -> Tensor:
-    """A norm's result without its sums, which take no memory to speak of."""
-    if isinstance(module, (GroupNorm, Framewise)):
-        return torch.empty_like(x)
-    return own_norm(module, x)
+def _norm_on_cpu(x: Tensor) -> Tensor:
+    """A group norm's result without its sums, which take no memory to speak of."""
+    return torch.empty_like(x)
+
+
+def _norm_elsewhere(x: Tensor) -> Tensor:
+    """The same with the copies in another memory order that a GPU's kernel takes and gives."""
+    if x.dtype != torch.float16:
+        taken, given = torch.empty_like(x), torch.empty_like(x)
+        del taken
+        return torch.empty_like(given)
+
+    def one(part: Tensor) -> Tensor:  # as in `kernels.norm.group_norm_in_float32`
+        wide = part.float()
+        taken, given = torch.empty_like(wide), torch.empty_like(wide)
+        del taken
+        return given.to(x.dtype)
+
+    return torch.cat([one(part) for part in x.split(1)])
 
 
 class _Alive(TorchDispatchMode):

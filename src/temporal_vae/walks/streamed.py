@@ -43,7 +43,8 @@ def step(
     memories, first = _memories(line, state), False
     if bounds is not None:
         bounded.refuse_autograd(line, x)
-        first = bool(memories) and not any(memory and memory[0].any() for memory in memories)
+        # a line without timewise layers cannot tell, and asks each time
+        first = not any(memory and memory[0].any() for memory in memories)
     y = _pass_on(list(line.layers()), x, memories, bounds, isinstance(state, list), first)
     return y, tuple(memories)
 
@@ -132,17 +133,19 @@ class Stream:
 
     `state` is what has been remembered so far, a plain value: to go back, keep it and set it. With
     `keep_state` False a step writes over the old one: less memory, and the end of the stream where
-    a step fails. It goes on from a `state`, if it is given one.
+    a step fails. `check` raises for a piece that cannot be taken, before anything is written over.
+    It goes on from a `state`, if it is given one.
     """
 
     def __init__(
         self,
         step: Callable[[Tensor, Any], tuple[Tensor | None, State]],
         owed: Callable[[Any], Iterator[Tensor]],
+        check: Callable[[Tensor], object],
         keep_state: bool = True,
         state: State = (),
     ):
-        self._step, self._owed, self._keeps = step, owed, keep_state
+        self._step, self._owed, self._check, self._keeps = step, owed, check, keep_state
         self._ended = False
         self.state = state
 
@@ -153,7 +156,9 @@ class Stream:
         state then stays what it was.
         """
         self._refuse_after_end()
-        self._ended = not self._keeps  # until the step has made another state
+        if not self._keeps:
+            self._check(piece)
+            self._ended = True  # until the step has made another state
         given, self.state = self._step(piece, self._handed())
         self._ended = False
         return given
