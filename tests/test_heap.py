@@ -217,6 +217,10 @@ try:
     walking.reserve(300 * 2**20, torch.device("cpu"))
 except ValueError as error:
     print(error)
+del x
+torch.empty(2**30, dtype=torch.uint8)  # let go without a byte of it written
+assert heap.kept_bytes() < kept + 200 * 2**20, "not there"
+print("sound")
 """
 
 
@@ -228,6 +232,7 @@ def test_what_a_process_keeps_is_free_to_it(tmp_path: Path) -> None:
     )
     assert said.stdout.split("\n")[:2] == ["6"] * 2, said.stderr
     assert "the walk needs 314572800 bytes" in said.stdout and "are free" in said.stdout
+    assert said.stdout.endswith("sound\n"), said.stderr
     assert heap.kept_bytes() == 0, "of a process that gives back what is freed"
 
 

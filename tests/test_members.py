@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 from conftest import awake, difference, pixels
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,7 +20,7 @@ from torch import Tensor
 from temporal_vae import TemporalVAE
 from temporal_vae import model as model_module
 from temporal_vae.walks.bounded import Bounds
-from temporal_vae.walks.plan import Plan, Tracer, _Alive, parse_budget
+from temporal_vae.walks.plan import Plan, Question, Tracer, _Alive, parse_budget
 
 LAYOUTS: list[dict[str, Any]] = [{}, {"causal_mode": True}, SVD_LIKE]
 MODELS = {str(options): awake(base_channels=16, **options) for options in LAYOUTS}
@@ -304,6 +306,26 @@ def test_threads_may_use_one_model_and_one_planner() -> None:
             assert difference(found, model.decode(z)) < 1e-10
 
 
+def test_a_child_of_a_process_that_plans_can_plan() -> None:
+    """A thread that it does not have may hold what it needs."""
+    held = model_module._planner(_question(MODELS[str({})]))
+    with held._lock:
+        child = os.fork()
+        if not child:
+            signal.alarm(30)
+            again = model_module._planner(_question(MODELS[str({})]))
+            os._exit(int(again is held))
+    assert os.waitpid(child, 0)[1] == 0
+    assert model_module._planner(_question(MODELS[str({})])) is held
+
+
+def _question(model: TemporalVAE) -> Question:
+    shape = (1, 4, 2, 2, 2)
+    return Question(
+        model._network, "decode", shape, torch.float32, False, (None,), torch.device("cpu")
+    )
+
+
 def test_a_plan_is_of_one_layout() -> None:
     """That of a narrower model would be broken without a word."""
     narrow, wide = (awake(base_channels=n) for n in (8, 16))
@@ -313,7 +335,8 @@ def test_a_plan_is_of_one_layout() -> None:
     plan = wide.plan(z.shape)
     with pytest.raises(ValueError, match="a model on cpu, not on meta"):
         wide.to("meta").decode(z.to("meta"), plan=plan)
-    other = awake(base_channels=8, latent_scale_factor=0.5)  # which no plan depends on
+    # no plan depends on these
+    other = awake(base_channels=8, latent_scale_factor=0.5, clip_frames=5)
     assert difference(other.decode(z, plan=narrow.plan(z.shape)), narrow.decode(z)) < 1e-10
 
 

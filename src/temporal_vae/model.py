@@ -580,7 +580,9 @@ class TemporalVAE(nn.Module):
     @property
     def _network(self) -> TemporalVAEConfig:
         """What a plan depends on of the configuration."""
-        return replace(self.config, latent_scale_factor=1.0, latent_shift_factor=0.0)
+        config = self.config
+        needed = config.clip_frames if config.temporal_norm == "clip" else None
+        return replace(config, clip_frames=needed, latent_scale_factor=1.0, latent_shift_factor=0.0)
 
     def _check_budget(self, budget: Budget) -> None:
         limit = parse_budget(budget)
@@ -1563,6 +1565,10 @@ def _planner(asked: Question) -> Planner:
     line, config = Encoder if asked.operation == "encode" else Decoder, asked.network
     assert isinstance(config, TemporalVAEConfig)
     return Planner(lambda: line(config), asked)
+
+
+if hasattr(os, "register_at_fork"):  # a child would wait for a thread that it does not have
+    os.register_at_fork(after_in_child=_planner.cache_clear)
 
 
 @contextlib.contextmanager

@@ -67,13 +67,18 @@ def keeps_freed() -> bool:
 
 
 def kept_bytes() -> int:
-    """What was freed and is kept by `keep_freed`: as good as free to this process."""
+    """What was freed and is kept by `keep_freed`: as good as free to this process.
+
+    What was never written is not there yet, and counts as free to all.
+    """
     if not _kept:
         return 0
     libc = _glibc()
     assert libc is not None
     libc.mallinfo2.restype = _Counts
-    return int(libc.mallinfo2().fordblks)
+    counts, resident = libc.mallinfo2(), anonymous_bytes()
+    free = int(counts.fordblks)
+    return free if resident is None else min(free, max(0, resident - int(counts.uordblks)))
 
 
 def anonymous_bytes() -> int | None:
