@@ -20,7 +20,9 @@ from unittest import mock
 import torch
 from flat_memory import make_video, peak
 
-from temporal_vae import TemporalVAE, app, coding
+from temporal_vae import TemporalVAE
+from temporal_vae.cli import options
+from temporal_vae.convert import encode as encoding
 from temporal_vae.latents import LatentWriter
 from temporal_vae.video import Frame, VideoReader
 
@@ -54,13 +56,13 @@ READ, WRITE = VideoReader.__iter__, LatentWriter.write
 
 def measure(source: Path, target: Path) -> None:
     """Print the shares of time and the size."""
-    model, record = app.load_model("tiny", torch.float32, app.choose_device("auto"))
-    clock, how = Clock(), coding.Encoding(dtype=torch.bfloat16)
+    model, record = options.load_model("tiny", torch.float32, options.choose_device("auto"))
+    clock, how = Clock(), encoding.Encoding(dtype=torch.bfloat16)
     with (
         mock.patch.object(VideoReader, "__iter__", lambda reader: clock.timed_reading(reader)),
         mock.patch.object(LatentWriter, "write", lambda *a: clock.timed_writing(*a)),
     ):
-        done = coding.encode(source, target, model, record, how, overwrite=True)
+        done = encoding.encode(source, target, model, record, how, overwrite=True)
     payload = done.info.frames * done.info.frame_bytes
     print(
         f"{done.info.frames} frames in {done.seconds:.1f} s, {done.info.frames / done.seconds:.2f} "

@@ -45,7 +45,7 @@ def anonymous_memory(process: int) -> int:
 
 def peak(source: Path, target: Path, model: str, *options: str, verb: str = "reconstruct") -> int:
     """Peak anonymous memory of the command, in bytes."""
-    code = "from temporal_vae.cli import main; main()"
+    code = "from temporal_vae.cli.main import main; main()"
     command = [
         sys.executable,
         "-c",

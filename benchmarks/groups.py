@@ -19,7 +19,7 @@ import torch
 
 from temporal_vae import TemporalVAE
 from temporal_vae.walks import heap, streamed
-from temporal_vae.walks.bounded import Bounds
+from temporal_vae.walks.stages import Bounds
 
 PIECE = 16
 SHAPES = {"encode": (1, 3, PIECE, 144, 256), "decode": (1, 4, PIECE, 18, 32)}

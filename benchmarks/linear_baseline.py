@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from temporal_vae.evaluate import BLOCK, LinearBaseline
-from temporal_vae.files import atomic_path
+from temporal_vae.evaluation.baseline import BLOCK, LinearBaseline
+from temporal_vae.files.atomic import atomic_path
 from temporal_vae.video import read_clip
 
 ROOT = Path(__file__).parent.parent

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from temporal_vae import TemporalVAE
-from temporal_vae.evaluate import evaluate, mean_scores, reconstruct_frames
-from temporal_vae.metrics import Scores
+from temporal_vae.evaluation.evaluate import evaluate, mean_scores, reconstruct_frames
+from temporal_vae.evaluation.metrics import Scores
 from temporal_vae.video import Bytes
 
 

@@ -23,7 +23,8 @@ import torch
 from diffusers import AutoencoderKLTemporalDecoder
 from torch import Tensor
 
-from temporal_vae import TemporalVAE, foreign
+from temporal_vae import TemporalVAE
+from temporal_vae.checkpoints import diffusers_names
 
 Steps = dict[str, Callable[[], Tensor]]
 WIDTHS = (128, 256, 512, 512)
@@ -46,7 +47,7 @@ def build() -> tuple[Any, Any, TemporalVAE]:
     for module in models[1].modules():
         if isinstance(module, torch.nn.Conv2d):
             module.weight.data = module.weight.contiguous(memory_format=torch.channels_last)
-    config, state = foreign.from_diffusers(models[0].state_dict(), models[0].config)
+    config, state = diffusers_names.from_diffusers(models[0].state_dict(), models[0].config)
     ours = TemporalVAE.from_config(config)
     ours.load_state_dict(state)
     return models[0], models[1], ours.eval()

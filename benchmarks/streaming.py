@@ -20,20 +20,21 @@ import numpy as np
 import torch
 from flat_memory import make_video, peak
 
-from temporal_vae import TemporalVAE, walking
+from temporal_vae import TemporalVAE
+from temporal_vae.convert import chunks, memory
 from temporal_vae.video import Bytes
 from temporal_vae.walks import heap
-from temporal_vae.walks.plan import parse_budget
+from temporal_vae.walks.budget import parse_budget
 
 HEIGHT, WIDTH = 144, 256
 WHOLE_FRAMES = 64
 """Frames of the whole walk, which must fit in memory."""
 
 
-def streamed(model: TemporalVAE, frames: Bytes, plans: walking.StreamPlans) -> int:
+def streamed(model: TemporalVAE, frames: Bytes, plans: memory.StreamPlans) -> int:
     """The stream of the command, without the codec."""
     pieces = (frames[i : i + plans.frames] for i in range(0, len(frames), plans.frames))
-    return sum(len(x) for x in walking._walk_stream(pieces, model, plans.encode, plans.decode))
+    return sum(len(x) for x in chunks._walk_stream(pieces, model, plans.encode, plans.decode))
 
 
 def speeds(budget: str, repeats: int, frames: int) -> tuple[float, float]:
@@ -42,7 +43,7 @@ def speeds(budget: str, repeats: int, frames: int) -> tuple[float, float]:
     model = TemporalVAE.from_pretrained("tiny")
     limit = parse_budget(budget)
     assert isinstance(limit, int)
-    plans = walking.stream_plans(model, (HEIGHT, WIDTH), limit)
+    plans = memory.stream_plans(model, (HEIGHT, WIDTH), limit)
     print(f"pieces of {plans.frames} frames, {plans.peak_bytes / 2**20:.0f} MiB", flush=True)
     print(plans.encode.explain(), plans.decode.explain(), sep="\n", flush=True)
     rng = np.random.default_rng(0)
@@ -53,7 +54,7 @@ def speeds(budget: str, repeats: int, frames: int) -> tuple[float, float]:
         streamed(model, clip, plans)
         seconds["streamed"].append((time.perf_counter() - start) / len(clip))
         start = time.perf_counter()
-        list(walking._walk_clips(iter([clip[:WHOLE_FRAMES]]), model, None))
+        list(chunks._walk_clips(iter([clip[:WHOLE_FRAMES]]), model, None))
         seconds["whole"].append((time.perf_counter() - start) / WHOLE_FRAMES)
     return tuple(1 / statistics.median(times) for times in seconds.values())  # type: ignore[return-value]
 

@@ -13,11 +13,13 @@ from importlib.metadata import PackageNotFoundError, files
 from itertools import islice
 from pathlib import Path
 
-from temporal_vae import TemporalVAE, app, pictures
-from temporal_vae.cli import Meter
-from temporal_vae.evaluate import LinearBaseline
-from temporal_vae.files import atomic_path
-from temporal_vae.metrics import score
+from temporal_vae import TemporalVAE
+from temporal_vae.cli.report import Meter
+from temporal_vae.convert import reconstruct as reconstructing
+from temporal_vae.evaluation import pictures
+from temporal_vae.evaluation.baseline import LinearBaseline
+from temporal_vae.evaluation.metrics import score
+from temporal_vae.files.atomic import atomic_path
 from temporal_vae.video import VideoReader, VideoWriter, read_clip
 
 FILM = "bigbuckbunny.mp4"
@@ -62,7 +64,7 @@ def main() -> None:
     cut_clip(original)
     model = TemporalVAE.from_pretrained("tiny")
     with Meter("reconstructing") as meter:
-        summary = app.reconstruct(original, reconstruction, model, progress=meter)
+        summary = reconstructing.reconstruct(original, reconstruction, model, progress=meter)
 
     frames, result = read_clip(original), read_clip(reconstruction)
     scores, linear = score(frames, result), score(frames, LinearBaseline.bundled()(frames))

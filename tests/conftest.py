@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from temporal_vae import TemporalVAE, walking
+from temporal_vae import TemporalVAE
+from temporal_vae.convert import memory
 from temporal_vae.walks import plan
 
 # Plans are compared with the storages that are alive, not with what kernels and codecs keep.
 plan.KERNELS_BYTES = 0
-walking.CODEC_BYTES, walking.CODEC_BYTES_A_PIXEL = 0, 0.0
+memory.CODEC_BYTES, memory.CODEC_BYTES_A_PIXEL = 0, 0.0
 
 SHARED = Path(__file__).parent.parent.parent / "shared"
 

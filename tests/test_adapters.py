@@ -40,10 +40,10 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import temporal_vae
-from temporal_vae import TemporalVAE, checkpoint, to_diffusers, upgrade
-from temporal_vae.adapters import diffusers as adapter
-from temporal_vae.adapters import drop_in
-from temporal_vae.walks import bounded
+from temporal_vae import TemporalVAE, to_diffusers, upgrade
+from temporal_vae.adapters import diffusers, drop_in
+from temporal_vae.checkpoints import pretrained
+from temporal_vae.walks import bounded, budget
 
 TOLERANCE = 2e-5
 """Ours and stock in float32, of values up to 1; the awake weights enlarge rounding."""
@@ -324,7 +324,7 @@ def test_the_chunk_test_sees_a_pipeline_that_cuts(monkeypatch: pytest.MonkeyPatc
     """The VAE alone in its place cannot do it."""
     pipe = svd_pipeline()
     one_clip = svd_video(pipe, decode_chunk_size=5)
-    monkeypatch.setitem(adapter._TAKEOVERS, "StableVideoDiffusionPipeline", None)
+    monkeypatch.setitem(diffusers._TAKEOVERS, "StableVideoDiffusionPipeline", None)
     upgrade(pipe)
     with pytest.raises(AssertionError, match="1 frames a chunk"):
         assert_chunks_do_nothing(pipe, one_clip)
@@ -515,7 +515,7 @@ def test_a_drop_in_can_be_upgraded_too() -> None:
     pipe = svd_pipeline()
     one_clip = svd_video(pipe, decode_chunk_size=5)
     upgrade(pipe).undo()
-    module = to_diffusers(adapter._with_weights_of(pipe.vae))
+    module = to_diffusers(diffusers._with_weights_of(pipe.vae))
     pipe.vae = module
     assert difference(svd_video(pipe, decode_chunk_size=5), one_clip) < TOLERANCE
     assert difference(svd_video(pipe, decode_chunk_size=2), one_clip) > 0.01
@@ -582,7 +582,7 @@ def test_a_model_of_our_own_saves_and_loads_in_a_pipeline(tmp_path: Path) -> Non
         mine, again = (m.decode(latents, num_frames=5).sample for m in (module, loaded))
     assert torch.equal(mine, again)
     pipe = svd_pipeline(loaded)  # as a constructor takes it
-    assert pipe.config["vae"] == ("temporal_vae", checkpoint.DROP_IN_CLASS)
+    assert pipe.config["vae"] == ("temporal_vae", pretrained.DROP_IN_CLASS)
     assert svd_video(pipe).shape == (1, 5, 3, 32, 32)
 
 
@@ -610,13 +610,13 @@ def generators(seeds: int | list[int]) -> Any:
 def test_latents_are_drawn_as_diffusers_draws_them(build: Any) -> None:
     stock = build()
     with torch.no_grad():
-        assert_samples_like(to_diffusers(adapter._with_weights_of(stock)), stock)
+        assert_samples_like(to_diffusers(diffusers._with_weights_of(stock)), stock)
 
 
 def test_the_draw_test_sees_our_own_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawn frame by frame in float32, as `LatentDistribution` does."""
     stock = theirs()
-    module = to_diffusers(adapter._with_weights_of(stock))
+    module = to_diffusers(diffusers._with_weights_of(stock))
 
     class Ours(DiagonalGaussianDistribution):  # type: ignore[misc]
         def sample(self, generator: Any = None) -> Tensor:
@@ -633,7 +633,7 @@ def test_the_draw_test_sees_our_own_noise(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("tiling", [False, True])
 def test_every_call_of_the_drop_in_gives_the_stock_numbers(slicing: bool, tiling: bool) -> None:
     stock = theirs()
-    module = to_diffusers(adapter._with_weights_of(stock))
+    module = to_diffusers(diffusers._with_weights_of(stock))
     for wanted, name in ((slicing, "slicing"), (tiling, "tiling")):
         getattr(module, f"{'enable' if wanted else 'disable'}_{name}")()
     assert (module.vae.slicing_enabled, module.vae.tiling_enabled) == (slicing, tiling)
@@ -660,7 +660,7 @@ def test_every_call_of_the_drop_in_gives_the_stock_numbers(slicing: bool, tiling
 
 def test_the_drop_in_has_what_pipelines_read() -> None:
     stock = image_vae(16, shift_factor=0.1159, scaling_factor=0.3611, use_quant_conv=False)
-    module = to_diffusers(adapter._with_weights_of(stock))
+    module = to_diffusers(diffusers._with_weights_of(stock))
     for name in (
         "in_channels", "out_channels", "latent_channels", "block_out_channels", "layers_per_block",
         "scaling_factor", "shift_factor", "latents_mean", "latents_std",
@@ -689,7 +689,7 @@ def test_frames_are_clips_of_one_unless_said_otherwise() -> None:
 
 def test_gradients_pass_through_the_drop_in() -> None:
     stock = theirs()
-    module = to_diffusers(adapter._with_weights_of(stock))
+    module = to_diffusers(diffusers._with_weights_of(stock))
     gradients = []
     for model in (module, stock):
         latents = embeds(4, 4, 4, 4).double().requires_grad_()
@@ -734,8 +734,8 @@ def test_memory_is_what_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_budget_is_no_more_than_what_is_free(
     memory: str, free: int | None, expected: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(drop_in, "available_bytes", lambda device: free)
-    assert drop_in.affordable(memory, torch.device("cpu")) == expected
+    monkeypatch.setattr(budget, "available_bytes", lambda device: free)
+    assert budget.affordable(memory, torch.device("cpu")) == expected
 
 
 def test_offload_of_whole_models_goes_on() -> None:
@@ -854,5 +854,5 @@ def test_the_library_imports_without_diffusers() -> None:
 
 
 def test_the_name_in_files_is_that_of_the_class() -> None:
-    assert temporal_vae.DiffusersTemporalVAE.__name__ == checkpoint.DROP_IN_CLASS
+    assert temporal_vae.DiffusersTemporalVAE.__name__ == pretrained.DROP_IN_CLASS
     assert temporal_vae.ModelMixin.__module__.startswith("diffusers.")

@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from temporal_vae import TemporalVAE, layers
-from temporal_vae.kernels.norm import Moments
-from temporal_vae.layers import Framewise, ResidualBlock, Upsample
-from temporal_vae.walks import bounded
-from temporal_vae.walks.bounded import Bounds
+from temporal_vae import TemporalVAE, geometry
+from temporal_vae.network import framewise
+from temporal_vae.network.framewise import Framewise, ResidualBlock, Upsample
+from temporal_vae.network.kernels.norm import Moments
+from temporal_vae.walks import bounded, stages, workspace
+from temporal_vae.walks.stages import Bounds
 
 SVD_LIKE: dict[str, Any] = {
     "temporal_norm": "clip",
@@ -195,10 +196,10 @@ def test_groups_are_about_as_large_everywhere(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(ResidualBlock, "frames", watched)
     latent = inputs(model, 1, 9, (3, 4))[1]
     framewise = [layer for layer in model.decoder.layers() if isinstance(layer, Framewise)]
-    shapes = bounded.shapes_in(framewise, (1, 4, 9, 3, 4))
+    shapes = stages.shapes_in(framewise, (1, 4, 9, 3, 4))
     frames = [shape[1] * shape[3] * shape[4] for shape in shapes]
     largest = max(a + b for a, b in pairwise(frames))
-    assert largest == bounded.largest_of(framewise, (1, 4, 9, 3, 4))
+    assert largest == stages.largest_of(framewise, (1, 4, 9, 3, 4))
     bounded.walk(model.decoder, latent, Bounds(frames=1, largest=largest))
     assert {1, 2} <= counts and max(sizes) <= largest
 
@@ -228,8 +229,8 @@ def test_attention_in_blocks_of_queries(monkeypatch: pytest.MonkeyPatch) -> None
     model = MODELS[str({})]
     x = inputs(model, 1, 3, (5, 6))[1]
     whole = model.decode(x)
-    monkeypatch.setattr(layers, "ATTENTION_SCORES", 1)
-    monkeypatch.setattr(layers, "LEAST_QUERIES", 7)
+    monkeypatch.setattr(framewise, "ATTENTION_SCORES", 1)
+    monkeypatch.setattr(framewise, "LEAST_QUERIES", 7)
     assert difference(model.decode(x), whole) < 1e-10
     assert_bounded_equals_whole(model, Bounds(rows=2), (1, 2, (5, 6)))
 
@@ -239,7 +240,7 @@ GROWS_A_LITTLE = awake(channel_multipliers=(1, 3))
 
 def test_an_arena_moves_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a clip grows by less than twice, source and target of the move overlap."""
-    monkeypatch.setattr(bounded, "MOVED_AT_A_TIME", 37)
+    monkeypatch.setattr(workspace, "MOVED_AT_A_TIME", 37)
     assert_bounded_equals_whole(GROWS_A_LITTLE, Bounds(frames=1, pixels=9), (1, 5, (3, 4)))
 
 
@@ -268,18 +269,18 @@ def test_law_1_sees_a_halo_one_short(
 
 
 def test_law_1_sees_a_frame_read_after_it_was_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounded._Arena, "back", lambda self, clip: clip)
+    monkeypatch.setattr(workspace._Arena, "back", lambda self, clip: clip)
     assert_red(str({}), Bounds())
 
 
 def test_law_1_sees_halo_rows_summed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     everything = lambda rows, scale: (int(rows[0] / scale), 10**6)  # noqa: E731
-    monkeypatch.setattr(bounded, "rows_owned", everything)
+    monkeypatch.setattr(geometry, "rows_owned", everything)
     assert_red(str({}), Bounds(rows=3))
 
 
 def test_law_1_sees_an_arena_moved_first_part_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounded, "MOVED_AT_A_TIME", 37)
+    monkeypatch.setattr(workspace, "MOVED_AT_A_TIME", 37)
     monkeypatch.setattr(bounded, "reversed", list, raising=False)
     with pytest.raises(AssertionError):
         assert_bounded_equals_whole(GROWS_A_LITTLE, Bounds(frames=1, pixels=9), (1, 5, (3, 4)))

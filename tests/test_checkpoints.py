@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from test_foreign import inputs, rms_errors, theirs, worst
 from torch import Tensor
 
-from temporal_vae import TemporalVAE, TemporalVAEConfig, foreign
+from temporal_vae import TemporalVAE, TemporalVAEConfig
+from temporal_vae.checkpoints import diffusers_names
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -142,7 +143,7 @@ def test_gradients_are_diffusers(
     gradients = {key: p.grad for key, p in mine.named_parameters()}
     largest = max(float(p.grad.abs().max()) for p in model.parameters())
     for key, p in model.named_parameters():
-        gradient = gradients[foreign.our_name(key)]
+        gradient = gradients[diffusers_names.our_name(key)]
         assert gradient is not None
         # against the largest of all: the bias of attention's keys has none but rounding
         assert float((gradient - p.grad).abs().max()) < bound * max(

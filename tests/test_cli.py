@@ -24,13 +24,18 @@ from test_bounded import SVD_LIKE
 from test_video import audio_only, smooth, text_file, write
 from torch import Tensor
 
-from temporal_vae import TemporalVAE, app, cli, walking
-from temporal_vae.evaluate import reconstruct_frames
-from temporal_vae.metrics import psnr
+from temporal_vae import TemporalVAE
+from temporal_vae.cli import report
+from temporal_vae.convert import chunks, memory
+from temporal_vae.convert import reconstruct as reconstructing
+from temporal_vae.evaluation.evaluate import reconstruct_frames
+from temporal_vae.evaluation.metrics import psnr
 from temporal_vae.video import VideoError, VideoReader, VideoWriter, read_clip, to_bytes
-from temporal_vae.walks.plan import BudgetError, Operation, _Alive
+from temporal_vae.walks.budget import BudgetError
+from temporal_vae.walks.peak import Operation
+from temporal_vae.walks.tracing import _Alive
 
-COMMAND = [sys.executable, "-c", "from temporal_vae.cli import main; main()"]
+COMMAND = [sys.executable, "-c", "from temporal_vae.cli.main import main; main()"]
 
 
 def tvae(*words: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
@@ -80,7 +85,7 @@ def echo() -> Echo:
 
 def assert_shape_is_kept(source: Path, target: Path, echo: Echo) -> None:
     """Law 4: frames in = frames out, size in = size out, in order, timestamps kept."""
-    app.reconstruct(source, target, echo)
+    reconstructing.reconstruct(source, target, echo)
     before, after = read_clip(source), read_clip(target)
     assert after.shape == before.shape
     if target.suffix == ".mkv":
@@ -107,7 +112,7 @@ def test_shape_is_kept(
 def test_law_4_sees_a_lost_column(
     tmp_path: Path, echo: Echo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(walking, "pad_frames", lambda frames, factor: frames[:, :-1, :-1])
+    monkeypatch.setattr(chunks, "pad_frames", lambda frames, factor: frames[:, :-1, :-1])
     source = write(tmp_path / "in.mkv", smooth(3, 17, 31))
     with pytest.raises(ValueError, match=r"frames must be .*\(17, 31, 3\), got .*\(16, 30, 3\)"):
         assert_shape_is_kept(source, tmp_path / "out.mkv", echo)
@@ -126,7 +131,7 @@ def test_law_4_sees_moved_timestamps(
 def test_law_4_sees_frames_out_of_order(
     tmp_path: Path, echo: Echo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(walking, "to_bytes", lambda x, depth: to_bytes(x, depth)[::-1])
+    monkeypatch.setattr(chunks, "to_bytes", lambda x, depth: to_bytes(x, depth)[::-1])
     source = write(tmp_path / "in.mkv", smooth(9, 16, 16))
     with pytest.raises(AssertionError, match="the picture moved"):
         assert_shape_is_kept(source, tmp_path / "out.mkv", echo)
@@ -153,7 +158,9 @@ def test_a_streamed_video_is_its_whole(tmp_path: Path, causal: bool, frames: int
     """Shorter and longer than the reach, with a ragged last piece: the file equals a whole walk."""
     model = awake(torch.float32, causal_mode=causal)
     clip = smooth(frames, 9, 14)
-    summary = app.reconstruct(write(tmp_path / "in.mkv", clip), tmp_path / "out.mkv", model)
+    summary = reconstructing.reconstruct(
+        write(tmp_path / "in.mkv", clip), tmp_path / "out.mkv", model
+    )
     assert summary.clip_frames is None and summary.frames == frames
     whole, back = reconstruct_frames(clip, model), read_clip(tmp_path / "out.mkv")
     assert np.abs(back.astype(int) - whole).max() <= 1
@@ -166,7 +173,7 @@ def test_a_source_is_never_overwritten(tmp_path: Path, echo: Echo) -> None:
     before = source.read_bytes()
     for target in (source, tmp_path / "b.mkv"):
         with pytest.raises(VideoError, match="would be overwritten"):
-            app.reconstruct(source, target, echo)
+            reconstructing.reconstruct(source, target, echo)
     assert source.read_bytes() == before
 
 
@@ -174,9 +181,9 @@ def test_what_is_not_carried_is_said(tmp_path: Path, echo: Echo) -> None:
     source = tmp_path / "a.mp4"
     with VideoWriter(source, 16, 16, Fraction(25), None, Fraction(4, 3)) as writer:
         writer.write(smooth(1, 16, 16)[0], 0)
-    assert app.reconstruct(source, tmp_path / "b.mp4", echo).notes == ()
+    assert reconstructing.reconstruct(source, tmp_path / "b.mp4", echo).notes == ()
     assert VideoReader(tmp_path / "b.mp4").info.sample_aspect_ratio == Fraction(4, 3)
-    (note,) = app.reconstruct(source, tmp_path / "b.mkv", echo).notes
+    (note,) = reconstructing.reconstruct(source, tmp_path / "b.mkv", echo).notes
     assert "4/3" in note and ".mp4 only" in note
 
 
@@ -185,7 +192,9 @@ def test_progress_knows_what_is_left(tmp_path: Path, echo: Echo) -> None:
     seen: list[tuple[int, int | None]] = []
     for name in ("a.mp4", "a.mkv"):
         source = write(tmp_path / name, smooth(20, 16, 16))
-        app.reconstruct(source, tmp_path / f"out_{name}", echo, None, lambda *n: seen.append(n))
+        reconstructing.reconstruct(
+            source, tmp_path / f"out_{name}", echo, None, lambda *n: seen.append(n)
+        )
         assert seen[-1] == (20, 20)
     assert all(total == 20 for _, total in seen)
     assert [done for done, _ in seen][:3] == [4, 8, 10]  # it moves while the model still waits
@@ -196,7 +205,7 @@ def test_progress_in_a_log(
 ) -> None:
     clock = iter(range(0, 1000, 7))
     monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
-    with cli.Meter("working") as meter:
+    with report.Meter("working") as meter:
         for done in (0, 0, 10, 20, 30):  # a small budget waits long for the first frame
             meter(done, 40)
     said = capsys.readouterr().err
@@ -210,12 +219,17 @@ def test_clips(tmp_path: Path) -> None:
     source, clip = tmp_path / "in.mkv", smooth(12, 8, 8)
     write(source, clip)
     for asked, length in ((None, 5), (7, 7), ("all", None)):
-        summary = app.reconstruct(source, tmp_path / "out.mkv", svd, asked)  # type: ignore[arg-type]
+        summary = reconstructing.reconstruct(source, tmp_path / "out.mkv", svd, asked)  # type: ignore[arg-type]
         assert summary.clip_frames == length
         starts = range(0, 12, length or 12)
         parts = [reconstruct_frames(clip[s : s + (length or 12)], svd) for s in starts]
         assert np.array_equal(read_clip(tmp_path / "out.mkv"), np.concatenate(parts))
-    assert app.reconstruct(source, tmp_path / "out.mkv", awake(torch.float32), 5).clip_frames == 5
+    assert (
+        reconstructing.reconstruct(
+            source, tmp_path / "out.mkv", awake(torch.float32), 5
+        ).clip_frames
+        == 5
+    )
 
 
 BAD: list[tuple[str, Callable[[Path], object], str]] = [
@@ -332,8 +346,8 @@ def test_info(tmp_path: Path, small_model: Path) -> None:
 def test_frames_too_close_for_the_container(tmp_path: Path, echo: Echo) -> None:
     source = write(tmp_path / "a.mp4", smooth(3, 16, 16), [0, 30, 3000], Fraction(1, 90000))
     with pytest.raises(VideoError, match=r"less than a millisecond apart .* take .mp4"):
-        app.reconstruct(source, tmp_path / "b.mkv", echo)
-    app.reconstruct(source, tmp_path / "b.mp4", echo)
+        reconstructing.reconstruct(source, tmp_path / "b.mkv", echo)
+    reconstructing.reconstruct(source, tmp_path / "b.mp4", echo)
     assert times(tmp_path / "b.mp4") == times(source)
 
 
@@ -380,7 +394,7 @@ def test_a_budget_never_changes_the_file(
     model = awake(torch.float32, **options)
     source = write(tmp_path / "in.mkv", smooth(11, 19, 30))
     for name, budget in (("whole", None), ("bounded", memory)):
-        app.reconstruct(source, tmp_path / f"{name}.mkv", model, memory=budget)
+        reconstructing.reconstruct(source, tmp_path / f"{name}.mkv", model, memory=budget)
     whole, back = (read_clip(tmp_path / f"{name}.mkv") for name in ("whole", "bounded"))
     assert whole.shape == back.shape == (11, 19, 30, 3)
     assert np.abs(back.astype(int) - whole).max() <= 1 and (back != whole).mean() < 1e-3
@@ -400,16 +414,16 @@ def test_a_stream_is_planned_within_its_budget(options: dict[str, Any], length: 
     """All that is alive while the command's walk runs: states, frames and the end included."""
     model, frames = awake(torch.float32, **options), smooth(length, 32, 48)
     with pytest.raises(ValueError, match="below the least that a stream of 48x32") as error:
-        walking.stream_plans(model, (32, 48), 1000)
+        memory.stream_plans(model, (32, 48), 1000)
     least = int(re.findall(r"with: (\d+) bytes", str(error.value))[0])
     for budget in (least, 2 * least):
-        plans = walking.stream_plans(model, (32, 48), budget)
+        plans = memory.stream_plans(model, (32, 48), budget)
         assert plans.encode.stream and plans.decode.stream and plans.peak_bytes <= budget
         cut = (frames[i : i + plans.frames] for i in range(0, len(frames), plans.frames))
         with _Alive() as alive:
             for parameter in model.parameters():
                 alive.leave_out(parameter)
-            walk = walking._walk_stream(cut, model, plans.encode, plans.decode)
+            walk = chunks._walk_stream(cut, model, plans.encode, plans.decode)
             given = sum(len(images) for images in walk)
         assert given == len(frames)
         assert 0.4 * plans.peak_bytes < alive.most <= plans.peak_bytes
@@ -429,19 +443,19 @@ def test_codecs_count_in_a_budget(kind: str, monkeypatch: pytest.MonkeyPatch) ->
 
     def total(budget: int) -> int:
         if kind == "stream":
-            return walking.stream_plans(model, size, budget).walk_bytes
+            return memory.stream_plans(model, size, budget).walk_bytes
         if kind == "clip":
-            return walking.clip_plans(model, (1, 3, 4, *size), budget)[2].reserved
+            return memory.clip_plans(model, (1, 3, 4, *size), budget)[2].reserved
         operation: Operation = "encode" if kind == "encode" else "decode"
-        plan, _ = walking._one_way_plan(model, operation, 2, size, budget, stream=True)
+        plan, _ = memory.one_way_plan(model, operation, 2, size, budget, stream=True)
         assert plan is not None
         return reserved.pop()
 
-    monkeypatch.setattr(walking, "reserve", lambda size, device: reserved.append(size))
+    monkeypatch.setattr(memory, "reserve", lambda size, device: reserved.append(size))
     without = least()
-    monkeypatch.setattr(walking, "CODEC_BYTES", taken)
-    monkeypatch.setattr(walking, "CODEC_BYTES_A_PIXEL", 1.5)
-    frames = 0 if kind == "encode" else walking.LOOKED_AHEAD
+    monkeypatch.setattr(memory, "CODEC_BYTES", taken)
+    monkeypatch.setattr(memory, "CODEC_BYTES_A_PIXEL", 1.5)
+    frames = 0 if kind == "encode" else memory.LOOKED_AHEAD
     assert least() == without + taken + int(frames * 32 * 48 * 1.5)
     assert total(least()) <= without
     with pytest.raises(ValueError, match="below the least"):
@@ -453,7 +467,7 @@ def test_codecs_and_the_heap_are_not_of_the_memory_of_a_gpu() -> None:
         model: Any = SimpleNamespace(
             device=torch.device(device), dtype=torch.float16, input_channels=3
         )
-        found = walking.Beside.of(model, 4, (32, 48), walking.LOOKED_AHEAD)
+        found = memory.Beside.of(model, 4, (32, 48), memory.LOOKED_AHEAD)
         return found.frames, found.total(10**6)
 
     frames, total = beside("cuda")
@@ -469,7 +483,7 @@ def test_a_piece_that_fits_whole_is_taken_before_a_longer_one_in_bands() -> None
         return (SimpleNamespace(banded=frames >= banded_from),)
 
     def chosen(banded_from: int, most: int) -> int | None:
-        found = walking._largest_piece(lambda n: plans(n, banded_from, most))
+        found = memory._largest_piece(lambda n: plans(n, banded_from, most))
         return found and found[0]
 
     assert [chosen(99, 99), chosen(99, 8), chosen(16, 99), chosen(2, 99)] == [32, 8, 8, 1]
@@ -492,18 +506,18 @@ def test_memory_is_reserved_before_the_first_frame(
     message: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    honest, sizes = walking.reserve, []
+    honest, sizes = memory.reserve, []
 
     def more(size: int, device: torch.device) -> None:
         sizes.append(size)
         honest(2**60, device)
 
-    monkeypatch.setattr(walking, "reserve", more)
-    monkeypatch.setattr(walking, "available_bytes", lambda device: free)
+    monkeypatch.setattr(memory, "reserve", more)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: free)
     source = write(tmp_path / "in.mkv", smooth(3, 16, 16))
     seen: list[int] = []
     with pytest.raises(ValueError, match=message):
-        app.reconstruct(
+        reconstructing.reconstruct(
             source, tmp_path / "out.mkv", awake(torch.float32, **options), None,
             lambda *n: seen.append(n[0]), "64MiB",
         )  # fmt: skip
@@ -515,9 +529,9 @@ def test_the_least_memory_for_clips_can_be_met(tmp_path: Path) -> None:
     model = awake(torch.float32, **SVD_LIKE)
     source = write(tmp_path / "in.mkv", smooth(5, 16, 16))
     with pytest.raises(ValueError, match="below the least that a clip of 4 frames") as error:
-        app.reconstruct(source, tmp_path / "out.mkv", model, memory=1000)
+        reconstructing.reconstruct(source, tmp_path / "out.mkv", model, memory=1000)
     least = int(re.findall(r"with: (\d+) bytes", str(error.value))[0])
-    app.reconstruct(source, tmp_path / "out.mkv", model, memory=least)
+    reconstructing.reconstruct(source, tmp_path / "out.mkv", model, memory=least)
     assert len(read_clip(tmp_path / "out.mkv")) == 5
 
 
@@ -525,11 +539,11 @@ def test_the_least_memory_for_a_stream_can_be_met(tmp_path: Path) -> None:
     model = awake(torch.float32)
     source = write(tmp_path / "in.mkv", smooth(5, 48, 64))
     with pytest.raises(ValueError, match="below the least that a stream of 64x48") as error:
-        app.reconstruct(source, tmp_path / "out.mkv", model, memory=1000)
+        reconstructing.reconstruct(source, tmp_path / "out.mkv", model, memory=1000)
     least = int(re.findall(r"with: (\d+) bytes", str(error.value))[0])
-    app.reconstruct(source, tmp_path / "out.mkv", model, memory=least)
+    reconstructing.reconstruct(source, tmp_path / "out.mkv", model, memory=least)
     with pytest.raises(ValueError, match="below the least"):
-        app.reconstruct(source, tmp_path / "out.mkv", model, memory=least // 2)
+        reconstructing.reconstruct(source, tmp_path / "out.mkv", model, memory=least // 2)
 
 
 @given(st.lists(st.integers(0, 9), max_size=12))
@@ -538,7 +552,7 @@ def test_latents_are_joined_to_pieces_as_large_as_the_first(lengths: list[int]) 
     latents = torch.arange(sum(lengths)).view(1, 1, -1, 1, 1)
     pieces = latents.split([n for n in lengths if n], 2) if any(lengths) else ()
     given = iter(pieces)
-    found = list(walking._joined(next(given) if n else None for n in lengths))
+    found = list(chunks._joined(next(given) if n else None for n in lengths))
     assert [x is None for x in found].count(True) == lengths.count(0)
     joined = [x for x in found if x is not None]
     assert all(x.shape[2] for x in joined)

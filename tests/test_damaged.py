@@ -327,7 +327,7 @@ def test_absurd_dimensions_are_refused(tmp_path: Path) -> None:
 def test_a_large_picture_is_refused_before_it_is_decoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("temporal_vae.video.container.MAX_PIXELS", 1000)
+    monkeypatch.setattr("temporal_vae.video.read.container.MAX_PIXELS", 1000)
     path = write(tmp_path / "a.mkv", smooth(1, 32, 32))
     with pytest.raises(VideoError, match=r"32x32 are larger than the 1000 pixels"):
         VideoReader(path)

@@ -104,7 +104,7 @@ def test_the_public_names_are_the_documented_ones() -> None:
 
 
 def test_every_verb_is_in_the_readme() -> None:
-    from temporal_vae.cli import command
+    from temporal_vae.cli.main import command
 
     for verb in command.registered_commands:
         assert verb.callback is not None

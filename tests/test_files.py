@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from temporal_vae.files import atomic_path
+from temporal_vae.files.atomic import atomic_path
 
 
 def test_the_new_file_takes_the_name_at_the_end(tmp_path: Path) -> None:

@@ -11,8 +11,10 @@ from conftest import difference, redraw
 from diffusers import AutoencoderKLTemporalDecoder
 from torch import Tensor, nn
 
-from temporal_vae import TemporalVAE, TemporalVAEConfig, foreign, layers
-from temporal_vae.layers import TemporalBlock
+from temporal_vae import TemporalVAE, TemporalVAEConfig
+from temporal_vae.checkpoints import diffusers_names
+from temporal_vae.network import primitives
+from temporal_vae.network.timewise import TemporalBlock
 
 
 def theirs(widths: tuple[int, ...] = (32, 64), **options: Any) -> Any:
@@ -29,7 +31,7 @@ def theirs(widths: tuple[int, ...] = (32, 64), **options: Any) -> Any:
 
 def ours(model: Any) -> TemporalVAE:
     """Our model with the weights of theirs."""
-    config, state = foreign.from_diffusers(model.state_dict(), model.config)
+    config, state = diffusers_names.from_diffusers(model.state_dict(), model.config)
     result = TemporalVAE.from_config(config).to(next(iter(state.values())).dtype)
     result.load_state_dict(state)
     return result
@@ -125,8 +127,8 @@ def test_rounding_is_no_worse_than_diffusers(dtype: torch.dtype) -> None:
 
 def test_the_way_back_gives_every_tensor_and_a_model_of_theirs() -> None:
     model = theirs()
-    config, state = foreign.from_diffusers(model.state_dict(), model.config)
-    their_config, their_state = foreign.to_diffusers(config, state)
+    config, state = diffusers_names.from_diffusers(model.state_dict(), model.config)
+    their_config, their_state = diffusers_names.to_diffusers(config, state)
     original = model.state_dict()
     assert their_state.keys() == original.keys()
     assert all(torch.equal(their_state[key], original[key]) for key in original)
@@ -152,7 +154,7 @@ def test_full_size() -> None:
 
 
 def test_law_6_sees_a_wrong_eps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "TEMPORAL_EPS", layers.SPATIAL_EPS)
+    monkeypatch.setattr(primitives, "TEMPORAL_EPS", primitives.SPATIAL_EPS)
     model = theirs()
     assert worst(model, ours(model), *inputs(1, 3, (16, 16))) > 1e-10
 
@@ -175,15 +177,17 @@ def test_law_6_sees_a_norm_per_frame(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_has_no_counterpart_is_refused() -> None:
     with pytest.raises(ValueError, match="AutoencoderTiny"):
-        foreign.from_diffusers({}, {"_class_name": "AutoencoderTiny"})
+        diffusers_names.from_diffusers({}, {"_class_name": "AutoencoderTiny"})
     with pytest.raises(ValueError, match="layers_per_block must be 2"):
-        foreign.from_diffusers({}, {"layers_per_block": 3})
+        diffusers_names.from_diffusers({}, {"layers_per_block": 3})
     with pytest.raises(ValueError, match="must be equal"):
-        foreign.from_diffusers({}, {"layers_per_block": 2, "in_channels": 3, "out_channels": 4})
+        diffusers_names.from_diffusers(
+            {}, {"layers_per_block": 2, "in_channels": 3, "out_channels": 4}
+        )
 
 
 def test_what_diffusers_cannot_express_is_named() -> None:
     config = replace(TemporalVAEConfig.svd(), norm_groups=16, latent_shift_factor=0.5)
     with pytest.raises(ValueError, match="norm_groups=16") as error:
-        foreign.to_diffusers(config, {})
+        diffusers_names.to_diffusers(config, {})
     assert "latent_shift_factor=0.5" in str(error.value)

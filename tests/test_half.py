@@ -17,10 +17,13 @@ from safetensors.torch import load_file
 from test_bounded import LAYOUTS, SVD_LIKE
 from torch import Tensor, nn
 
-from temporal_vae import TemporalVAE, foreign, half
-from temporal_vae.kernels.norm import Moments, group_norm_in_float32, normalise
-from temporal_vae.layers import Scales
-from temporal_vae.walks.bounded import Bounds, walk
+from temporal_vae import TemporalVAE
+from temporal_vae.checkpoints import diffusers_names
+from temporal_vae.network import float16
+from temporal_vae.network.kernels.norm import Moments, group_norm_in_float32, normalise
+from temporal_vae.network.primitives import Scales
+from temporal_vae.walks.bounded import walk
+from temporal_vae.walks.stages import Bounds
 from temporal_vae.walks.streamed import finish, step
 
 WRITERS = re.compile(r"\b(conv_in|conv2|to_out\.0)\.")
@@ -62,7 +65,7 @@ def theirs(family: str) -> Any:
 
 def ours(model: Any) -> TemporalVAE:
     """Our model with the weights of theirs."""
-    config, state = foreign.from_diffusers(model.state_dict(), model.config)
+    config, state = diffusers_names.from_diffusers(model.state_dict(), model.config)
     result = TemporalVAE.from_config(config).double()
     result.load_state_dict(state)
     return result
@@ -353,10 +356,10 @@ def test_files_keep_the_checkpoints_weights(tmp_path: Path) -> None:
 
 
 def test_the_power_of_two() -> None:
-    assert [half.power_of_two(x) for x in (0.0, 1024.0, 1024.1, 2048.0, 65504.0)] == [
+    assert [float16.power_of_two(x) for x in (0.0, 1024.0, 1024.1, 2048.0, 65504.0)] == [
         1.0, 1.0, 0.5, 0.5, 2.0**-6,
     ]  # fmt: skip
-    assert half.power_of_two(float("inf")) == half.power_of_two(float("nan")) == 1.0
+    assert float16.power_of_two(float("inf")) == float16.power_of_two(float("nan")) == 1.0
 
 
 # Norms of float16 ----------------------------------------------------------------------------

@@ -14,10 +14,10 @@ import torch
 from conftest import awake
 from test_video import smooth, write
 
-from temporal_vae import walking
-from temporal_vae.layers import Framewise
-from temporal_vae.walks import bounded, heap, streamed
-from temporal_vae.walks.bounded import Bounds
+from temporal_vae.convert import memory
+from temporal_vae.network.framewise import Framewise
+from temporal_vae.walks import bounded, heap, stages, streamed
+from temporal_vae.walks.stages import Bounds
 
 pytestmark = pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc" or heap.anonymous_bytes() is None, reason="not glibc on Linux"
@@ -122,7 +122,7 @@ def test_every_layer_of_a_bounded_walk_is_watched(monkeypatch: pytest.MonkeyPatc
     latent = torch.randn(1, 4, 3, 4, 6).double()
     layers = list(model.decoder.layers())
     framewise = [layer for layer in layers if isinstance(layer, Framewise)]
-    frame = max(map(math.prod, bounded.shapes_in(framewise, (1, 4, 1, 4, 6)))) * 8
+    frame = max(map(math.prod, stages.shapes_in(framewise, (1, 4, 1, 4, 6)))) * 8
 
     def looked(walk: Callable[[Bounds], object], bounds: Bounds) -> list[int]:
         looks.clear()
@@ -239,8 +239,8 @@ def test_what_a_process_keeps_is_free_to_it(tmp_path: Path) -> None:
 def test_further_clips_are_within_what_the_first_one_took() -> None:
     """Others may have taken what was free then, of the budget too."""
     model = awake(torch.float32, base_channels=8)
-    *_, needed = walking.clip_plans(model, (1, 3, 4, 32, 32), 2**33)
+    *_, needed = memory.clip_plans(model, (1, 3, 4, 32, 32), 2**33)
     assert needed.reserved <= needed.total < 2**28 and needed.settle(2**33) == needed.total
     assert needed.settle("least") == "least" and needed.settle(5) == 5
-    *_, again = walking.clip_plans(model, (1, 3, 3, 32, 32), needed.total)
+    *_, again = memory.clip_plans(model, (1, 3, 3, 32, 32), needed.total)
     assert again.total <= needed.total

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from temporal_vae.kernels.conv import conv2d
-from temporal_vae.kernels.norm import group_norm, group_norm_reference
+from temporal_vae.network.kernels.conv import conv2d
+from temporal_vae.network.kernels.norm import group_norm, group_norm_reference
 
 SHAPES = [
     (2, 8, 6, 5),

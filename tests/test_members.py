@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from temporal_vae import TemporalVAE, TemporalVAEConfig, losses
-from temporal_vae.walks import plan
+from temporal_vae.walks import tracing
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -226,7 +226,7 @@ def test_a_copy_is_the_same_and_shares_nothing(
 def test_a_copy_takes_the_memory_of_one_more_model() -> None:
     model = awake(torch.float32)
     size = sum(p.nbytes for p in model.parameters())
-    with plan._Alive() as alive:
+    with tracing._Alive() as alive:
         for p in model.parameters():
             alive.leave_out(p)
         model.clone()

@@ -19,11 +19,12 @@ from test_streams import LAYOUTS, MODELS, clip, cut, join
 from torch import Tensor
 
 from temporal_vae import TemporalVAE
-from temporal_vae import model as model_module
-from temporal_vae.layers import FrameConv, ResidualBlock, TemporalBlock, TimeConv
-from temporal_vae.walks import available, bounded, streamed
-from temporal_vae.walks.bounded import Bounds
-from temporal_vae.walks.plan import _Alive
+from temporal_vae import model as face
+from temporal_vae.network.framewise import FrameConv, ResidualBlock
+from temporal_vae.network.timewise import TemporalBlock, TimeConv
+from temporal_vae.walks import bounded, budget, streamed, workspace
+from temporal_vae.walks.stages import Bounds
+from temporal_vae.walks.tracing import _Alive
 
 BOUNDS = [
     Bounds(frames=1, pixels=3),
@@ -572,7 +573,7 @@ def test_frames_as_they_are_made(layout: str) -> None:
 
 def test_a_budget_above_what_is_free_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = MODELS[str({})]
-    monkeypatch.setattr(model_module, "available_bytes", lambda device: 10 * 2**20)
+    monkeypatch.setattr(face, "available_bytes", lambda device: 10 * 2**20)
     assert model.plan((1, 4, 2, 2, 2), budget="9MiB").peak_bytes < 9 * 2**20
     with pytest.raises(ValueError, match=r"11MiB.* is above the memory that is free, 10485760"):
         model.plan((1, 4, 2, 2, 2), budget="11MiB")
@@ -580,15 +581,15 @@ def test_a_budget_above_what_is_free_is_refused(monkeypatch: pytest.MonkeyPatch)
 
 def test_what_is_free(tmp_path: Path) -> None:
     cpu = torch.device("cpu")
-    assert 2**26 < (available.available_bytes(cpu) or 0) < 2**50
-    assert available.available_bytes(torch.device("meta")) is None
-    assert available._left_in_container(tmp_path) is None
+    assert 2**26 < (budget.available_bytes(cpu) or 0) < 2**50
+    assert budget.available_bytes(torch.device("meta")) is None
+    assert budget._left_in_container(tmp_path) is None
     (tmp_path / "memory.max").write_text("1000\n")
     (tmp_path / "memory.current").write_text("700\n")
     (tmp_path / "memory.stat").write_text("anon 100\ninactive_file 200\n")
-    assert available._left_in_container(tmp_path) == 500
+    assert budget._left_in_container(tmp_path) == 500
     (tmp_path / "memory.max").write_text("max\n")
-    assert available._left_in_container(tmp_path) is None
+    assert budget._left_in_container(tmp_path) is None
 
 
 @torch.no_grad()
@@ -772,9 +773,9 @@ def assert_red(layout: dict[str, Any], bounds: Bounds, sizes: list[int]) -> None
 def test_law_2_sees_a_bounded_step_that_drops_its_tails(
     layout: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = bounded._like
+    honest = workspace.new_like
     assert layout in LAYOUTS
-    monkeypatch.setattr(bounded, "_like", lambda tail: honest(tail).zero_())
+    monkeypatch.setattr(workspace, "new_like", lambda tail: honest(tail).zero_())
     assert_bounded_pieces_equal_whole(MODELS[str(layout)], [9, 8], Bounds(pixels=3))  # all written
     advance = TemporalBlock.advance
 
@@ -804,9 +805,9 @@ def test_all_memory_is_asked_for_before_the_first_layer(
     steps = model.plan(latent.shape, budget="least", stream=True)
     assert plan.bounds is not None
     assert plan.bounds.workspace == next(size for name, size in plan.parts if " in " in name)
-    honest, asked, moments = bounded.Room.reserve, list[int](), list[str]()
+    honest, asked, moments = workspace.Room.reserve, list[int](), list[str]()
 
-    def reserve(self: bounded.Room) -> None:
+    def reserve(self: workspace.Room) -> None:
         with _Alive() as alive:
             honest(self)
         asked.append(alive.most)
@@ -816,7 +817,7 @@ def test_all_memory_is_asked_for_before_the_first_layer(
         for name in ("frames", "pixels", "advance"):
             if name in vars(kind):
                 monkeypatch.setattr(kind, name, noting(getattr(kind, name), moments))
-    monkeypatch.setattr(bounded.Room, "reserve", reserve)
+    monkeypatch.setattr(workspace.Room, "reserve", reserve)
 
     def begins(walk: Callable[[], object], bounds: Bounds | None) -> None:
         moments.clear()
@@ -836,7 +837,7 @@ def test_all_memory_is_asked_for_before_the_first_layer(
     plain = image.plan(latent.shape, budget="least", stream=True)
     begins(lambda: image.decode_step(latent, None, plain), plain.bounds)
 
-    monkeypatch.setattr(bounded.Room, "reserve", honest)
+    monkeypatch.setattr(workspace.Room, "reserve", honest)
     moments.clear()
     with pytest.raises(RuntimeError, match="allocate"):
         bounded.walk(model.decoder, latent, Bounds(workspace=2**60))

@@ -16,7 +16,8 @@ from torch.distributions import Normal
 from torch.distributions import kl_divergence as torch_kl
 
 import temporal_vae
-from temporal_vae import LatentDistribution, TemporalVAE, TemporalVAEConfig, checkpoint
+from temporal_vae import LatentDistribution, TemporalVAE, TemporalVAEConfig
+from temporal_vae.checkpoints import pretrained
 
 SHAPES: list[dict[str, Any]] = [
     {"channel_multipliers": multipliers, "num_temporal_layers": layers}
@@ -306,7 +307,7 @@ def test_loading_what_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"neither a built-in one \(tiny\)"):
         TemporalVAE.from_pretrained(tmp_path)
     awake(torch.float32).save_pretrained(tmp_path)
-    weights, config = tmp_path / checkpoint.WEIGHTS_FILE, tmp_path / checkpoint.CONFIG_FILE
+    weights, config = tmp_path / pretrained.WEIGHTS_FILE, tmp_path / pretrained.CONFIG_FILE
     data, text = weights.read_bytes(), config.read_text()
     weights.write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match="damaged"):
@@ -330,5 +331,5 @@ def test_tiny_is_bundled() -> None:
     assert model.config == TemporalVAEConfig.tiny()
     assert model.dtype == torch.float32
     folder = Path(temporal_vae.__file__).parent / "weights" / "tiny"
-    size = (folder / checkpoint.WEIGHTS_FILE).stat().st_size
+    size = (folder / pretrained.WEIGHTS_FILE).stat().st_size
     assert size <= 16 * 2**20

@@ -18,10 +18,13 @@ from test_reading import alpha_file, bars, encode_frames, h264, pillow, save
 from test_verbs import Said, here
 from test_video import noise, smooth, write
 
-from temporal_vae import LatentFile, LatentInfo, TemporalVAE, app, coding, read_latents
-from temporal_vae.jobs import VIDEO_SUFFIXES, find_inputs
+from temporal_vae import LatentFile, LatentInfo, TemporalVAE, read_latents
+from temporal_vae.cli.inputs import VIDEO_SUFFIXES, find_inputs
+from temporal_vae.cli.options import cut, rate, reader_options, seconds, sides
+from temporal_vae.convert import decode as decoding
+from temporal_vae.convert import encode as encoding
+from temporal_vae.convert import reconstruct as reconstructing
 from temporal_vae.video import Image, VideoError, VideoReader, read_clip
-from temporal_vae.words import cut, rate, reader_options, seconds, sides
 
 
 @pytest.fixture
@@ -49,8 +52,8 @@ def latents_of(
 ) -> tuple[LatentInfo, list[Fraction]]:
     """Header and times of a file encoded with options beside `target`, and decoded to it."""
     path, record = target.with_suffix(".safetensors"), model.latent_record()
-    coding.encode(source, path, model, record, options=options, overwrite=True)  # type: ignore[arg-type]
-    coding.decode(path, target, model, record, alpha=options.get("alpha"), overwrite=True)
+    encoding.encode(source, path, model, record, options=options, overwrite=True)  # type: ignore[arg-type]
+    decoding.decode(path, target, model, record, alpha=options.get("alpha"), overwrite=True)
     with LatentFile(path) as file:
         return file.info, [stamp * file.info.time_base for stamp in file.timestamps()]
 
@@ -76,11 +79,11 @@ def test_what_is_chosen_goes_through_every_verb(
     """Frames, size and times are those that the reader chooses, of an uneven rate and B-frames."""
     source, echo = h264(tmp_path / "in.mp4"), Echo(base_channels=8, channel_multipliers=(1, 2))
     expected, stamps = chosen(source, **options)
-    app.reconstruct(source, tmp_path / "echo.mkv", echo, options=options)  # type: ignore[arg-type]
+    reconstructing.reconstruct(source, tmp_path / "echo.mkv", echo, options=options)  # type: ignore[arg-type]
     assert np.array_equal(read_clip(tmp_path / "echo.mkv"), expected)
     apart = np.array(times(tmp_path / "echo.mkv")) - np.array(stamps, float)
     assert np.abs(apart).max() <= 0.0005001, "timestamps moved"
-    app.reconstruct(source, tmp_path / "whole.mkv", causal, options=options)  # type: ignore[arg-type]
+    reconstructing.reconstruct(source, tmp_path / "whole.mkv", causal, options=options)  # type: ignore[arg-type]
     info, stored = latents_of(source, tmp_path / "out.mkv", causal, **options)
     assert stored == stamps
     assert (info.frames, info.height, info.width) == expected.shape[:3]
@@ -113,12 +116,14 @@ def test_a_squeezed_picture_is_shown_in_its_shape(
     with VideoWriter(source, 16, 32, Fraction(25), None, ratio) as writer:
         writer.write(smooth(1, 16, 32)[0], 0)
     echo = Echo(base_channels=8, channel_multipliers=(1, 2))
-    notes = app.reconstruct(source, tmp_path / "b.mp4", echo, options={"size": size}).notes
+    notes = reconstructing.reconstruct(
+        source, tmp_path / "b.mp4", echo, options={"size": size}
+    ).notes
     assert any("squeezed" in note for note in notes) == (expected == 2)
     with VideoReader(tmp_path / "b.mp4") as video:
         assert (video.info.sample_aspect_ratio or 1) == expected
     latents = tmp_path / "a.safetensors"
-    info = coding.encode(source, latents, echo, echo.latent_record(), options={"size": size}).info
+    info = encoding.encode(source, latents, echo, echo.latent_record(), options={"size": size}).info
     assert (info.sample_aspect_ratio or 1) == expected
 
 
@@ -228,7 +233,7 @@ def test_folders_of_images_are_clips(
 def test_a_folder_of_images_through_reconstruct_and_back(tmp_path: Path) -> None:
     echo = Echo(base_channels=8, channel_multipliers=(1, 2))
     folder = images(tmp_path / "clip", 4)
-    summary = app.reconstruct(folder, tmp_path / "out.mkv", echo, options={"fps": 12})
+    summary = reconstructing.reconstruct(folder, tmp_path / "out.mkv", echo, options={"fps": 12})
     assert np.array_equal(read_clip(tmp_path / "out.mkv"), smooth(4, 18, 20))
     assert times(tmp_path / "out.mkv") == pytest.approx([0, 1 / 12, 2 / 12, 3 / 12], abs=6e-4)
     assert summary.frames == 4
@@ -262,7 +267,7 @@ def test_a_grey_model_sees_the_luma(tmp_path: Path) -> None:
     """It gives grey, which a file has as three equal colours; law 4 as for any other."""
     grey = awake(torch.float32, input_channels=1, causal_mode=True)
     source = write(tmp_path / "in.mkv", noise(7, 17, 31))
-    app.reconstruct(source, tmp_path / "whole.mkv", grey)
+    reconstructing.reconstruct(source, tmp_path / "whole.mkv", grey)
     info, _ = latents_of(source, tmp_path / "out.mkv", grey)
     assert (info.frames, info.height, info.width) == (7, 17, 31)
     clip = read_clip(tmp_path / "out.mkv")
@@ -270,7 +275,7 @@ def test_a_grey_model_sees_the_luma(tmp_path: Path) -> None:
     assert np.array_equal(clip[..., 0], clip[..., 1]) and np.array_equal(clip[..., 1], clip[..., 2])
     assert clip.std() > 1 and times(tmp_path / "out.mkv") == times(source)
     echo = Echo(input_channels=1, base_channels=8, channel_multipliers=(1, 2))
-    app.reconstruct(source, tmp_path / "echo.mkv", echo)
+    reconstructing.reconstruct(source, tmp_path / "echo.mkv", echo)
     assert np.array_equal(read_clip(tmp_path / "echo.mkv")[..., :1], chosen(source, channels=1)[0])
 
 
@@ -279,21 +284,21 @@ def test_a_model_of_four_channels_sees_the_alpha(tmp_path: Path, kind: str) -> N
     source, _ = alpha_file(tmp_path, kind)
     model = awake(torch.float32, input_channels=4, causal_mode=True)
     with pytest.raises(VideoError, match=r"no place for the alpha .* --alpha drop"):
-        app.reconstruct(source, tmp_path / "out.mp4", model)
+        reconstructing.reconstruct(source, tmp_path / "out.mp4", model)
     with pytest.raises(VideoError, match=r"no place for the alpha .* --alpha drop"):
         latents_of(source, tmp_path / "out.mp4", model)
-    app.reconstruct(source, tmp_path / "whole.mkv", model, options={"alpha": "drop"})
+    reconstructing.reconstruct(source, tmp_path / "whole.mkv", model, options={"alpha": "drop"})
     latents_of(source, tmp_path / "out.mkv", model, alpha="drop")
     whole = read_clip(tmp_path / "whole.mkv")
     assert np.array_equal(read_clip(tmp_path / "out.mkv"), whole)
     four = chosen(source, channels=4)[0]
     assert whole.shape == (*four.shape[:3], 3)
     echo = Echo(input_channels=4, base_channels=8, channel_multipliers=(1, 2))
-    app.reconstruct(source, tmp_path / "echo.mkv", echo, options={"alpha": "drop"})
+    reconstructing.reconstruct(source, tmp_path / "echo.mkv", echo, options={"alpha": "drop"})
     assert np.array_equal(read_clip(tmp_path / "echo.mkv"), four[..., :3])
-    app.reconstruct(source, tmp_path / "kept.mkv", echo)
+    reconstructing.reconstruct(source, tmp_path / "kept.mkv", echo)
     assert np.array_equal(chosen(tmp_path / "kept.mkv", channels=4)[0], four)
-    app.reconstruct(source, tmp_path / "whole4.mkv", model)
+    reconstructing.reconstruct(source, tmp_path / "whole4.mkv", model)
     latents_of(source, tmp_path / "out4.mkv", model)
     both = [chosen(tmp_path / f"{name}4.mkv", channels=4)[0] for name in ("whole", "out")]
     assert np.array_equal(both[0], both[1]) and np.array_equal(both[0][..., :3], whole)
@@ -326,20 +331,20 @@ def test_colours_and_depth_of_the_source_are_recorded(tmp_path: Path, causal: Te
     source = encode_frames(tmp_path / "a.mp4", [bars("yuv420p10le", 16, 24, True)], "libx264",
                            **tags)  # fmt: skip
     path, record = tmp_path / "a.safetensors", causal.latent_record()
-    encoded = coding.encode(source, path, causal, record)
+    encoded = encoding.encode(source, path, causal, record)
     info = encoded.info
     assert encoded.notes == (), "what the header keeps is not lost"
     assert dict(info.colour) == {"matrix": "9", "primaries": "9", "range": "1", "transfer": "14"}
     assert info.bit_depth == 10
-    assert coding.colour_of(info) == VideoReader(source).info.colour
+    assert decoding.colour_of(info) == VideoReader(source).info.colour
     for name, pixels in (("b.mp4", "yuv420p10le"), ("b.mkv", "gbrp10le")):
-        assert coding.decode(path, tmp_path / name, causal, record).notes == ()
+        assert decoding.decode(path, tmp_path / name, causal, record).notes == ()
         again = VideoReader(tmp_path / name).info
         assert again.pixel_format == pixels
         assert (again.colour.primaries, again.colour.transfer) == (9, 14)
     for notes in (
-        coding.decode(path, tmp_path / "d.webm", causal, record).notes,
-        app.reconstruct(source, tmp_path / "e.webm", causal).notes,
+        decoding.decode(path, tmp_path / "d.webm", causal, record).notes,
+        reconstructing.reconstruct(source, tmp_path / "e.webm", causal).notes,
     ):
         assert "its 10 bits are written as 8" in notes[0]
 

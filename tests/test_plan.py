@@ -18,9 +18,12 @@ from test_bounded import SVD_LIKE
 from torch import Tensor
 
 from temporal_vae import TemporalVAE
-from temporal_vae import model as model_module
-from temporal_vae.walks.bounded import Bounds
-from temporal_vae.walks.plan import Plan, Question, Tracer, _Alive, parse_budget
+from temporal_vae import model as face
+from temporal_vae.walks.budget import parse_budget
+from temporal_vae.walks.peak import Question
+from temporal_vae.walks.plan import Plan
+from temporal_vae.walks.stages import Bounds
+from temporal_vae.walks.tracing import Tracer, _Alive
 
 LAYOUTS: list[dict[str, Any]] = [{}, {"causal_mode": True}, SVD_LIKE]
 MODELS = {str(options): awake(base_channels=16, **options) for options in LAYOUTS}
@@ -263,12 +266,12 @@ def test_a_plan_is_the_same_wherever_it_is_made(operation: Any, stream: bool) ->
         torch.no_grad, torch.enable_grad, torch.inference_mode,
         partial(torch.autocast, "cpu", torch.bfloat16),
     ):  # fmt: skip
-        model_module._planner.cache_clear()
+        face._planner.cache_clear()
         with surroundings():
             found.append(plans())
     assert all(each == found[0] for each in found)
     with torch.inference_mode():  # and begun in one place, gone on with in another
-        model_module._planner.cache_clear()
+        face._planner.cache_clear()
         first = model.plan(shape, operation, stream=stream)
     assert [first, model.plan(shape, operation, budget="least", stream=stream)] == found[0]
 
@@ -277,7 +280,7 @@ def test_a_plan_is_the_same_wherever_it_is_made(operation: Any, stream: bool) ->
 def test_threads_may_use_one_model_and_one_planner() -> None:
     model, x = MODELS[str({})], latent(MODELS[str({})], 3)
     least = model.plan(x.shape, budget="least").peak_bytes
-    model_module._planner.cache_clear()
+    face._planner.cache_clear()
     model.plan(x.shape)  # the one planner, with all other ways still to be counted
     inputs = [(x, "least"), (x, None), (x, 2 * least), (x, 1), (latent(model, 4), "least")]
     results: dict[int, Tensor | Exception] = {}
@@ -308,15 +311,15 @@ def test_threads_may_use_one_model_and_one_planner() -> None:
 
 def test_a_child_of_a_process_that_plans_can_plan() -> None:
     """A thread that it does not have may hold what it needs."""
-    held = model_module._planner(_question(MODELS[str({})]))
+    held = face._planner(_question(MODELS[str({})]))
     with held._lock:
         child = os.fork()
         if not child:
             signal.alarm(30)
-            again = model_module._planner(_question(MODELS[str({})]))
+            again = face._planner(_question(MODELS[str({})]))
             os._exit(int(again is held))
     assert os.waitpid(child, 0)[1] == 0
-    assert model_module._planner(_question(MODELS[str({})])) is held
+    assert face._planner(_question(MODELS[str({})])) is held
 
 
 def _question(model: TemporalVAE) -> Question:

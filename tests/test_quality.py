@@ -10,8 +10,10 @@ import pytest
 from conftest import SHARED, difference, pixels
 from PIL import Image
 
-from temporal_vae import TemporalVAE, metrics, pictures
-from temporal_vae.evaluate import LinearBaseline, evaluate, mean_scores, reconstruct_frames
+from temporal_vae import TemporalVAE
+from temporal_vae.evaluation import metrics, pictures
+from temporal_vae.evaluation.baseline import LinearBaseline
+from temporal_vae.evaluation.evaluate import evaluate, mean_scores, reconstruct_frames
 from temporal_vae.video import Bytes, read_clip, to_bytes, to_pixels
 
 FLAT = [0, 128, 255]

@@ -34,9 +34,10 @@ from temporal_vae.video import (
     to_bytes,
     to_pixels,
 )
-from temporal_vae.video.ahead import Ahead, Recycler
-from temporal_vae.video.converting import turn
-from temporal_vae.video.selecting import even, exact_rate
+from temporal_vae.video.frames import exact_rate
+from temporal_vae.video.read.prefetch import Ahead, Recycler
+from temporal_vae.video.read.selection import even
+from temporal_vae.video.read.to_rgb import turn
 
 WEIGHTS = {1: (0.2126, 0.0722), 4: (0.30, 0.11), 5: (0.299, 0.114), 6: (0.299, 0.114),
            7: (0.212, 0.087), 9: (0.2627, 0.0593)}  # fmt: skip
@@ -542,7 +543,7 @@ def test_a_sought_part_equals_the_whole(
 
 
 def test_seeking_does_not_decode_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from temporal_vae.video import container
+    from temporal_vae.video.read import container
 
     path, count = h264(tmp_path / "a.mp4"), 0
     original = container.VideoFile._decode
@@ -565,7 +566,7 @@ def test_seeking_does_not_decode_the_whole(tmp_path: Path, monkeypatch: pytest.M
 def test_a_seek_that_lands_elsewhere_is_not_believed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from temporal_vae.video import container
+    from temporal_vae.video.read import container
 
     path = h264(tmp_path / "a.mp4")
     expected = read_all(path, start=1.2, frames=3)
@@ -591,7 +592,7 @@ def test_a_seek_that_lands_elsewhere_is_not_believed(
 
 def test_a_stream_that_begins_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the end PyAV may look for such a stream where it is not: all frames have come by then."""
-    from temporal_vae.video import container
+    from temporal_vae.video.read import container
 
     class Stumbling:
         def __init__(self, truth: Any):

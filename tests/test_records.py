@@ -29,7 +29,8 @@ from safetensors.torch import load as safetensors_load
 from safetensors.torch import save as safetensors_save
 from torch import Tensor, nn
 
-from temporal_vae import CheckpointError, TemporalVAE, files
+from temporal_vae import CheckpointError, TemporalVAE
+from temporal_vae.files import safetensors, streams
 
 TINY: dict[str, Any] = {
     "input_channels": 1,
@@ -402,7 +403,7 @@ def test_a_file_is_flushed(tmp_path: Path) -> None:
 def test_a_checksum_of_pieces_is_that_of_the_whole(size: int) -> None:
     data = random.Random(size).randbytes(size)
     for step in (7, 64, 999, 2**15):
-        with files.Checksum() as checksum:
+        with streams.Checksum() as checksum:
             for start in range(0, size, step):
                 checksum.add(memoryview(data)[start : start + step])
             assert checksum.value() == f"{zlib.crc32(data):08x}"
@@ -578,8 +579,8 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"decoder\.count is torch\.int64"):
         broken.save_model(path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "write_all", full)
-        patch.setattr("temporal_vae.checkpoint.write_all", full)
+        patch.setattr(streams, "write_all", full)
+        patch.setattr("temporal_vae.checkpoints.records.write_all", full)
         with pytest.raises(OSError, match="No space"):
             tiny(1).save_model(path)
     assert path.read_bytes() == old and list(path.parent.iterdir()) == [path]
@@ -762,11 +763,13 @@ def test_a_model_of_terabytes_is_not_made(tmp_path: Path) -> None:
     """Shapes and configuration agree, only the bytes are missing."""
     with torch.device("meta"):
         state = TemporalVAE(**(TINY | {"base_channels": 2**18})).state_dict()
-    slots = files.lay_out({name: ("F32", tuple(tensor.shape)) for name, tensor in state.items()})
+    slots = safetensors.lay_out(
+        {name: ("F32", tuple(tensor.shape)) for name, tensor in state.items()}
+    )
     document, payload = opened(tiny().serialize())
     configured(base_channels=2**18)(document)
     metadata = without_seal(document)["__metadata__"]
-    data = files.Header(metadata, slots).encode() + payload
+    data = safetensors.Header(metadata, slots).encode() + payload
     assert max(slot.end for slot in slots.values()) > 10**12
     assert_refused(tiny(1), data, "there are|another architecture")
     (tmp_path / "file").write_bytes(data)
@@ -814,7 +817,7 @@ def header(text: bytes, claims: int | None = None) -> bytes:
     [
         (header(b"{}", claims=2**60), "would have 1152921504606846976 bytes"),
         (header(b"{}", claims=2**64 - 1), "would have"),
-        (header(b"{}", claims=files.HEADER_LIMIT), "cut short"),
+        (header(b"{}", claims=safetensors.HEADER_LIMIT), "cut short"),
         (header(b"{}"), "no metadata"),
         (header(b""), "no JSON"),
         (header(b"[]"), "no metadata"),

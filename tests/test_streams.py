@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from temporal_vae import TemporalVAE
-from temporal_vae.layers import PositionNorm, TemporalAttention, TimeConv
+from temporal_vae.network.primitives import PositionNorm
+from temporal_vae.network.timewise import TemporalAttention, TimeConv
 from temporal_vae.walks import streamed
 
 State = Any

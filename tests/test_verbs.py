@@ -31,18 +31,19 @@ from temporal_vae import (
     LatentFileError,
     ModelRecord,
     TemporalVAE,
-    app,
-    cli,
-    coding,
     read_latents,
-    walking,
     write_latents,
 )
-from temporal_vae.evaluate import reconstruct_frames
-from temporal_vae.jobs import plan_jobs
+from temporal_vae.cli import main, report
+from temporal_vae.cli.inputs import plan_jobs
+from temporal_vae.convert import chunks, ends
+from temporal_vae.convert import decode as decoding
+from temporal_vae.convert import encode as encoding
+from temporal_vae.convert import reconstruct as reconstructing
+from temporal_vae.evaluation.evaluate import reconstruct_frames
 from temporal_vae.video import VideoWriter, pad_frames, read_clip, to_pixels
 from temporal_vae.walks import heap
-from temporal_vae.walks.plan import _Alive
+from temporal_vae.walks.tracing import _Alive
 
 Said = subprocess.CompletedProcess[str]
 
@@ -56,7 +57,7 @@ def here(
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
-        cli.main()
+        main.main()
     said = capsys.readouterr()
     return subprocess.CompletedProcess(
         [*map(str, words)], int(end.value.code or 0), said.out, said.err
@@ -82,13 +83,13 @@ def through_latents(
     source: Path,
     target: Path,
     model: TemporalVAE,
-    how: coding.Encoding | None = None,
+    how: encoding.Encoding | None = None,
     **options: Any,
 ) -> LatentFile:
     """`source` encoded to a file beside `target`, and decoded to `target`."""
     latents, record = target.with_suffix(".safetensors"), model.latent_record()
-    coding.encode(source, latents, model, record, how, overwrite=True)
-    coding.decode(latents, target, model, record, overwrite=True, **options)
+    encoding.encode(source, latents, model, record, how, overwrite=True)
+    decoding.decode(latents, target, model, record, overwrite=True, **options)
     with LatentFile(latents) as file:
         return file
 
@@ -111,7 +112,7 @@ def assert_shape_is_kept(source: Path, target: Path, model: TemporalVAE) -> None
     difference = np.abs(np.array(times(target)) - np.array(times(source)))
     assert difference.max() <= tolerance, "timestamps moved"
     whole = target.with_name(f"whole{target.suffix}")
-    app.reconstruct(source, whole, model)
+    reconstructing.reconstruct(source, whole, model)
     assert times(whole) == times(target)
     apart = np.abs(read_clip(whole).astype(int) - after)
     if model.is_causal or model.decode_reach is None:  # the same pieces, the same sums
@@ -148,7 +149,7 @@ def test_shape_is_kept(
 
 
 def test_law_4_sees_a_lost_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(walking, "pad_frames", lambda frames, factor: frames[:, :-1, :-1])
+    monkeypatch.setattr(chunks, "pad_frames", lambda frames, factor: frames[:, :-1, :-1])
     source = write(tmp_path / "in.mkv", smooth(3, 17, 31))
     with pytest.raises((AssertionError, LatentFileError, ValueError)):
         assert_shape_is_kept(source, tmp_path / "out.mkv", awake(torch.float32))
@@ -177,8 +178,8 @@ def test_clips_are_reconstructed_bit_for_bit(tmp_path: Path, asked: Any) -> None
     """A model that walks clips does the same sums on either way; the file keeps the bounds."""
     svd = awake(torch.float32, temporal_norm="clip", clip_frames=5, temporal_encoder=False)
     source = write(tmp_path / "in.mkv", smooth(12, 9, 14))
-    app.reconstruct(source, tmp_path / "whole.mkv", svd, asked)
-    file = through_latents(source, tmp_path / "out.mkv", svd, coding.Encoding(clip_frames=asked))
+    reconstructing.reconstruct(source, tmp_path / "whole.mkv", svd, asked)
+    file = through_latents(source, tmp_path / "out.mkv", svd, encoding.Encoding(clip_frames=asked))
     assert file.info.clip_frames == (5 if asked is None else None if asked == "all" else asked)
     assert np.array_equal(read_clip(tmp_path / "out.mkv"), read_clip(tmp_path / "whole.mkv"))
 
@@ -186,7 +187,7 @@ def test_clips_are_reconstructed_bit_for_bit(tmp_path: Path, asked: Any) -> None
 def test_clips_of_a_model_that_streams(tmp_path: Path, model: TemporalVAE) -> None:
     clip = smooth(12, 8, 8)
     source = write(tmp_path / "in.mkv", clip)
-    file = through_latents(source, tmp_path / "out.mkv", model, coding.Encoding(clip_frames=5))
+    file = through_latents(source, tmp_path / "out.mkv", model, encoding.Encoding(clip_frames=5))
     assert file.info.clip_frames == 5
     parts = [reconstruct_frames(clip[start : start + 5], model) for start in (0, 5, 10)]
     assert np.array_equal(read_clip(tmp_path / "out.mkv"), np.concatenate(parts))
@@ -200,7 +201,7 @@ def test_a_budget_never_changes_the_files(
     model = awake(torch.float32, **options)
     source = write(tmp_path / "in.mkv", smooth(11, 19, 30))
     whole = through_latents(source, tmp_path / "whole.mkv", model)
-    how = coding.Encoding(memory=memory)
+    how = encoding.Encoding(memory=memory)
     bounded = through_latents(source, tmp_path / "bounded.mkv", model, how, memory=memory)
     expected, got = (read_latents(file.path)[0] for file in (whole, bounded))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
@@ -217,12 +218,12 @@ def test_the_least_memory_can_be_met(tmp_path: Path, options: dict[str, Any]) ->
     source = write(tmp_path / "in.mkv", smooth(5, 16, 16))
 
     def encode(memory: int) -> None:
-        coding.encode(
-            source, latents, model, record, coding.Encoding(memory=memory), overwrite=True
+        encoding.encode(
+            source, latents, model, record, encoding.Encoding(memory=memory), overwrite=True
         )
 
     def decode(memory: int) -> None:
-        coding.decode(latents, tmp_path / "a.mkv", model, record, memory=memory, overwrite=True)
+        decoding.decode(latents, tmp_path / "a.mkv", model, record, memory=memory, overwrite=True)
 
     for work in (encode, decode):
         with pytest.raises(ValueError, match="below the least that a") as error:
@@ -238,7 +239,7 @@ def test_a_sample_is_that_of_its_seed(tmp_path: Path, model: TemporalVAE) -> Non
     """Encoded as a sample, or drawn when moments are decoded: the same latents, the same frames."""
     clip = smooth(11, 10, 14)
     source = write(tmp_path / "in.mkv", clip)
-    how = coding.Encoding(sample=True, seed=5)
+    how = encoding.Encoding(sample=True, seed=5)
     file = through_latents(source, tmp_path / "a.mkv", model, how)
     assert file.info.kind == "sample" and file.info.seed == 5
     video = to_pixels(pad_frames(clip, model.downsample_factor))
@@ -249,8 +250,10 @@ def test_a_sample_is_that_of_its_seed(tmp_path: Path, model: TemporalVAE) -> Non
     assert np.abs(a - b).max() <= 1
     through_latents(source, tmp_path / "c.mkv", model)
     assert np.abs(read_clip(tmp_path / "c.mkv").astype(int) - a).max() > 1  # the mean is another
-    unseeded = through_latents(source, tmp_path / "d.mkv", model, coding.Encoding(sample=True)).info
-    again = coding.Encoding(sample=True, seed=unseeded.seed)
+    unseeded = through_latents(
+        source, tmp_path / "d.mkv", model, encoding.Encoding(sample=True)
+    ).info
+    again = encoding.Encoding(sample=True, seed=unseeded.seed)
     through_latents(source, tmp_path / "e.mkv", model, again)
     assert np.array_equal(read_clip(tmp_path / "d.mkv"), read_clip(tmp_path / "e.mkv"))
 
@@ -262,9 +265,9 @@ def test_a_scaled_file_decodes_to_the_same(tmp_path: Path, sample: bool) -> None
     model = awake(torch.float32, **options)
     source, seed = write(tmp_path / "in.mkv", smooth(9, 16, 16)), 1 if sample else None
     plain = through_latents(
-        source, tmp_path / "a.mkv", model, coding.Encoding(sample=sample, seed=seed)
+        source, tmp_path / "a.mkv", model, encoding.Encoding(sample=sample, seed=seed)
     )
-    how = coding.Encoding(sample=sample, seed=seed, scaled=True)
+    how = encoding.Encoding(sample=sample, seed=seed, scaled=True)
     scaled = through_latents(source, tmp_path / "b.mkv", model, how)
     assert (plain.info.scaled, scaled.info.scaled) == (False, True)
     for asked in (False, True):
@@ -272,7 +275,7 @@ def test_a_scaled_file_decodes_to_the_same(tmp_path: Path, sample: bool) -> None
             *(read_latents(file.path, scaled=asked)[0] for file in (plain, scaled))
         )
     other = awake(torch.float32)  # the same weights, another factor in its configuration
-    coding.decode(scaled.path, tmp_path / "c.mkv", other, other.latent_record())
+    decoding.decode(scaled.path, tmp_path / "c.mkv", other, other.latent_record())
     a, b, c = (read_clip(tmp_path / f"{name}.mkv").astype(int) for name in "abc")
     assert np.abs(a - b).max() <= 1 and np.array_equal(b, c)
 
@@ -286,7 +289,7 @@ def test_the_source_is_recorded(
     with VideoWriter(source, 16, 18, Fraction(25), None, Fraction(4, 3)) as writer:
         for index, image in enumerate(smooth(3, 16, 18)):
             writer.write(image, index)
-    done = coding.encode(source, tmp_path / "a.safetensors", model, record)
+    done = encoding.encode(source, tmp_path / "a.safetensors", model, record)
     info = done.info
     assert info.source == "a.mp4"
     assert info.source_sha256 == hashlib.sha256(source.read_bytes()).hexdigest()
@@ -297,7 +300,7 @@ def test_the_source_is_recorded(
     found = json.loads(run("info", tmp_path / "a.safetensors", "--json").stdout)
     assert found["size"] == [18, 16] and found["frames"] == 3 and found["scaled"] is False
     assert found["encoder_sha256"] == record.encoder_sha256
-    summary = coding.decode(tmp_path / "a.safetensors", tmp_path / "b.mkv", model, record)
+    summary = decoding.decode(tmp_path / "a.safetensors", tmp_path / "b.mkv", model, record)
     assert "4/3" in summary.notes[0]
 
 
@@ -327,21 +330,21 @@ def test_the_dtype_of_the_file(tmp_path: Path, run: Callable[..., Said], small_m
 def test_another_models_latents_are_refused(tmp_path: Path, model: TemporalVAE) -> None:
     source, latents = write(tmp_path / "in.mkv", smooth(3, 16, 16)), tmp_path / "a.safetensors"
     record = model.latent_record("one")
-    coding.encode(source, latents, model, record)
+    encoding.encode(source, latents, model, record)
     other = awake(torch.float32, seed=1)
     its = other.latent_record("two")
     assert record.encoder_sha256 is not None and its.encoder_sha256 is not None
     with pytest.raises(LatentFileError, match=r"by one .* not by two .* --any-model") as error:
-        coding.decode(latents, tmp_path / "b.mkv", other, its)
+        decoding.decode(latents, tmp_path / "b.mkv", other, its)
     assert record.encoder_sha256[:12] in str(error.value)
     assert its.encoder_sha256[:12] in str(error.value)
     assert not (tmp_path / "b.mkv").exists()
-    (note,) = coding.decode(latents, tmp_path / "b.mkv", other, its, any_model=True).notes
+    (note,) = decoding.decode(latents, tmp_path / "b.mkv", other, its, any_model=True).notes
     assert "by one" in note
     for options in ({"latent_channels": 5}, {"channel_multipliers": (1, 1, 2)}):
         strange = awake(torch.float32, **options)
         with pytest.raises(LatentFileError, match="its own model"):
-            coding.decode(
+            decoding.decode(
                 latents, tmp_path / "c.mkv", strange, strange.latent_record(), any_model=True
             )
 
@@ -349,14 +352,14 @@ def test_another_models_latents_are_refused(tmp_path: Path, model: TemporalVAE) 
 def test_a_decoder_that_was_trained_on_passes(tmp_path: Path) -> None:
     model = awake(torch.float32)
     source, latents = write(tmp_path / "in.mkv", smooth(3, 16, 16)), tmp_path / "a.safetensors"
-    coding.encode(source, latents, model, model.latent_record("one"))
+    encoding.encode(source, latents, model, model.latent_record("one"))
     with torch.no_grad():
         model.decoder.conv_out.bias.add_(0.1)
-    (note,) = coding.decode(latents, tmp_path / "b.mkv", model, model.latent_record()).notes
+    (note,) = decoding.decode(latents, tmp_path / "b.mkv", model, model.latent_record()).notes
     assert "decoder is another" in note
     write_latents(latents, torch.zeros(1, 4, 2, 3, 3), ModelRecord(downsample_factor=2),
                   overwrite=True)  # fmt: skip
-    (note,) = coding.decode(latents, tmp_path / "c.mkv", model, model.latent_record()).notes
+    (note,) = decoding.decode(latents, tmp_path / "c.mkv", model, model.latent_record()).notes
     assert "does not say which encoder" in note
     assert read_clip(tmp_path / "c.mkv").shape == (2, 6, 6, 3)
 
@@ -452,7 +455,7 @@ def test_several_folders_of_images_go_into_a_new_one(tmp_path: Path) -> None:
 def test_what_is_said_of_a_pipe_stays_out_of_it(
     capsys: pytest.CaptureFixture[str], how: tuple[bool, bool, bool]
 ) -> None:
-    cli.Voice(*how).tell(Path("-"), (app.Summary(3, 1.0, None, ()), {"what": "video"}))
+    report.Voice(*how).tell(Path("-"), (ends.Summary(3, 1.0, None, ()), {"what": "video"}))
     said = capsys.readouterr()
     assert said.out == "" and "frames" in said.err
 
@@ -595,7 +598,7 @@ def test_an_interruption_leaves_no_file(tmp_path: Path, small_model: Path, numbe
 def test_a_full_disk_is_one_line(tmp_path: Path, small_model: Path, verb: str) -> None:
     source, latents = write(tmp_path / "in.mkv", smooth(40, 64, 64)), tmp_path / "in.safetensors"
     model = TemporalVAE.from_pretrained(small_model)
-    coding.encode(source, latents, model, model.latent_record())
+    encoding.encode(source, latents, model, model.latent_record())
     words = {"encode": ["encode", str(source), str(tmp_path / "out.safetensors")],
              "decode": ["decode", str(latents), str(tmp_path / "out.mkv")]}[verb]  # fmt: skip
 
@@ -632,7 +635,7 @@ def test_a_disk_that_is_full_or_read_only(
 ) -> None:  # fmt: skip
     """Of 64 KiB, for files that take more: one line, and not a byte of them."""
     source, latents = write(tmp_path / "in.mkv", noise(8, 64, 64)), tmp_path / "in.safetensors"
-    coding.encode(source, latents, model, model.latent_record())
+    encoding.encode(source, latents, model, model.latent_record())
     with mounted(tmp_path / "disk", options) as disk:
         for words in (
             ("encode", source, disk / "out.safetensors"),
@@ -672,8 +675,8 @@ def test_memory_does_not_grow_with_the_length(tmp_path: Path) -> None:
         source = write(tmp_path / f"{frames}.mkv", smooth(frames, 32, 32))
         latents = str(tmp_path / f"{frames}.safetensors")
         for work in (
-            lambda source=source, out=latents: coding.encode(source, out, model, record),
-            lambda source=latents: coding.decode(source, f"{source}.mkv", model, record),
+            lambda source=source, out=latents: encoding.encode(source, out, model, record),
+            lambda source=latents: decoding.decode(source, f"{source}.mkv", model, record),
         ):
             with _Alive() as alive:
                 for parameter in model.parameters():

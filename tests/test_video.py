@@ -15,7 +15,7 @@ import torch
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from temporal_vae.describing import describe_video
+from temporal_vae.cli.info import describe_video
 from temporal_vae.video import (
     Bytes,
     VideoError,

@@ -21,8 +21,10 @@ import pytest
 import torch
 from conftest import awake
 
-from temporal_vae import app, load_video, save_video
-from temporal_vae.files import atomic_folder
+from temporal_vae import load_video, save_video
+from temporal_vae.convert import ends
+from temporal_vae.convert import reconstruct as reconstructing
+from temporal_vae.files.atomic import atomic_folder
 from temporal_vae.video import (
     Colour,
     CopiedStreams,
@@ -36,7 +38,7 @@ from temporal_vae.video import (
     writable,
 )
 from temporal_vae.video.colour import MATRICES, WEIGHTS
-from temporal_vae.video.planes import Yuv, to_depth
+from temporal_vae.video.write.to_yuv import Yuv, to_depth
 
 BARS = [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1), (0, 0, 0), (0.2, 0.8, 0.4)]
 LOSSY = ("h264", "h265", "vp9")
@@ -537,7 +539,7 @@ def test_sound_moves_with_frames_from_below_zero(tmp_path: Path) -> None:
             samples.sample_rate, samples.pts = 8000, 320 * index - 960
             samples.time_base = Fraction(1, 8000)
             container.mux(sound.encode(samples))
-    app.reconstruct(source, tmp_path / "b.mkv", awake(torch.float32))
+    reconstructing.reconstruct(source, tmp_path / "b.mkv", awake(torch.float32))
     assert [time for time, *_ in packets(source, "audio")] == pytest.approx(
         [time - 0.12 for time, *_ in packets(tmp_path / "b.mkv", "audio")], abs=0.0011
     )
@@ -590,7 +592,7 @@ def test_sound_beside_a_stream_that_begins_on_the_way(
     tmp_path: Path, talking: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At the end PyAV may look for such a stream where it is not."""
-    from temporal_vae.video import copying
+    from temporal_vae.video.write import remux
 
     class Stumbling:
         def __init__(self, truth: Any):
@@ -609,8 +611,8 @@ def test_sound_beside_a_stream_that_begins_on_the_way(
             yield from self.truth.demux(streams)
             raise IndexError("list index out of range")
 
-    honest = copying._open
-    monkeypatch.setattr(copying, "_open", lambda path: Stumbling(honest(path)))
+    honest = remux._open
+    monkeypatch.setattr(remux, "_open", lambda path: Stumbling(honest(path)))
     source, out = talking["pcm.mkv"], tmp_path / "a.mkv"
     copy(source, out)
     assert packets(out, "audio") == packets(source, "audio")
@@ -662,10 +664,12 @@ def test_a_named_pipe_is_read_once(tmp_path: Path) -> None:
     write(tmp_path / "a.mkv", picture(16, 16, 3, 8), list(range(9)))
     fifo, model = tmp_path / "fifo", awake(torch.float32)
     os.mkfifo(fifo)
-    found: list[app.Summary] = []
+    found: list[ends.Summary] = []
 
     def work() -> None:
-        found.append(app.reconstruct(fifo, tmp_path / "b.mkv", model, options={"start": 0.2}))
+        found.append(
+            reconstructing.reconstruct(fifo, tmp_path / "b.mkv", model, options={"start": 0.2})
+        )
 
     threads = [threading.Thread(target=work, daemon=True) for work in
                (work, lambda: fifo.write_bytes((tmp_path / "a.mkv").read_bytes()))]  # fmt: skip
@@ -828,7 +832,7 @@ def test_reconstruct_passes_on_what_the_source_has(
          "-color_trc", "bt2020-10", "-colorspace", "bt2020nc", str(source)], check=True,
     )  # fmt: skip
     out = tmp_path / "out.mp4"
-    summary = app.reconstruct(source, out, model)
+    summary = reconstructing.reconstruct(source, out, model)
     info = VideoReader(out).info
     assert (info.pixel_format, info.codec) == ("yuv420p10le", "h264")
     assert info.colour == VideoReader(source).info.colour
@@ -838,7 +842,7 @@ def test_reconstruct_passes_on_what_the_source_has(
     assert "not copied" not in said and "tag" not in said
     assert "subtitle stream 2 is left out: mp4 does not hold subrip, .mkv may" in said
 
-    summary = app.reconstruct(source, tmp_path / "out", model, format=Format(depth=8))
+    summary = reconstructing.reconstruct(source, tmp_path / "out", model, format=Format(depth=8))
     assert len(list((tmp_path / "out").iterdir())) == summary.frames == 5
     assert "audio stream 1 is not copied" in " ".join(summary.notes)
     assert "primaries' tag (9) is not carried over" in " ".join(summary.notes)
@@ -846,13 +850,17 @@ def test_reconstruct_passes_on_what_the_source_has(
 
 def test_reconstruct_cuts_the_sound(tmp_path: Path, talking: dict[str, Path]) -> None:
     model, source = awake(torch.float32), talking["pcm.mkv"]
-    app.reconstruct(source, tmp_path / "a.mkv", model, options={"start": 1.0, "frames": 5})
+    reconstructing.reconstruct(
+        source, tmp_path / "a.mkv", model, options={"start": 1.0, "frames": 5}
+    )
     before = [p for p in packets(source, "audio") if 1 <= p[0] < 1.5]
     after = packets(tmp_path / "a.mkv", "audio")
     assert [data for *_, data in after] == [data for *_, data in before]
     assert [p[0] for p in after] == pytest.approx([p[0] - 1 for p in before], abs=0.0011)
     assert read(tmp_path / "a.mkv")[1][0] == 0
 
-    notes = app.reconstruct(source, tmp_path / "b.mkv", model, options={"stride": 8}).notes
+    notes = reconstructing.reconstruct(
+        source, tmp_path / "b.mkv", model, options={"stride": 8}
+    ).notes
     assert packets(tmp_path / "b.mkv", "audio") == []
     assert "sound and subtitles are left out" in " ".join(notes)

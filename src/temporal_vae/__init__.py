@@ -2,8 +2,7 @@
 
 from temporal_vae.adapters.diffusers import to_diffusers, upgrade
 from temporal_vae.config import TemporalVAEConfig
-from temporal_vae.features import ChannelImportance
-from temporal_vae.files import CheckpointError
+from temporal_vae.files.streams import CheckpointError
 from temporal_vae.latents import (
     LatentDistribution,
     LatentFile,
@@ -13,6 +12,7 @@ from temporal_vae.latents import (
     read_latents,
     write_latents,
 )
+from temporal_vae.latents.latent_channels import ChannelImportance
 from temporal_vae.metadata import ModelMetadata
 from temporal_vae.model import TemporalVAE
 from temporal_vae.video import VideoInfo, load_video, save_video

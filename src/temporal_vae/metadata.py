@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from temporal_vae.config import TemporalVAEConfig
-from temporal_vae.layers import Timewise
-from temporal_vae.network import Decoder, Encoder, Line
+from temporal_vae.network.autoencoder import Decoder, Encoder, Line
+from temporal_vae.network.timewise import Timewise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

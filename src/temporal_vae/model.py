@@ -22,38 +22,36 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from temporal_vae import (
-    checkpoint,
-    features,
-    files,
-    geometry,
-    graph,
-    losses,
-    metadata,
-    vectors,
-)
+from temporal_vae import export, geometry, losses, metadata, parameters
+from temporal_vae.checkpoints import pretrained, records
 from temporal_vae.config import NormScope, TemporalOptions, TemporalVAEConfig
-from temporal_vae.features import ChannelImportance
-from temporal_vae.latents import LatentDistribution, ModelRecord, weights_sha256
-from temporal_vae.layers import Timewise, draw_parameters, start_as_identity
-from temporal_vae.metadata import ModelMetadata
-from temporal_vae.network import Decoder, Encoder
-from temporal_vae.walks import bounded, streamed
-from temporal_vae.walks.available import available_bytes
-from temporal_vae.walks.bounded import Bounds
-from temporal_vae.walks.plan import (
-    Budget,
-    Offload,
-    Operation,
-    Plan,
-    Planner,
-    Question,
-    parse_budget,
+from temporal_vae.files import atomic
+from temporal_vae.inputs import (
+    Bytes,
+    Layout,
+    as_clips,
+    bytes_file,
+    floating_dtype,
+    like_given,
+    relayout,
+    restore,
+    seeded_generator,
 )
+from temporal_vae.latents import LatentDistribution, ModelRecord, weights_sha256
+from temporal_vae.latents import latent_channels as channels_of
+from temporal_vae.latents.latent_channels import ChannelImportance
+from temporal_vae.metadata import ModelMetadata
+from temporal_vae.network.autoencoder import Decoder, Encoder
+from temporal_vae.network.initialise import draw_parameters, start_as_identity
+from temporal_vae.network.timewise import Timewise
+from temporal_vae.parameters import check_learning_rate, recording, scalar_loss
+from temporal_vae.walks import bounded, stages, streamed
+from temporal_vae.walks.budget import Budget, available_bytes, parse_budget
+from temporal_vae.walks.peak import Offload, Operation, Question
+from temporal_vae.walks.plan import Plan, Planner
+from temporal_vae.walks.stages import Bounds
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
-Layout = Literal["BCTHW", "BTCHW"]
-Bytes = bytes | bytearray | memoryview
 StreamState = streamed.State
 Stream = streamed.Stream
 
@@ -159,7 +157,7 @@ class TemporalVAE(nn.Module):
         )
         # beside the modules: the parameters of a loss are not the model's
         self.__dict__["_loss_function"] = loss_function or losses.mean_squared_error
-        self._generator = _seeded(seed)
+        self._generator = seeded_generator(seed)
         self._slicing = self._tiling = False
         self._budget: Budget = None
         self._active: tuple[int, ...] | None = None  # latent channels, None for all
@@ -225,13 +223,13 @@ class TemporalVAE(nn.Module):
             ValueError: when a file is a pickle, damaged, of another class, has an option without
                 counterpart here, or does not fit its configuration; or an option has no effect.
         """
-        source = checkpoint.Source(path_or_hub_id, subfolder, revision, variant)
-        stored = checkpoint.open_model(source, **_given(latent_scale_factor, latent_shift_factor))
-        dtype = _floating(dtype)
+        source = pretrained.Source(path_or_hub_id, subfolder, revision, variant)
+        stored = pretrained.open_model(source, **_given(latent_scale_factor, latent_shift_factor))
+        dtype = floating_dtype(dtype)
         with torch.device("meta"):
             model = cls.from_config(stored.config)
-        checkpoint.check_fit(stored, model.state_dict())
-        checkpoint.fill(model, stored, dtype, device)
+        pretrained.check_fit(stored, model.state_dict())
+        pretrained.fill(model, stored, dtype, device)
         return model
 
     @classmethod
@@ -257,14 +255,14 @@ class TemporalVAE(nn.Module):
 
         Raises as `from_pretrained`, and `ValueError` for a model that has temporal layers already.
         """
-        source = checkpoint.Source(path_or_hub_id, subfolder, revision, variant)
-        stored = checkpoint.open_model(source, **_given(latent_scale_factor, latent_shift_factor))
-        config, dtype = stored.config.inflated(**temporal), _floating(dtype)
+        source = pretrained.Source(path_or_hub_id, subfolder, revision, variant)
+        stored = pretrained.open_model(source, **_given(latent_scale_factor, latent_shift_factor))
+        config, dtype = stored.config.inflated(**temporal), floating_dtype(dtype)
         with torch.device("meta"):
             image = cls.from_config(stored.config)
-        checkpoint.check_fit(stored, image.state_dict())
+        pretrained.check_fit(stored, image.state_dict())
         model = cls.from_config(config, seed=seed).to(device=device, dtype=dtype)
-        checkpoint.fill(model, stored, dtype, device)
+        pretrained.fill(model, stored, dtype, device)
         return model
 
     def save_pretrained(
@@ -279,7 +277,7 @@ class TemporalVAE(nn.Module):
 
         Raises `ValueError` naming what that format cannot express; `OSError` if it cannot write.
         """
-        checkpoint.save(folder, self.config, self.state_dict(), format)
+        pretrained.save(folder, self.config, self.state_dict(), format)
 
     # State -----------------------------------------------------------------------------------
 
@@ -297,7 +295,7 @@ class TemporalVAE(nn.Module):
                 (on the meta device) or with others than floating-point ones.
         """
         loss = losses.loss_name(self.default_loss_function)
-        checkpoint.write_record(file, self.config, self.state_dict(), loss)
+        records.write_record(file, self.config, self.state_dict(), loss)
 
     def load_state(self, file: BinaryIO) -> None:
         """Take the weights of one record, read from the file's position on; the rest stays unread.
@@ -314,7 +312,7 @@ class TemporalVAE(nn.Module):
                 architecture, or whose own loss the model does not have. Nothing is changed, but
                 the file's position is somewhere in the record.
         """
-        self._take(checkpoint.read_record(file))
+        self._take(records.read_record(file))
 
     def serialize(self) -> bytes:
         """The record of `save_state` as bytes."""
@@ -324,7 +322,7 @@ class TemporalVAE(nn.Module):
 
     def deserialize(self, data: Bytes) -> None:
         """`load_state` from bytes, which must be one record and nothing else."""
-        self._take(checkpoint.read_record(*_in_memory(data)))
+        self._take(records.read_record(*bytes_file(data)))
 
     @classmethod
     def from_bytes(
@@ -344,7 +342,7 @@ class TemporalVAE(nn.Module):
 
         Raises as `load_state`, and `ValueError` for a dtype that is not floating point.
         """
-        record = checkpoint.read_record(*_in_memory(data))
+        record = records.read_record(*bytes_file(data))
         return cls._of_record(record, loss_function, dtype, device)
 
     def save_model(self, path: str | os.PathLike[str]) -> None:
@@ -353,7 +351,7 @@ class TemporalVAE(nn.Module):
         Raises `TypeError` for what is no path, `ValueError` for a blank one, `OSError` where it
         cannot write.
         """
-        with files.new_file(path) as file:
+        with atomic.new_file(path) as file:
             self.save_state(file)
 
     def load_model(self, path: str | os.PathLike[str]) -> None:
@@ -361,8 +359,8 @@ class TemporalVAE(nn.Module):
 
         Raises as that, as `save_model`, and `FileNotFoundError` where there is none.
         """
-        with files.whole_file(path) as (file, size):
-            self._take(checkpoint.read_record(file, size))
+        with atomic.whole_file(path) as (file, size):
+            self._take(records.read_record(file, size))
 
     @classmethod
     def from_file(
@@ -373,11 +371,11 @@ class TemporalVAE(nn.Module):
         device: torch.device | str | None = None,
     ) -> Self:
         """A new model from a file that `save_model` wrote; see `from_bytes` and `load_model`."""
-        with files.whole_file(path) as (file, size):
-            record = checkpoint.read_record(file, size)
+        with atomic.whole_file(path) as (file, size):
+            record = records.read_record(file, size)
             return cls._of_record(record, loss_function, dtype, device)
 
-    def _take(self, record: checkpoint.Record) -> None:
+    def _take(self, record: records.Record) -> None:
         weights = self.state_dict()
         if any(tensor.is_meta for tensor in weights.values()):
             raise ValueError(
@@ -391,12 +389,12 @@ class TemporalVAE(nn.Module):
     @classmethod
     def _of_record(
         cls,
-        record: checkpoint.Record,
+        record: records.Record,
         loss_function: LossFunction | None,
         dtype: torch.dtype | None,
         device: torch.device | str | None,
     ) -> Self:
-        dtype = None if dtype is None else _floating(dtype)
+        dtype = None if dtype is None else floating_dtype(dtype)
         if loss_function is None:
             record.check_loss(None)
         with torch.device("meta"):
@@ -760,9 +758,9 @@ class TemporalVAE(nn.Module):
             ValueError: for a wrong rank, number of channels, size, dtype or device.
         """
         clip = self._pixels(video, "video", layout)
-        moments = _restore(self._walk("encode", clip, plan), video, layout="BCTHW")
+        moments = restore(self._walk("encode", clip, plan), video, layout="BCTHW")
         mean, log_variance = map(self._masked, LatentDistribution.from_moments(moments))
-        return LatentDistribution(_relayout(mean, layout), _relayout(log_variance, layout))
+        return LatentDistribution(relayout(mean, layout), relayout(log_variance, layout))
 
     def encode(
         self,
@@ -782,9 +780,9 @@ class TemporalVAE(nn.Module):
         if not sample_mode:
             return mean
         drawn = self.sample(
-            _relayout(mean, layout), _relayout(log_variance, layout), generator=generator
+            relayout(mean, layout), relayout(log_variance, layout), generator=generator
         )
-        return _relayout(self._masked(drawn), layout)
+        return relayout(self._masked(drawn), layout)
 
     def sample(
         self,
@@ -812,7 +810,7 @@ class TemporalVAE(nn.Module):
             )
         if seed is not None and generator is not None:
             raise ValueError("give seed or generator, not both")
-        source = generator if seed is None else _seeded(seed)
+        source = generator if seed is None else seeded_generator(seed)
         return LatentDistribution(mean, log_variance).sample(source or self._generator)
 
     # Latents to pixels -----------------------------------------------------------------------
@@ -834,9 +832,9 @@ class TemporalVAE(nn.Module):
         """
         clip = self._masked(self._clip(latent, self.latent_channels, "latent", layout))
         if out is None:
-            return _restore(self._walk("decode", clip, plan), latent, layout)
-        target = out.unsqueeze(2) if latent.ndim == 4 else _relayout(out, layout)
-        shape = bounded.result_shape(self.decoder.layers(), tuple(clip.shape))
+            return restore(self._walk("decode", clip, plan), latent, layout)
+        target = out.unsqueeze(2) if latent.ndim == 4 else relayout(out, layout)
+        shape = stages.result_shape(self.decoder.layers(), tuple(clip.shape))
         if tuple(target.shape) != shape:
             raise ValueError(f"out must hold {shape} as {layout}, got {tuple(out.shape)}")
         if torch.is_grad_enabled() and (clip.requires_grad or self._trains(self.decoder)):
@@ -1139,9 +1137,9 @@ class TemporalVAE(nn.Module):
     ) -> tuple[Tensor, LatentDistribution]:
         """Reconstruction and posterior of a video (B, C, T, H, W) or image (B, C, H, W)."""
         posterior = self.encode_with_distribution(video, layout=layout)
-        mean, log_variance = (_relayout(moment, layout) for moment in posterior)
+        mean, log_variance = (relayout(moment, layout) for moment in posterior)
         latent = self.sample(mean, log_variance, generator=generator) if sample_posterior else mean
-        return self.decode(_relayout(latent, layout), layout=layout), posterior
+        return self.decode(relayout(latent, layout), layout=layout), posterior
 
     def predict(self, video: Tensor, *, layout: Layout = "BCTHW") -> Tensor:
         """The reconstruction from the posterior mean, without gradients or side effects.
@@ -1190,11 +1188,13 @@ class TemporalVAE(nn.Module):
             ValueError: for a wrong input or rate, and for a loss that is not finite, or whose
                 gradient is not; no parameter is changed then.
         """
-        _check_rate(learning_rate)
-        with _recording(input, target) as (x, y):
+        check_learning_rate(learning_rate)
+        with recording(input, target) as (x, y):
             reconstruction, posterior = self._reconstruct(self._pixels(x, "input"), sampled=True)
             terms = {
-                "reconstruction": _scalar(self.default_loss_function(_like(reconstruction, x), y)),
+                "reconstruction": scalar_loss(
+                    self.default_loss_function(like_given(reconstruction, x), y)
+                ),
                 "kl": losses.KL_WEIGHT * self.kl_divergence(*posterior) / posterior.mean[0].numel(),
             }
             terms["loss"] = sum(terms.values(), start=x.new_zeros(()))
@@ -1231,10 +1231,10 @@ class TemporalVAE(nn.Module):
             >>> vae.apply_gradients(gradients, learning_rate=1e-3)
         """
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), _recording(input, target) as (x, y):
+        with torch.random.fork_rng(devices), recording(input, target) as (x, y):
             prediction, _ = self._reconstruct(self._pixels(x, "input"), sampled=False)
-            value = (loss or self.default_loss_function)(_like(prediction, x), y)
-            return self._gradients(_scalar(value))
+            value = (loss or self.default_loss_function)(like_given(prediction, x), y)
+            return self._gradients(scalar_loss(value))
 
     def apply_gradients(self, gradients: Tensor, learning_rate: float) -> None:
         """parameter - learning_rate * gradient, in place, for a vector (N,) as `compute_gradients`
@@ -1243,14 +1243,14 @@ class TemporalVAE(nn.Module):
         Raises `ValueError` for a wrong length or rank, for what is not finite, and for a rate that
         is not above 0; nothing is changed then.
         """
-        _check_rate(learning_rate)
-        vector = vectors.check(
+        check_learning_rate(learning_rate)
+        vector = parameters.check(
             gradients,
             self.parameters(),
             "gradients",
             way_out="take a smaller loss, or a wider dtype",
         )
-        vectors.descend(vector, self.parameters(), learning_rate)
+        parameters.descend(vector, self.parameters(), learning_rate)
         self._weights_written()
 
     def _reconstruct(self, clip: Tensor, sampled: bool) -> tuple[Tensor, LatentDistribution]:
@@ -1285,7 +1285,7 @@ class TemporalVAE(nn.Module):
 
         In the dtype and on the device of the weights, N being `parameter_count`, without gradient.
         """
-        return vectors.gather(self.parameters())
+        return parameters.gather(self.parameters())
 
     def set_parameters(self, vector: Tensor) -> None:
         """Write a vector (N,) into the parameters: the inverse of `get_parameters`.
@@ -1303,7 +1303,7 @@ class TemporalVAE(nn.Module):
             Traceback (most recent call last):
             ValueError: vector must be one flat vector of 17378 numbers, as many as ... got (3,)
         """
-        vectors.scatter(self._checked(vector), self.parameters())
+        parameters.scatter(self._checked(vector), self.parameters())
         self._weights_written()
 
     def with_parameters(self, vector: Tensor) -> Self:
@@ -1320,12 +1320,12 @@ class TemporalVAE(nn.Module):
         too large for that dtype counts as not finite. Raises `ValueError` for a wrong length or
         rank, or no floating point.
         """
-        checked = vectors.check(vector, self.parameters(), "vector")
-        return vectors.sanitised(checked, self.get_parameters())
+        checked = parameters.check(vector, self.parameters(), "vector")
+        return parameters.sanitised(checked, self.get_parameters())
 
     def _checked(self, vector: Tensor) -> Tensor:
         way_out = "sanitize_parameters puts the current ones in their place"
-        return vectors.check(vector, self.parameters(), "vector", way_out=way_out)
+        return parameters.check(vector, self.parameters(), "vector", way_out=way_out)
 
     def _weights_written(self) -> None:
         """In float16 the stream's scales depend on the weights; see `Line.fit_scales`."""
@@ -1357,7 +1357,7 @@ class TemporalVAE(nn.Module):
     def get_active_feature_indices(
         self,
         data: Tensor | Iterable[Tensor] | None = None,
-        threshold: float = features.ACTIVE_VARIANCE,
+        threshold: float = channels_of.ACTIVE_VARIANCE,
     ) -> list[int]:
         """The latent channels in use, in rising order.
 
@@ -1369,7 +1369,9 @@ class TemporalVAE(nn.Module):
         if data is None:
             return list(active)
         with torch.no_grad():
-            units = features.active_units(_clips(data), self.encode_with_distribution, threshold)
+            units = channels_of.active_units(
+                as_clips(data), self.encode_with_distribution, threshold
+            )
         return [channel for channel in units if channel in active]
 
     def set_active_feature_indices(self, indices: Iterable[int]) -> None:
@@ -1385,12 +1387,12 @@ class TemporalVAE(nn.Module):
             >>> [vae.is_feature_used(channel) for channel in range(4)]
             [True, False, True, False]
         """
-        active = features.check_indices(indices, self.latent_channels)
+        active = channels_of.check_indices(indices, self.latent_channels)
         self._active = None if len(active) == self.latent_channels else active
 
     def is_feature_used(self, index: int) -> bool:
         """Whether a latent channel is active. Raises `IndexError` for what is no channel."""
-        if not 0 <= features.index(index) < self.latent_channels:
+        if not 0 <= channels_of.index(index) < self.latent_channels:
             raise IndexError(f"latent channels are 0 to {self.latent_channels - 1}, got {index}")
         return index in self.get_active_feature_indices()
 
@@ -1407,15 +1409,15 @@ class TemporalVAE(nn.Module):
         """
         if data is None:
             before, first = self.decoder.post_quant_conv, self.decoder.conv_in
-            return features.by_weights(first.weight, None if before is None else before.weight)
+            return channels_of.by_weights(first.weight, None if before is None else before.weight)
         with torch.no_grad():
-            return features.measure(
-                _clips(data), self.encode_with_distribution, self.decode, self.latent_channels
+            return channels_of.measure(
+                as_clips(data), self.encode_with_distribution, self.decode, self.latent_channels
             )
 
     def _masked(self, latent: Tensor) -> Tensor:
         """A latent or moment (B, L, ...) with zeros in the channels that are not active."""
-        return latent if self._active is None else features.mask(latent, self._active)
+        return latent if self._active is None else channels_of.mask(latent, self._active)
 
     # Compilation and description -------------------------------------------------------------
 
@@ -1487,7 +1489,7 @@ class TemporalVAE(nn.Module):
                 f"{tuple(example.shape)}: a graph takes what there is 1 of for fixed"
             )
         encoder, decoder = self.encoder.ready(), self.decoder.ready()
-        return graph.export(encoder, decoder, self._active, example)
+        return export.export(encoder, decoder, self._active, example)
 
     def get_metadata(self) -> ModelMetadata:
         """What this model is: configuration, parameters by part, reach and delay, dtype, device.
@@ -1528,7 +1530,7 @@ class TemporalVAE(nn.Module):
             raise ValueError(
                 f"{name} is on {x.device}, the model on {self.device}: move one with .to(...)"
             )
-        return x.unsqueeze(2) if x.ndim == 4 else _relayout(x, layout)
+        return x.unsqueeze(2) if x.ndim == 4 else relayout(x, layout)
 
     def _check_channels(
         self, shape: tuple[int, ...], channels: int, name: str, layout: Layout
@@ -1571,37 +1573,6 @@ if hasattr(os, "register_at_fork"):  # a child would wait for a thread that it d
     os.register_at_fork(after_in_child=_planner.cache_clear)
 
 
-@contextlib.contextmanager
-def _recording(input: Tensor, target: Any) -> Iterator[tuple[Tensor, Any]]:
-    """Gradients on, whatever surrounds; tensors made in inference mode as ones that may be kept."""
-    with torch.inference_mode(False), torch.enable_grad():
-        x, y = (
-            v.clone() if isinstance(v, Tensor) and v.is_inference() else v for v in (input, target)
-        )
-        yield x, x if target is None else y
-
-
-def _like(clip: Tensor, given: Tensor) -> Tensor:
-    return _restore(clip, given, "BCTHW")
-
-
-def _scalar(value: object) -> Tensor:
-    """What a loss gave, if it is a loss."""
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"a loss must give a scalar tensor, got {what}: take its mean")
-    return value.reshape(())
-
-
-def _check_rate(rate: float) -> None:
-    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf:
-        raise ValueError(f"learning_rate must be a finite number above 0, got {rate!r}")
-
-
-def _clips(data: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
-    return (data,) if isinstance(data, Tensor) else data
-
-
 def _bounds(plan: Plan | None) -> Bounds | None:
     return None if plan is None else plan.bounds
 
@@ -1610,41 +1581,3 @@ def _given(scale: float | None, shift: float | None) -> dict[str, float]:
     """The latent's scale and shift as fields of a configuration, as far as they were given."""
     values = {"latent_scale_factor": scale, "latent_shift_factor": shift}
     return {name: value for name, value in values.items() if value is not None}
-
-
-def _in_memory(data: Bytes) -> tuple[BinaryIO, int]:
-    """A file that reads these bytes, and their number."""
-    try:
-        size = memoryview(data).nbytes
-    except TypeError as error:
-        raise TypeError(f"data must be bytes, got {type(data).__name__}") from error
-    return io.BytesIO(data), size
-
-
-def _floating(dtype: torch.dtype | None) -> torch.dtype:
-    if dtype is None:
-        return torch.float32
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype must be a floating-point torch.dtype or None, got {dtype!r}")
-    return dtype
-
-
-def _seeded(seed: int | None) -> torch.Generator:
-    generator = torch.Generator()
-    if seed is not None and (not isinstance(seed, int) or not 0 <= seed < 2**63):
-        raise ValueError(f"seed must be a whole number in [0, 2**63), got {seed!r}")
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
-    return generator
-
-
-def _relayout(x: Tensor, layout: Layout) -> Tensor:
-    """Swap frames and channels of a video if `layout` says so; its own inverse."""
-    return x.transpose(1, 2) if layout == "BTCHW" and x.ndim == 5 else x
-
-
-def _restore(clip: Tensor, given: Tensor, layout: Layout) -> Tensor:
-    """Bring a clip (B, C, T, H, W) to the rank and layout of what was given, contiguous."""
-    return (clip.squeeze(2) if given.ndim == 4 else _relayout(clip, layout)).contiguous()

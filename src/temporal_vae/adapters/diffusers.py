@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from temporal_vae import foreign
+from temporal_vae.adapters.drop_in import DiffusersTemporalVAE
+from temporal_vae.checkpoints import diffusers_names
 from temporal_vae.model import TemporalVAE
-from temporal_vae.walks.plan import parse_budget
+from temporal_vae.walks.budget import parse_budget
 
 if TYPE_CHECKING:
     from temporal_vae.adapters.drop_in import DiffusersTemporalVAE
@@ -205,14 +206,16 @@ def _takeover(pipe: Any) -> Callable[..., Tensor] | None:
 def _with_weights_of(stock: Any) -> TemporalVAE:
     """Our model around the very parameters of one of diffusers' VAEs."""
     name = type(stock).__name__
-    if name not in (foreign.IMAGE_CLASS, foreign.SVD_CLASS):
+    if name not in (diffusers_names.IMAGE_CLASS, diffusers_names.SVD_CLASS):
         raise ValueError(
-            f"cannot read the pipeline's VAE, a {name}: only {foreign.IMAGE_CLASS} and "
-            f"{foreign.SVD_CLASS} are known"
+            f"cannot read the pipeline's VAE, a {name}: only {diffusers_names.IMAGE_CLASS} and "
+            f"{diffusers_names.SVD_CLASS} are known"
         )
     with torch.device("meta"):
-        model = TemporalVAE.from_config(foreign.read_config(stock.config))
-    given = {foreign.our_name(key): parameter for key, parameter in stock.named_parameters()}
+        model = TemporalVAE.from_config(diffusers_names.read_config(stock.config))
+    given = {
+        diffusers_names.our_name(key): parameter for key, parameter in stock.named_parameters()
+    }
     wanted = dict(model.named_parameters())
     wrong = sorted(given.keys() ^ wanted.keys())
     wrong += [

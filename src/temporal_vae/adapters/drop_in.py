@@ -6,7 +6,6 @@ Letters as in model.py. diffusers folds the frames of clips into the batch: N = 
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -19,8 +18,9 @@ from torch import Tensor, nn
 
 from temporal_vae.config import TemporalVAEConfig
 from temporal_vae.model import TemporalVAE
-from temporal_vae.walks.available import available_bytes
-from temporal_vae.walks.plan import Budget, Operation, Plan, parse_budget
+from temporal_vae.walks.budget import affordable
+from temporal_vae.walks.peak import Operation
+from temporal_vae.walks.plan import Plan
 
 FORCE_UPCAST = False
 """Whether pipelines are to run a float16 model in float32, as diffusers' own VAEs ask, which
@@ -202,22 +202,6 @@ class DiffusersTemporalVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
         for line in (module.encoder, module.decoder):
             line.fit_scales()  # the weights were set one by one, which they could not see
         return loaded
-
-
-def affordable(memory: int | str, device: torch.device) -> Budget:
-    """A budget of so much, or of what is free where that is less or `memory` is "auto".
-
-    A pipeline has worked for minutes when its VAE's turn comes: a budget means "at most" here.
-    """
-    limit = sys.maxsize if memory == "auto" else parse_budget(memory)
-    free = available_bytes(device)
-    if not isinstance(limit, int) or (free is not None and limit <= free):
-        return memory
-    if free is None:
-        return None if memory == "auto" else memory
-    usable = free * 7 // 8  # for the caches of kernels, and others on the machine
-    unit = 1 << max(0, usable.bit_length() - 4)  # rounded, so that the next call finds its plan
-    return max(1, usable // unit * unit)
 
 
 def _no_memory_wanted() -> bool:

@@ -15,12 +15,12 @@ from typing import Any, BinaryIO, Self
 import torch
 from torch import Tensor
 
-from temporal_vae.files import atomic_path
+from temporal_vae.files.atomic import atomic_path
 from temporal_vae.geometry import spans
 from temporal_vae.latents.distribution import LatentDistribution
 from temporal_vae.latents.header import alignment, pack, room_for
 from temporal_vae.latents.info import MOST_STAMP, LatentFileError, LatentInfo, ModelRecord
-from temporal_vae.video.selecting import exact_rate
+from temporal_vae.video.frames import exact_rate
 
 SUFFIX = ".safetensors"
 WRITE_FRAMES = 64

@@ -1,8 +1,6 @@
 """Video files to frames with timestamps, and back; frames to pixels, and back."""
 
 from temporal_vae.video.colour import tag_notes
-from temporal_vae.video.copying import CopiedStreams
-from temporal_vae.video.formats import Format, choose, depth_for, depth_notes
 from temporal_vae.video.frames import (
     PIPE,
     Bytes,
@@ -17,10 +15,12 @@ from temporal_vae.video.frames import (
     to_bytes,
     to_pixels,
 )
-from temporal_vae.video.reading import VideoReader, load_video, read_clip
-from temporal_vae.video.saving import save_video, writable
-from temporal_vae.video.selecting import Alpha, Options, Selection
-from temporal_vae.video.writing import VideoWriter, check_suffix
+from temporal_vae.video.read.reader import VideoReader, load_video, read_clip
+from temporal_vae.video.read.selection import Alpha, Options, Selection
+from temporal_vae.video.write.formats import Format, choose, depth_for, depth_notes
+from temporal_vae.video.write.remux import CopiedStreams
+from temporal_vae.video.write.save import save_video, writable
+from temporal_vae.video.write.writer import VideoWriter, check_suffix
 
 __all__ = [
     "PIPE",

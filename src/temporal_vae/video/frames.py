@@ -145,3 +145,30 @@ class VideoInfo:
         if self.frames is None and self.end is not None:
             return max(1, round(self.end * float(self.fps)))
         return self.frames
+
+
+FRACTION_LIMIT = 2**31 - 1
+"""The largest number that a fraction of libav is made of."""
+
+
+def exact_rate(fps: float | Fraction) -> Fraction:
+    """A rate as a fraction; one within a hundredth of a per mille of n * 1000 / 1001 is that.
+
+    Raises `ValueError` for what is none: libav counts in fractions of numbers below 2**31.
+    """
+    if not 1e-6 <= fps <= 1e6:
+        raise ValueError(f"fps must be above 0, and within a millionth and a million, got {fps}")
+    whole = Fraction(fps).limit_denominator(min(1_000_000, int(FRACTION_LIMIT / fps)))
+    ntsc = Fraction(round(whole * 1001 / 1000) * 1000, 1001)
+    if ntsc and whole.denominator != 1 and abs(whole / ntsc - 1) < Fraction(1, 30_000):
+        return ntsc
+    return whole
+
+
+NOT_COPIED = " is not copied"
+"""How a note of a stream ends that a reader of frames leaves out."""
+
+
+def not_copied(kind: str, index: int) -> str:
+    """What a reader of frames says of another stream."""
+    return f"{kind} stream {index}{NOT_COPIED}"

@@ -16,91 +16,24 @@ Nothing is blended, nothing cut at a seam: the result is that of the whole walk,
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from functools import partial
-from itertools import pairwise
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from temporal_vae.geometry import Span, rows_owned, rows_read, spans
-from temporal_vae.kernels.norm import Moments, normalise
-from temporal_vae.layers import (
-    Framewise,
-    Norm,
-    Past,
-    Timewise,
-    fold_pixels,
-    own_norm,
-    unfold_pixels,
-)
-from temporal_vae.layers import State as LayerState
-from temporal_vae.network import Layer, Line
-from temporal_vae.walks.heap import Heap, keeps_freed
-
-Shape = tuple[int, ...]
-MOVED_AT_A_TIME = 2**20
-"""Numbers moved at a time inside an arena."""
-ENOUGH_FRAMES = 8
-"""Frames of a group from which on more of them gain nothing."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bounds:
-    """How much of an activation may be on the way at a time."""
-
-    frames: int = 1
-    """Frames of a group, for framewise layers."""
-    largest: int | None = None
-    """Most numbers of a frame that a layer reads and makes together: runs of fewer get more frames,
-    up to `ENOUGH_FRAMES`, so that a group is about as large."""
-    pixels: int = 4096
-    """Pixels of a chunk, for timewise layers."""
-    channels: int | None = None
-    """Timewise layers of more channels, or more to hold of each, get fewer pixels, so that a chunk
-    takes about as much."""
-    rows: int | None = None
-    """Output rows of a band of one frame; None for whole frames."""
-    fused: bool = False
-    """Bands go through the widest activation without storing it, computing parts of it again."""
-    offload: str | os.PathLike[str] | None = None
-    """Where the activation lies: None where the model is, "host" in the memory of the CPU, else a
-    folder, for a file without a name that is gone when the walk ends."""
-    workspace: int = 0
-    """Bytes that pieces take at the most: taken and let go before the first layer."""
-    most: int | None = None
-    """Bytes that the walk may take on the CPU over what the process has when it begins: where the
-    allocator keeps too much of what is freed, it has to give that back. None: it keeps all."""
-
-    def __post_init__(self) -> None:
-        for name in ("frames", "largest", "pixels", "channels", "rows", "most"):
-            value = getattr(self, name)
-            optional = value is None and name not in ("frames", "pixels")
-            if not optional and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a whole number above 0, got {value!r}")
-        if not isinstance(self.workspace, int) or self.workspace < 0:
-            raise ValueError(f"workspace must be a number of bytes, got {self.workspace!r}")
-
-    def group(self, run: Sequence[Framewise], shape: Shape) -> int:
-        """Frames at a time for a run that gets (1, C, T, H, W)."""
-        if self.largest is None or any(layer.halo is None for layer in run):
-            return self.frames  # attention holds more than its size
-        most = min(ENOUGH_FRAMES, self.frames * self.largest // largest_of(run, shape))
-        # doubled, not filled up: groups of many sizes cut the heap up
-        return self.frames << (max(1, most // self.frames).bit_length() - 1)
-
-    def chunk(self, layer: Timewise) -> int:
-        """Pixels at a time for a layer."""
-        if self.channels is None:
-            return self.pixels
-        return max(1, self.pixels * self.channels // max(self.channels, layer.width * layer.load))
+from temporal_vae.network.autoencoder import Layer, Line
+from temporal_vae.network.framewise import Framewise
+from temporal_vae.network.kernels.norm import Moments
+from temporal_vae.network.primitives import Norm
+from temporal_vae.network.timewise import Past, Timewise, fold_pixels, unfold_pixels
+from temporal_vae.network.timewise import State as LayerState
+from temporal_vae.walks.norm_sums import input_of, moments_of, with_known
+from temporal_vae.walks.stages import Bounds, result_shape, runs, shape_after, stages
+from temporal_vae.walks.workspace import Room, new_clip, new_like
 
 
 def walk(line: Line, x: Tensor, bounds: Bounds, out: Tensor | None = None) -> Tensor:
@@ -179,7 +112,7 @@ def advance(
             if not number:
                 layer.check(like, old)
                 # what is handed over keeps its place: see `streamed.begin`
-                fresh[index] = old if handed else (old[0].clone(), *map(_like, old[1:]))
+                fresh[index] = old if handed else (old[0].clone(), *map(new_like, old[1:]))
             folded = fold_pixels(clip)
             y = _advance_pixels(
                 layer, folded, old, fresh[index], number, bounds, lambda n: folded[:, :, :n]
@@ -206,7 +139,7 @@ def flush(layer: Timewise, memory: LayerState, bounds: Bounds) -> Tensor | None:
         one = nothing[number : number + 1]
 
         def place(n: int, like: Tensor = one) -> Tensor:
-            return fold_pixels(_clip(like, (1, like.shape[1], n, *size), like.device))
+            return fold_pixels(new_clip(like, (1, like.shape[1], n, *size), like.device))
 
         y = _advance_pixels(layer, fold_pixels(one), memory, None, number, bounds, place)
         samples.append(y)
@@ -247,176 +180,9 @@ def _advance_pixels(
     return y
 
 
-# Memory --------------------------------------------------------------------------------------
-
-
-class Room:
-    """The memory of a walk: an arena for the clip between runs, and one for a frame in bands.
-
-    With `reserve`, what pieces take is asked for before the first layer as well: running out of
-    memory comes then, not in the middle of the work.
-    """
-
-    def __init__(self, layers: Sequence[Layer], x: Tensor, bounds: Bounds):
-        clip, frame = arena_sizes(layers, tuple(x.shape), bounds)
-        self.bounds, self.device = bounds, x.device
-        self.heap = Heap(bounds.most, x.device)
-        self.clip = _Arena(clip, x, bounds.offload)
-        self.frame = _Arena(frame, x, bounds.offload)
-
-    def reserve(self) -> None:
-        """Take what pieces need at the most, and let it go.
-
-        A process that keeps what is freed has done so for all of its walk.
-        """
-        if not keeps_freed():
-            torch.empty(self.bounds.workspace, dtype=torch.uint8, device=self.device).fill_(0)
-
-
-class _Arena:
-    """Flat memory for one activation (1, C, T, H, W), channels-last, at its front or its back."""
-
-    def __init__(self, size: int, like: Tensor, offload: str | os.PathLike[str] | None):
-        size = max(1, size)
-        if offload is None:
-            self._memory = torch.zeros(size, dtype=like.dtype, device=like.device)
-        elif offload == "host":
-            self._memory = torch.empty(size, dtype=like.dtype, pin_memory=like.is_cuda)
-        else:
-            self._memory = _in_file(size, like.dtype, offload)
-
-    def front(self, shape: Shape) -> Tensor:
-        """The first of the memory as (1, C, T, H, W)."""
-        return self._view(0, shape)
-
-    def back(self, clip: Tensor) -> Tensor:
-        """Move a clip to the end of the memory, last part first: source and target may overlap."""
-        source, target = clip.storage_offset(), self._memory.numel() - clip.numel()
-        for start, stop in reversed(spans(clip.numel(), MOVED_AT_A_TIME)):
-            part = self._memory[source + start : source + stop].clone()
-            self._memory[target + start : target + stop] = part
-        return self._view(target, tuple(clip.shape))
-
-    def holds(self, clip: Tensor) -> bool:
-        """Whether the clip lies in here."""
-        return clip.untyped_storage().data_ptr() == self._memory.untyped_storage().data_ptr()
-
-    def hold(self, clip: Tensor) -> Tensor:
-        """The clip if it lies in here, else a copy at the front: what may be overwritten."""
-        return clip if self.holds(clip) else self.front(tuple(clip.shape)).copy_(clip)
-
-    def _view(self, start: int, shape: Shape) -> Tensor:
-        _, c, t, h, w = shape
-        part = self._memory[start : start + c * t * h * w]
-        return part.view(1, t, h, w, c).movedim(-1, 1)
-
-
-def _in_file(size: int, dtype: torch.dtype, folder: str | os.PathLike[str]) -> Tensor:
-    """Memory in a new file of the folder: its name is gone at once, its place is reserved."""
-    descriptor, name = tempfile.mkstemp(prefix="temporal_vae_", dir=folder)
-    try:
-        if hasattr(os, "posix_fallocate"):  # a full disk would otherwise end the process, later
-            os.posix_fallocate(descriptor, 0, size * dtype.itemsize)
-        return torch.from_file(name, shared=True, size=size, dtype=dtype)
-    finally:
-        os.close(descriptor)
-        with contextlib.suppress(PermissionError):  # where files in use keep their name
-            os.unlink(name)
-
-
-def _clip(like: Tensor, shape: Shape, device: torch.device) -> Tensor:
-    """New memory for (B, C, T, H, W), channels-last."""
-    b, c, t, h, w = shape
-    return torch.empty((b, t, h, w, c), dtype=like.dtype, device=device).movedim(-1, 1)
-
-
-def _like(tail: Tensor) -> Tensor:
-    return _clip(tail, tuple(tail.shape), tail.device)
-
-
 def _pixels(x: Tensor, chunk: slice, device: torch.device) -> Tensor:
     """Some pixels of (1, C, T, P), channels-last, where the model is."""
     return x[:, :, :, chunk].to(device).contiguous(memory_format=torch.channels_last)
-
-
-# The line, cut into what goes together -------------------------------------------------------
-
-
-def runs(layers: Iterable[Layer]) -> Iterator[list[Framewise] | Timewise]:
-    """Framewise layers that follow one another together, timewise ones each alone."""
-    run: list[Framewise] = []
-    for layer in layers:
-        if isinstance(layer, Framewise):
-            run.append(layer)
-            continue
-        if run:
-            yield run
-        yield layer
-        run = []
-    if run:
-        yield run
-
-
-def stages(run: list[Framewise], shape: Shape, bounds: Bounds) -> list[list[Framewise]]:
-    """The layers of a run that bands go through together: each alone, but for the widest result.
-
-    A `fused` walk never stores a result that is larger than what comes before and after it and more
-    than half of the largest one: the layer that makes it and the one that reads it go together.
-    """
-    if not bounds.fused:
-        return [[layer] for layer in run]
-    sizes = [math.prod(each) for each in shapes_in(run, shape)]
-    found: list[list[Framewise]] = [[run[0]]]
-    for layer, following, (before, here, after) in zip(
-        run, run[1:], zip(sizes, sizes[1:], sizes[2:], strict=False), strict=False
-    ):
-        widest = here > before and here > after and 2 * here > max(sizes)
-        if widest and layer.halo is not None and following.halo is not None:
-            found[-1].append(following)
-        else:
-            found.append([following])
-    return found
-
-
-def largest_of(run: Iterable[Framewise], shape: Shape) -> int:
-    """Numbers of a frame before and after a layer of a run, together, where they are most."""
-    sizes = [math.prod(each) // shape[2] for each in shapes_in(run, shape)]
-    return max(map(sum, pairwise(sizes)))
-
-
-def shape_after(run: Iterable[Framewise], shape: Shape) -> Shape:
-    """(1, C, T, H, W) after a run of framewise layers."""
-    return shapes_in(run, shape)[-1]
-
-
-def shapes_in(run: Iterable[Framewise], shape: Shape) -> list[Shape]:
-    """(1, C, T, H, W) before a run of framewise layers, and after each of them."""
-    shapes = [shape]
-    for layer in run:
-        b, c, t, h, w = shapes[-1]
-        shapes.append((b, layer.channels(c), t, int(h * layer.scale), int(w * layer.scale)))
-    return shapes
-
-
-def result_shape(layers: Iterable[Layer], shape: Shape) -> Shape:
-    """Shape of what a line gives for (B, C, T, H, W)."""
-    return shape_after((layer for layer in layers if isinstance(layer, Framewise)), shape)
-
-
-def arena_sizes(layers: Iterable[Layer], shape: Shape, bounds: Bounds) -> tuple[int, int]:
-    """Elements of the largest activation that waits between runs, and between stages of a frame."""
-    clip, frame, shape = 0, 0, (1, *shape[1:])
-    for run in runs(layers):
-        if isinstance(run, Timewise):
-            clip = max(clip, math.prod(shape))
-            continue
-        if bounds.rows is not None:
-            here: Shape = (1, shape[1], 1, *shape[3:])
-            for stage in stages(run, here, bounds)[:-1]:
-                here = shape_after(stage, here)
-                frame = max(frame, math.prod(here))
-        shape = shape_after(run, shape)
-    return clip, frame
 
 
 @torch.no_grad()
@@ -451,7 +217,7 @@ def _walk_sample(
             del frames
     else:
         for frame in clip.split(1, 2):
-            whole = _clip(frame, shape_after(last, tuple(frame.shape)), room.device)
+            whole = new_clip(frame, shape_after(last, tuple(frame.shape)), room.device)
             _in_bands(last, frame, whole, room)
             yield whole
             del whole
@@ -533,7 +299,7 @@ class _Bands:
         for index, layer in enumerate(self.stage):
             for norm in layer.norms():
                 known[norm] = self._gather(norm, index, known)
-        apply = _with(known)
+        apply = with_known(known)
         kept = self.source[:, :, :0].to(self.device)
         for band, following in zip(self.bands, [*self.bands[1:], None], strict=True):
             top, bottom = band[0]
@@ -568,12 +334,12 @@ class _Bands:
             for band in self.bands:
                 top, bottom = band[0]
                 piece = _channels_last(self.source[:, :, top:bottom], self.device)
-                x = _input_of(wanted, known, partial(self._through, piece, band))
+                x = input_of(wanted, known, partial(self._through, piece, band))
                 first, stop = rows_owned(band[-1], scale)  # norms keep rows
                 if first < stop:
                     yield x[:, :, first - band[index][0] : stop - band[index][0]]
 
-        return _moments(wanted, found())
+        return moments_of(wanted, found())
 
 
 def _aside(rows: Tensor) -> Tensor:
@@ -599,59 +365,13 @@ def _in_place(room: Room) -> Callable[[Timewise, Tensor], Tensor]:
         known: dict[nn.Module, Moments] = {}
         for norm in layer.norms():
             inputs = (
-                _input_of(norm, known, partial(layer.pixels, _pixels(x, chunk, room.device)))
+                input_of(norm, known, partial(layer.pixels, _pixels(x, chunk, room.device)))
                 for chunk in chunks
             )
-            known[norm] = _moments(norm, inputs)
-        apply = _with(known)
+            known[norm] = moments_of(norm, inputs)
+        apply = with_known(known)
         for chunk in chunks:
             x[:, :, :, chunk] = layer.pixels(_pixels(x, chunk, room.device), apply)
         return clip
 
     return walk
-
-
-# Norms wider than a piece --------------------------------------------------------------------
-
-
-class _Reached(Exception):
-    """Ends the computation of a piece at the norm whose sums are wanted, with that norm's input."""
-
-    def __init__(self, x: Tensor):
-        self.input = x
-
-
-def _input_of(
-    wanted: nn.Module, known: dict[nn.Module, Moments], compute: Callable[[Norm], object]
-) -> Tensor:
-    """What a norm gets when a piece is computed, the norms before it being known."""
-    before = _with(known)
-
-    def stop_there(module: nn.Module, x: Tensor) -> Tensor:
-        if module is wanted:
-            raise _Reached(x)
-        return before(module, x)
-
-    try:
-        compute(stop_there)
-    except _Reached as reached:
-        return reached.input
-    raise RuntimeError(f"{type(wanted).__name__} is declared by its layer and never reached")
-
-
-def _moments(norm: nn.Module, inputs: Iterable[Tensor]) -> Moments:
-    """Moments of a norm's input over all pieces of it."""
-    # by map, which holds on to no input while the next one is computed
-    return Moments.join(list(map(partial(Moments.of, groups=cast(int, norm.num_groups)), inputs)))
-
-
-def _with(known: dict[nn.Module, Moments]) -> Norm:
-    """Norms by known moments; those that no piece cuts, on their own."""
-
-    def norm(module: nn.Module, x: Tensor) -> Tensor:
-        if module not in known:
-            return own_norm(module, x)
-        group_norm = cast(nn.GroupNorm, module)
-        return normalise(x, known[module], group_norm.weight, group_norm.bias, group_norm.eps)
-
-    return norm

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from temporal_vae.layers import State as LayerState
-from temporal_vae.layers import Timewise
-from temporal_vae.network import Layer, Line
-from temporal_vae.walks import bounded
-from temporal_vae.walks.bounded import Bounds
+from temporal_vae.network.autoencoder import Layer, Line
+from temporal_vae.network.timewise import State as LayerState
+from temporal_vae.network.timewise import Timewise
+from temporal_vae.walks import bounded, stages
+from temporal_vae.walks.stages import Bounds
 
 State = tuple[LayerState, ...]
 """One entry for each timewise layer of the line, in order; `()` before the first piece."""
@@ -61,7 +61,7 @@ def begin(line: Line, like: Tensor) -> State:
             b, c, _, h, w = shape
             inputs.append((layer, like[:, :1, :0, :1, :1].expand(b, c, 0, h, w)))
         else:
-            shape = bounded.shape_after([layer], shape)
+            shape = stages.shape_after([layer], shape)
     total = sum(sum(layer.tails()) * math.prod((*x.shape[:2], *x.shape[3:])) for layer, x in inputs)
     block, used = like.new_zeros(total), 0
 

@@ -1,0 +1,150 @@
+"""A video to a file of latents, and back."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from temporal_vae.convert.chunks import clip_length, encode_walk
+from temporal_vae.convert.ends import Progress, colour_fields, open_reader, source_checksum, timed
+from temporal_vae.convert.memory import memory_budget
+from temporal_vae.files.atomic import atomic_path
+from temporal_vae.geometry import Padding
+from temporal_vae.latents import LatentInfo, LatentWriter, ModelRecord, check_target, record_fields
+from temporal_vae.model import TemporalVAE
+from temporal_vae.video import PIPE, Options, VideoReader, tag_notes
+from temporal_vae.walks.budget import Budget
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoding:
+    """How `encode` walks a video, and what it stores. Raises `ValueError` for what cannot be."""
+
+    sample: bool = False
+    """A latent drawn from the posterior, instead of its moments."""
+    seed: int | None = None
+    """Of a sample; None draws one, which the file records."""
+    dtype: torch.dtype | None = None
+    """Of the file; None means the model's, which rounds nothing."""
+    scaled: bool = False
+    """Store latents as `scale_latent` gives them."""
+    clip_frames: int | Literal["all"] | None = None
+    """See `reconstruct`."""
+    memory: Budget = None
+    """See `reconstruct`."""
+
+    def __post_init__(self) -> None:
+        if self.seed is not None and not self.sample:
+            raise ValueError("a seed is for a sample: give --sample too")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be a whole number in [0, 2**63), got {self.seed}")
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """What `encode` wrote."""
+
+    info: LatentInfo
+    bytes: int
+    seconds: float
+    notes: tuple[str, ...]
+
+
+def encode(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    model: TemporalVAE,
+    record: ModelRecord,
+    how: Encoding | None = None,
+    *,
+    options: Options | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Encoded:
+    """Encode a video to a file of latents, in memory that does not grow with its length.
+
+    Walks as `reconstruct` does, by the same `options`, and records what `decode` needs to give back
+    the same frames. With a decoder as well, the picture is that of `reconstruct`. `target` appears
+    whole or not at all.
+
+    Raises `VideoError` for a source that cannot be read, `LatentFileError` for a target that cannot
+    be written, `ValueError` for memory that cannot do.
+    """
+    how = how or Encoding()
+    check_target(target, overwrite)
+    length, budget = clip_length(model, how.clip_frames), memory_budget(how.memory, model)
+    start, done = time.monotonic(), 0
+    generator = sample_generator(how.sample, how.seed)
+    with (
+        open_reader(source, model, options) as reader,
+        source_checksum(source) as checksum,
+        atomic_path(target) as partial_file,
+        LatentWriter(
+            partial_file, _latent_info(reader, model, record, how, length, generator)
+        ) as writer,
+    ):
+        walk = encode_walk(timed(reader), model, length, reader.size, budget, generator)
+        for latents in walk.latents:
+            if latents is not None:
+                count = latents.shape[2]
+                stamps = [walk.stamps.popleft() for _ in range(count)]
+                writer.write(writer.unscaled.rescale(latents, how.scaled), stamps)
+                done += count
+            if progress is not None:
+                progress(done + len(walk.stamps) // 2, reader.info.expected_frames)
+        info = writer.finish(source_sha256=checksum())
+        kept = tag_notes(reader.info.colour)  # which the header has
+        notes = [f"{os.fspath(source)}: {note}" for note in reader.notes if note not in kept]
+    if info.source_sha256 is None:
+        notes.append(f"{os.fspath(source)} is no file, so it has no checksum in the latents")
+    return Encoded(info, os.path.getsize(target), time.monotonic() - start, tuple(notes))
+
+
+def sample_generator(sample: bool, seed: int | None) -> torch.Generator | None:
+    """What draws samples, by a seed of its own if there is none; None for moments and means."""
+    if not sample:
+        return None
+    return torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
+
+
+def _latent_info(
+    reader: VideoReader,
+    model: TemporalVAE,
+    record: ModelRecord,
+    how: Encoding,
+    length: int | None,
+    generator: torch.Generator | None,
+) -> LatentInfo:
+    """The header of a video's latents, as far as it is known before the first frame."""
+    factor, video = model.downsample_factor, reader.info
+    height, width = reader.size
+    padding = Padding.to_cells(height, width, factor)
+    name = os.path.basename(video.path)
+    return LatentInfo(
+        kind="moments" if generator is None else "sample",
+        dtype=how.dtype or model.dtype,
+        frames=1,
+        channels=model.latent_channels,
+        rows=padding.padded[0] // factor,
+        columns=padding.padded[1] // factor,
+        height=height,
+        width=width,
+        padding_bottom=padding.rows,
+        padding_right=padding.columns,
+        scaled=how.scaled,
+        fps=video.fps,
+        time_base=video.time_base,
+        sample_aspect_ratio=reader.sample_aspect_ratio,
+        colour=colour_fields(video.colour),
+        bit_depth=video.bit_depth,
+        clip_frames=None if length in (None, sys.maxsize) else length,
+        seed=None if generator is None else generator.initial_seed(),
+        source=None if name == PIPE else os.fsencode(name).decode(errors="replace"),
+        **record_fields(record),
+    )

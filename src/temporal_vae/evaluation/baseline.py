@@ -1,0 +1,68 @@
+"""The linear baseline: what a codec of as many numbers does without learning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import load_file
+
+from temporal_vae.video import Bytes, pad_frames
+
+BLOCK = 8
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class LinearBaseline:
+    """Principal components of 8x8x3 pixel blocks: what a codec of as many numbers does unlearned.
+
+    `mean` is (192,), `basis` (numbers per block, 192) with orthonormal rows. A model that is not
+    above it has learned nothing that a matrix could not do.
+    """
+
+    mean: Floats
+    basis: Floats
+
+    @classmethod
+    def bundled(cls) -> LinearBaseline:
+        """The baseline in the package: four numbers a block, fitted to the training clips."""
+        file = resources.files("temporal_vae") / "weights" / "linear_baseline.safetensors"
+        return cls(**load_file(str(file)))
+
+    @classmethod
+    def fit(cls, frames: Sequence[Bytes], numbers: int) -> LinearBaseline:
+        """The leading `numbers` components of all blocks of `frames`, each uint8 (T, H, W, 3)."""
+        count, total = 0, np.zeros(BLOCK * BLOCK * 3)
+        products = np.zeros((total.size, total.size))
+        for clip in frames:
+            blocks = _to_blocks(clip).reshape(-1, total.size).astype(np.float64)
+            count, total = count + len(blocks), total + blocks.sum(0)
+            products += blocks.T @ blocks
+        mean = total / count
+        _, vectors = np.linalg.eigh(products / count - np.outer(mean, mean))
+        basis = vectors[:, ::-1][:, :numbers].T
+        return cls(mean.astype(np.float32), np.ascontiguousarray(basis.astype(np.float32)))
+
+    def __call__(self, frames: Bytes) -> Bytes:
+        """Project every block of uint8 (T, H, W, 3) and go back; edges repeat to whole blocks."""
+        _, height, width, _ = frames.shape
+        blocks = _to_blocks(pad_frames(frames, BLOCK)).astype(np.float32) - self.mean
+        back = blocks @ self.basis.T @ self.basis + self.mean
+        return _from_blocks(back.round().clip(0, 255).astype(np.uint8))[:, :height, :width]
+
+
+def _to_blocks(frames: Bytes) -> npt.NDArray[np.uint8]:
+    """(T, H, W, 3) -> (T, H/8, W/8, 192)."""
+    t, h, w, c = frames.shape
+    cut = frames.reshape(t, h // BLOCK, BLOCK, w // BLOCK, BLOCK, c)
+    return cut.transpose(0, 1, 3, 2, 4, 5).reshape(t, h // BLOCK, w // BLOCK, -1)
+
+
+def _from_blocks(blocks: Bytes) -> Bytes:
+    t, h, w, _ = blocks.shape
+    cut = blocks.reshape(t, h, w, BLOCK, BLOCK, 3).transpose(0, 1, 3, 2, 4, 5)
+    return np.ascontiguousarray(cut.reshape(t, h * BLOCK, w * BLOCK, 3))

@@ -1,0 +1,57 @@
+"""Quality over a folder of clips, beside the linear baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from temporal_vae.evaluation.baseline import BLOCK, LinearBaseline
+from temporal_vae.evaluation.metrics import Scores, score
+from temporal_vae.model import TemporalVAE
+from temporal_vae.video import Bytes, pad_frames, read_clip, to_bytes, to_pixels
+
+
+def reconstruct_frames(frames: Bytes, model: TemporalVAE) -> Bytes:
+    """One clip, uint8 (T, H, W, 3) of any size, through the model and back to the same size."""
+    _, height, width, _ = frames.shape
+    video = to_pixels(pad_frames(frames, model.downsample_factor))
+    return to_bytes(model.predict(video.to(model.device, model.dtype))[..., :height, :width])
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One clip: the model's scores and the linear baseline's."""
+
+    name: str
+    model: Scores
+    linear: Scores
+
+
+def evaluate(
+    files: Sequence[Path],
+    codec: Callable[[Bytes], Bytes] | TemporalVAE,
+    frames: int = 32,
+    width: int = 256,
+) -> Iterator[Row]:
+    """Scores of the first `frames` frames of each file, scaled to `width` (height to the
+    nearest multiple of 8), for a model's posterior mean or any function of frames, and the
+    linear baseline's beside them."""
+    baseline = LinearBaseline.bundled()
+    for file in files:
+        original = read_clip(file, frames, width, multiple=BLOCK)
+        if isinstance(codec, TemporalVAE):
+            reconstruction = reconstruct_frames(original, codec)
+        else:
+            reconstruction = codec(original)
+        yield Row(file.stem, score(original, reconstruction), score(original, baseline(original)))
+
+
+def mean_scores(scores: Sequence[Scores]) -> Scores:
+    """Mean over clips, each clip counting the same."""
+    return Scores(*(float(np.mean([getattr(s, name) for s in scores])) for name in _NAMES))
+
+
+_NAMES = ("psnr", "ssim", "flicker")

@@ -1,0 +1,37 @@
+"""The network as one graph that needs no Python: from pixels to their reconstruction."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from temporal_vae.latents import LatentDistribution, latent_channels
+from temporal_vae.network.autoencoder import Decoder, Encoder
+
+
+class Reconstruction(nn.Module):
+    """`predict` alone: pixels (B, C, T, H, W) or (B, C, H, W) -> the same shape, by the mean."""
+
+    def __init__(self, encoder: Encoder, decoder: Decoder, active: tuple[int, ...] | None):
+        super().__init__()
+        self.encoder, self.decoder, self.active = encoder, decoder, active
+
+    def forward(self, video: Tensor) -> Tensor:
+        """See the class."""
+        clip = video.unsqueeze(2) if video.ndim == 4 else video
+        latent = LatentDistribution.from_moments(self.encoder(clip)).mean
+        if self.active is not None:
+            latent = latent_channels.mask(latent, self.active)
+        y: Tensor = self.decoder(latent)
+        return (y.squeeze(2) if video.ndim == 4 else y).contiguous()
+
+
+def export(
+    encoder: Encoder, decoder: Decoder, active: tuple[int, ...] | None, example: Tensor
+) -> ExportedProgram:
+    """`torch.export` of the reconstruction; batch, frames, height and width may vary."""
+    sizes = {axis: Dim.DYNAMIC for axis in range(example.ndim) if axis != 1}
+    line = Reconstruction(encoder, decoder, active)
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.export.export(line, (example,), dynamic_shapes={"video": sizes}, strict=False)

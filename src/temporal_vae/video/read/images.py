@@ -1,0 +1,186 @@
+"""Folders of images, and animated WebP, as clips."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import av
+import numpy as np
+from av.video.frame import VideoFrame
+
+from temporal_vae.video.colour import colour_of, refuse_colour
+from temporal_vae.video.frames import VideoError, VideoInfo, is_rewound
+from temporal_vae.video.read.container import MAX_PIXELS, Stamped, described
+from temporal_vae.video.read.exif import refuse_mirrored
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as PillowImage
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
+IMAGES_PER_SECOND = Fraction(25)
+"""The rate of a folder of images, which states none."""
+MILLISECOND = Fraction(1, 1000)
+SHORTEST, USUAL = 10, 100
+"""Milliseconds: browsers show an image of at most the one for the other, and so does libav."""
+
+
+class ImageFolder:
+    """The images of a folder, in the natural order of their names, at a rate of `fps`."""
+
+    opaque_until_seen = True
+
+    def __init__(self, path: str, fps: Fraction | None):
+        self.path, entries = path, sorted(Path(path).iterdir(), key=lambda p: natural(p.name))
+        visible = [entry for entry in entries if not entry.name.startswith(".")]
+        self._files = [entry for entry in visible if entry.suffix.lower() in SUFFIXES]
+        if not self._files:
+            raise VideoError(f"{path}: the folder holds no images ({', '.join(SUFFIXES)})")
+        head, codec = _image(self._files[0])
+        self._size = head.width, head.height
+        rate = fps or IMAGES_PER_SECOND
+        notes = []
+        if fps is None:
+            notes.append(f"images state no rate: taken as {rate} frames per second (fps sets it)")
+        if others := len(visible) - len(self._files):
+            notes.append(f"{others} of {len(visible)} names in the folder are not images")
+        self.info = described(
+            head,
+            VideoInfo(
+                path=path, width=head.width, height=head.height, fps=rate,
+                frames=len(self._files), end=None, time_base=1 / rate, sample_aspect_ratio=None,
+                codec=codec, pixel_format=head.format.name, notes=tuple(notes),
+            ),
+        )  # fmt: skip
+
+    def frames(self, start: int) -> Iterator[Stamped]:
+        """See `Source`."""
+        for index, file in enumerate(self._files[start:], start):
+            frame, _ = _image(file)
+            if (frame.width, frame.height) != self._size:
+                raise VideoError(
+                    f"{file}: {frame.width}x{frame.height}, where the folder's first image is "
+                    f"{self._size[0]}x{self._size[1]}: images of a clip are of one size"
+                )
+            yield frame, index
+
+    def notes(self, complete: bool) -> Iterator[str]:
+        """See `Source`."""
+        return iter(())
+
+    def close(self) -> None:
+        """See `Source`."""
+
+
+class AnimatedWebP:
+    """The frames of a WebP animation, which libav does not decode, through Pillow."""
+
+    opaque_until_seen = True
+
+    def __init__(self, path: str, picture: PillowImage):
+        self.path, self._picture = path, picture
+        head = _webp_frame(picture, 0, path)
+        frames: int = picture.n_frames  # type: ignore[attr-defined]
+        picture.load()
+        stood = _duration(picture)
+        self.info = described(
+            head,
+            VideoInfo(
+                path=path, width=head.width, height=head.height,
+                fps=(1 / (stood * MILLISECOND)).limit_denominator(1001),
+                frames=frames, end=None, time_base=MILLISECOND, sample_aspect_ratio=None,
+                codec="webp", pixel_format=head.format.name,
+            ),
+        )  # fmt: skip
+
+    def frames(self, start: int) -> Iterator[Stamped]:
+        """See `Source`: a frame is drawn upon those before it, so all are."""
+        pts = 0
+        for index in range(self.info.frames or 0):
+            yield _webp_frame(self._picture, index, self.path), pts
+            pts += _duration(self._picture)
+
+    def notes(self, complete: bool) -> Iterator[str]:
+        """See `Source`."""
+        return iter(())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._picture.close()
+
+
+def is_animated_webp(path: str) -> bool:
+    """Whether a file is a WebP with more than a still in it."""
+    if not is_rewound(path):
+        return False
+    with open(path, "rb") as file:
+        head = file.read(21)
+    return head[:4] == b"RIFF" and head[8:16] == b"WEBPVP8X" and bool(head[20] & 2)
+
+
+def open_folder(path: str, fps: Fraction | None) -> ImageFolder:
+    """Raises `VideoError` for a folder without images, or one that cannot be read."""
+    try:
+        return ImageFolder(path, fps)
+    except OSError as error:
+        raise VideoError(f"{path}: the folder cannot be read ({error.strerror})") from error
+
+
+def open_webp(path: str) -> AnimatedWebP:
+    """Raises `VideoError` where Pillow is missing, or cannot read it."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise VideoError(
+            f"{path}: animated WebP is read through Pillow: pip install pillow"
+        ) from error
+    try:
+        picture = Image.open(path)
+        if picture.width * picture.height > MAX_PIXELS:
+            raise VideoError(f"{path}: frames of {picture.width}x{picture.height} are too large")
+        return AnimatedWebP(path, picture)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise VideoError(f"{path}: not a WebP that can be read ({error})") from error
+
+
+def natural(name: str) -> list[tuple[int, int | str]]:
+    """A key that sorts frame2 before frame10."""
+    parts = re.split(r"(\d+)", name.lower())
+    return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts if part]
+
+
+def _image(file: Path) -> tuple[VideoFrame, str]:
+    """The picture in a file, and its codec."""
+    try:
+        with av.open(str(file.absolute()), metadata_errors="replace") as container:
+            stream = next(iter(container.streams.video), None)
+            if stream is None or stream.codec_context is None:
+                raise VideoError(f"{file}: holds no picture")
+            if stream.width * stream.height > MAX_PIXELS:
+                raise VideoError(f"{file}: {stream.width}x{stream.height} is too large")
+            frame = next(container.decode(stream), None)
+            codec = stream.codec_context.name
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        raise VideoError(f"{file}: not an image that can be read ({error})") from error
+    if frame is None or frame.is_corrupt:
+        raise VideoError(f"{file}: not an image that can be read: it is damaged")
+    refuse_colour(colour_of(frame), str(file))
+    refuse_mirrored(str(file))
+    return frame, codec
+
+
+def _webp_frame(picture: PillowImage, index: int, path: str) -> VideoFrame:
+    try:
+        picture.seek(index)
+        pixels = np.asarray(picture.convert("RGBA"))
+    except (OSError, ValueError, EOFError, SyntaxError) as error:
+        raise VideoError(f"{path}: frame {index} cannot be read ({error})") from error
+    return VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgba")
+
+
+def _duration(picture: PillowImage) -> int:
+    stood = int(picture.info.get("duration", USUAL))
+    return stood if stood > SHORTEST else USUAL

@@ -1,0 +1,181 @@
+"""Arrays to the planes of a pixel format: depth, matrix, range and chroma.
+
+libswscale is not asked: to YUV of 10 bits it makes white three levels too light. What is computed
+here in float32 is rounded once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from av.video.frame import VideoFrame
+
+from temporal_vae.video.colour import BT709, FULL, LIMITED, MATRICES, WEIGHTS, assumed_matrix
+from temporal_vae.video.frames import Bytes, Colour, Image
+from temporal_vae.video.write.formats import Chosen
+
+STANDARD = Colour(primaries=1, transfer=1, matrix=BT709, range=LIMITED)
+"""BT.709 in limited range, as video is unless told otherwise."""
+
+Plane = npt.NDArray[Any]
+
+
+def yuv_colour(colour: Colour | None) -> Colour:
+    """The colours that YUV is written in: those given, with a matrix and a range it can have."""
+    if colour is None:
+        return STANDARD
+    known = colour.matrix in MATRICES
+    return Colour(
+        colour.primaries,
+        colour.transfer,
+        colour.matrix if known else BT709,
+        colour.range if known and colour.range in (LIMITED, FULL) else LIMITED,
+    )
+
+
+def rgb_colour(colour: Colour | None) -> Colour:
+    """The colours that RGB, or grey over the full range, is written in."""
+    colour = colour or STANDARD
+    return Colour(colour.primaries, colour.transfer, 0, FULL)
+
+
+def to_depth(image: Image, depth: int) -> Image:
+    """Full-range uint8 or uint16 to `depth` bits, uint8 for 8 and else uint16, to the nearest."""
+    top, new = int(np.iinfo(image.dtype).max), 2**depth - 1
+    kind = np.uint8 if depth == 8 else np.uint16
+    if top == new:
+        return image
+    scaled: Image = ((image.astype(np.uint32) * np.uint32(new) + top // 2) // top).astype(kind)
+    return scaled
+
+
+@dataclass(frozen=True, slots=True)
+class Yuv:
+    """YUV of some depth; with `halved` a chroma sample lies in the middle of 2x2 pixels."""
+
+    colour: Colour
+    depth: int
+    halved: bool
+
+    def __call__(self, image: Image) -> list[Plane]:
+        """(H, W, 1 or 3) uint8 or uint16 -> Y, U and V, rounded to the nearest."""
+        unit = image.astype(np.float32) / np.float32(np.iinfo(image.dtype).max)
+        if image.shape[2] == 1:
+            middle = np.zeros(_half(unit[..., 0]).shape if self.halved else unit.shape[:2])
+            return [self._luma(unit[..., 0]), self._chroma(middle), self._chroma(middle)]
+        red, blue = WEIGHTS[self.colour.matrix]
+        luma = red * unit[..., 0] + (1 - red - blue) * unit[..., 1] + blue * unit[..., 2]
+        small = _half(unit) if self.halved else unit
+        y = red * small[..., 0] + (1 - red - blue) * small[..., 1] + blue * small[..., 2]
+        u = (small[..., 2] - y) / (2 - 2 * blue)
+        v = (small[..., 0] - y) / (2 - 2 * red)
+        return [self._luma(luma), self._chroma(u), self._chroma(v)]
+
+    def _luma(self, unit: Plane) -> Plane:
+        if self.colour.range == LIMITED:
+            return self._rounded(unit * (219 << (self.depth - 8)) + (16 << (self.depth - 8)))
+        return self._rounded(unit * (2**self.depth - 1))
+
+    def _chroma(self, unit: Plane) -> Plane:
+        limited = self.colour.range == LIMITED
+        swing = 224 << (self.depth - 8) if limited else 2**self.depth - 1
+        return self._rounded(unit * swing + 2 ** (self.depth - 1))
+
+    def _rounded(self, levels: Plane) -> Plane:
+        kind = np.uint8 if self.depth == 8 else np.uint16
+        whole: Plane = np.rint(levels).clip(0, 2**self.depth - 1).astype(kind)
+        return whole
+
+
+def _half(image: Plane) -> Plane:
+    """Means of 2x2 pixels; the last row or column of an odd side stands twice."""
+    rows, columns = image.shape[0] % 2, image.shape[1] % 2
+    if rows or columns:
+        edges = [(0, rows), (0, columns)] + [(0, 0)] * (image.ndim - 2)
+        image = np.pad(image, edges, mode="edge")
+    pairs = image[0::2] + image[1::2]
+    means: Plane = (pairs[:, 0::2] + pairs[:, 1::2]) / 4
+    return means
+
+
+def rgb_planes(image: Image, pixel_format: str) -> list[Plane]:
+    """(H, W, C) of the right depth as a pixel format of RGB or grey has it."""
+    if pixel_format.startswith("gbr"):
+        order = (1, 2, 0, 3) if image.shape[2] == 4 else (1, 2, 0)
+        return [image[..., channel] for channel in order]
+    if pixel_format == "bgr0":
+        full: Bytes = np.full((*image.shape[:2], 4), 255, np.uint8)
+        full[..., :3] = image[..., ::-1]
+        image = full
+    elif pixel_format == "bgra":
+        image = image[..., [2, 1, 0, 3]]
+    return [image.reshape(len(image), -1)]
+
+
+def to_frame(planes: list[Plane], size: tuple[int, int], pixel_format: str) -> VideoFrame:
+    """Planes, (rows, numbers of a line) each, as libav has them."""
+    frame = VideoFrame(size[1], size[0], pixel_format)
+    for plane, values in zip(frame.planes, planes, strict=True):
+        data: Any = plane
+        kind = values.dtype.newbyteorder(">" if pixel_format.endswith("be") else "<")
+        lines = np.frombuffer(data, kind).reshape(plane.height, -1)
+        lines[:, : values.shape[1]] = values
+    return frame
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How frames (height, width, channels) lie in a file: pixel format, depth and colours."""
+
+    shape: tuple[int, int, int]
+    pixel_format: str
+    depth: int
+    colour: Colour
+    yuv: Yuv | None
+
+    def planes(self, image: Image) -> list[Plane]:
+        """A frame, uint8 or uint16 over the full range, as its planes."""
+        if image.shape != self.shape or image.dtype not in (np.uint8, np.uint16):
+            raise ValueError(
+                f"frames must be uint8 or uint16 {self.shape}, got {image.dtype} {image.shape}"
+            )
+        if self.yuv is not None:
+            return self.yuv(image)
+        if self.pixel_format.startswith("rgb") and self.shape[2] == 1:
+            image = np.repeat(image, 3, 2)
+        return rgb_planes(to_depth(image, self.depth), self.pixel_format)
+
+    def frame(self, image: Image) -> VideoFrame:
+        """A frame as libav has it, with its tags."""
+        height, width, _ = self.shape
+        frame = to_frame(self.planes(image), (height, width), self.pixel_format)
+        frame.colorspace, frame.color_range = self.colour.matrix, self.colour.range
+        frame.color_primaries, frame.color_trc = self.colour.primaries, self.colour.transfer
+        return frame
+
+
+def layout_of(chosen: Chosen, shape: tuple[int, int, int], colour: Colour | None) -> Layout:
+    """The layout of frames (height, width, channels) in a format."""
+    height, width, channels = shape
+    depth, bits = chosen.depth, "" if chosen.depth == 8 else f"{chosen.depth}le"
+    if chosen.codec.subsampled:
+        halved = chosen.name == "vp9" or not (height % 2 or width % 2)
+        tags = yuv_colour(colour)
+        name = ("yuv420p" if halved else "yuv444p") + bits
+        return Layout(shape, name, depth, tags, Yuv(tags, depth, halved))
+    if chosen.name == "y4m" and channels == 3:
+        # nothing in the file tells the matrix, so it is the one that is assumed
+        tags = replace(yuv_colour(colour), matrix=assumed_matrix(height, width), range=LIMITED)
+        return Layout(shape, "yuv444p" + bits, depth, tags, Yuv(tags, depth, False))
+    name = {
+        "ffv1": {1: "gray", 3: "gbrp", 4: "gbrap"} if bits else {1: "gray", 3: "bgr0", 4: "bgra"},
+        "png": {1: "gray", 3: "rgb48", 4: "rgba64"} if bits else {1: "gray", 3: "rgb24", 4: "rgba"},
+        "y4m": {1: "gray"},
+        "rgb": dict.fromkeys((1, 3), "rgb48" if bits else "rgb24"),
+    }[chosen.name][channels]
+    if bits:
+        name += {"png": "16be" if name == "gray" else "be", "rgb": "le"}.get(chosen.name, bits)
+    return Layout(shape, name, depth, rgb_colour(colour), None)

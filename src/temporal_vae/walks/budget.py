@@ -1,0 +1,94 @@
+"""How much memory there is to use, here and now."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Literal
+
+import psutil
+import torch
+
+from temporal_vae.walks.heap import kept_bytes
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Memory that this process could still take on a device; None where nobody can tell."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + kept
+    if device.type != "cpu":
+        return None
+    machine = int(psutil.virtual_memory().available)
+    container = _left_in_container(CGROUP)
+    return (machine if container is None else min(machine, container)) + kept_bytes()
+
+
+def _left_in_container(folder: Path) -> int | None:
+    """What a container's limit leaves (Linux control groups, version 2); None without a limit.
+
+    Its use counts cached files, which are given up when memory is needed.
+    """
+    try:
+        limit = int((folder / "memory.max").read_text())
+        used = int((folder / "memory.current").read_text())
+        lines = (folder / "memory.stat").read_text().splitlines()
+        cached = sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+    except (OSError, ValueError):  # "max" is no number
+        return None
+    return max(0, limit - used + cached)
+
+
+Budget = int | str | None
+
+
+class BudgetError(ValueError):
+    """A budget that cannot be met; `least` bytes can."""
+
+    def __init__(self, message: str, least: int):
+        super().__init__(message)
+        self.least = least
+
+
+def parse_budget(budget: Budget) -> int | Literal["least"] | None:
+    """Bytes of a budget: a number, "500MiB", "6GiB", "6GB", "least" or None.
+
+    Raises `ValueError` for anything else.
+    """
+    if budget is None:
+        return None
+    if budget == "least":
+        return "least"
+    if isinstance(budget, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]i?)?B?\s*", budget)
+        if match:
+            unit = match[2] or ""
+            power = " kMGT".index(unit[:1] or " ")
+            size = int(float(match[1]) * (1024 if unit.endswith("i") else 1000) ** power)
+            if size > 0:
+                return size
+    elif isinstance(budget, int) and not isinstance(budget, bool) and budget > 0:
+        return budget
+    raise ValueError(
+        f"a budget is a number of bytes, words such as '6GiB', 'least' or None, got {budget!r}"
+    )
+
+
+def affordable(memory: int | str, device: torch.device) -> Budget:
+    """A budget of so much, or of what is free where that is less or `memory` is "auto".
+
+    A pipeline has worked for minutes when its VAE's turn comes: a budget means "at most" here.
+    """
+    limit = sys.maxsize if memory == "auto" else parse_budget(memory)
+    free = available_bytes(device)
+    if not isinstance(limit, int) or (free is not None and limit <= free):
+        return memory
+    if free is None:
+        return None if memory == "auto" else memory
+    usable = free * 7 // 8  # for the caches of kernels, and others on the machine
+    unit = 1 << max(0, usable.bit_length() - 4)  # rounded, so that the next call finds its plan
+    return max(1, usable // unit * unit)
