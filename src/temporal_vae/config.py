@@ -71,6 +71,12 @@ class TemporalVAEConfig:
     clip_frames: int | None = None
     """Clip length the model was made for; required where a norm spans the clip, else unused."""
 
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """From arguments of `TemporalVAE`, where None stands for some defaults."""
+        optional = ("channel_multipliers", "latent_scale_factor")
+        return cls(**{k: v for k, v in values.items() if v is not None or k not in optional})
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "channel_multipliers", _multipliers(self.channel_multipliers))
         for name in ("input_channels", "latent_channels", "base_channels", "blocks_per_level"):

@@ -30,7 +30,16 @@ class Reconstruction(nn.Module):
 def export(
     encoder: Encoder, decoder: Decoder, active: tuple[int, ...] | None, example: Tensor
 ) -> ExportedProgram:
-    """`torch.export` of the reconstruction; batch, frames, height and width may vary."""
+    """`torch.export` of the reconstruction; batch, frames, height and width may vary.
+
+    Raises `ValueError` for an example with 1 of any of these, which torch would take for fixed.
+    """
+    f, (samples, _, *frames, rows, columns) = encoder.config.downsample_factor, example.shape
+    if min(samples, *frames, rows // f, columns // f) < 2:
+        raise ValueError(
+            f"example must have at least 2 samples, 2 frames, and {2 * f} pixels each way, got "
+            f"{tuple(example.shape)}: a graph takes what there is 1 of for fixed"
+        )
     sizes = {axis: Dim.DYNAMIC for axis in range(example.ndim) if axis != 1}
     line = Reconstruction(encoder, decoder, active)
     with torch.inference_mode(False), torch.no_grad():

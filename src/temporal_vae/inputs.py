@@ -1,16 +1,127 @@
-"""Checks at the door, and the layouts that the public face takes."""
+"""Checks at the door, and the layouts that the public face takes.
+
+Letters: B batch, C channels, T frames, H height, W width.
+"""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterable
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from temporal_vae.geometry import indivisible
+
 Layout = Literal["BCTHW", "BTCHW"]
 Bytes = bytes | bytearray | memoryview
+
+
+class Door(NamedTuple):
+    """What a model takes; each check gives the clip (B, C, T, H, W), or raises `ValueError`."""
+
+    input_channels: int
+    latent_channels: int
+    factor: int
+    """Pixels per latent cell along height and width."""
+    dtype: torch.dtype
+    device: torch.device
+
+    def pixels(self, video: Tensor, name: str, layout: Layout = "BCTHW") -> Tensor:
+        """A video or image of whole latent cells."""
+        clip = self._clip(video, self.input_channels, name, layout)
+        if problem := indivisible(clip.shape[3], clip.shape[4], self.factor):
+            raise ValueError(problem)
+        return clip
+
+    def latents(self, latent: Tensor, name: str, layout: Layout = "BCTHW") -> Tensor:
+        """A latent of a video or image."""
+        return self._clip(latent, self.latent_channels, name, layout)
+
+    def next_frames(self, frames: Tensor) -> Tensor:
+        """A piece of a stream of pixels."""
+        return self.pixels(check_piece(frames, "frames"), "frames")
+
+    def next_latents(self, latents: Tensor) -> Tensor:
+        """A piece of a stream of latents."""
+        return self.latents(check_piece(latents, "latents"), "latents")
+
+    def _clip(self, x: Tensor, channels: int, name: str, layout: Layout) -> Tensor:
+        if layout not in ("BCTHW", "BTCHW"):
+            raise ValueError(f"layout must be 'BCTHW' or 'BTCHW', got {layout!r}")
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        shape = tuple(x.shape)
+        if x.ndim not in (4, 5):
+            hint = f": add the batch with {name}.unsqueeze(0)" if x.ndim == 3 else ""
+            raise ValueError(
+                f"{name} must be video (B, C, T, H, W) or image (B, C, H, W), got {shape}{hint}"
+            )
+        if 0 in shape:
+            raise ValueError(f"{name} must not be empty, got {shape}")
+        _check_channels(shape, channels, name, layout)
+        self._check_dtype(x, name)
+        if x.device != self.device:
+            raise ValueError(
+                f"{name} is on {x.device}, the model on {self.device}: move one with .to(...)"
+            )
+        return x.unsqueeze(2) if x.ndim == 4 else relayout(x, layout)
+
+    def _check_dtype(self, x: Tensor, name: str) -> None:
+        if not x.is_floating_point():
+            raise ValueError(
+                f"{name} must be floating point, got {x.dtype}: 8-bit pixels become "
+                f"{name}.to({self.dtype}) / 127.5 - 1"
+            )
+        if x.dtype != self.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(
+                f"{name} is {x.dtype}, the model {self.dtype}: convert with {name}.to({self.dtype})"
+            )
+
+
+def _check_channels(shape: tuple[int, ...], channels: int, name: str, layout: Layout) -> None:
+    axis = 2 if len(shape) == 5 and layout == "BTCHW" else 1
+    if shape[axis] == channels:
+        return
+    message = f"{name} must have {channels} channels on axis {axis}, got {shape}"
+    if len(shape) == 5 and shape[3 - axis] == channels:
+        other = "BTCHW" if layout == "BCTHW" else "BCTHW"
+        message += f": these axes look like {other}, so pass layout={other!r}"
+    elif len(shape) == 4 and shape[0] == channels:
+        message += f": a video needs its batch, {name}.unsqueeze(0)"
+    elif shape[-1] == channels:
+        order = "0, 4, 1, 2, 3" if len(shape) == 5 else "0, 3, 1, 2"
+        message += f": channels stand last, so pass {name}.permute({order})"
+    raise ValueError(message)
+
+
+def check_piece(x: Tensor, name: str) -> Tensor:
+    """A piece of a stream, which has frames. Raises `ValueError` for another rank."""
+    if isinstance(x, Tensor) and x.ndim != 5:
+        raise ValueError(
+            f"{name} of a stream must be (B, C, T, H, W), got {tuple(x.shape)}: one frame is "
+            f"{name}.unsqueeze(2)"
+        )
+    return x
+
+
+def one_clip(latent: Tensor) -> Tensor:
+    """A latent of one video. Raises `ValueError` for another rank, or more samples."""
+    if isinstance(check_piece(latent, "latent"), Tensor) and len(latent) > 1:
+        raise ValueError(f"iter_decode takes one clip, got a batch of {len(latent)}")
+    return latent
+
+
+def check_moments(mean: Tensor, log_variance: Tensor) -> None:
+    """Raise `ValueError` unless both have one shape, which is a latent's."""
+    if mean.shape != log_variance.shape:
+        raise ValueError(
+            f"mean and log_variance must have one shape, got {tuple(mean.shape)} and "
+            f"{tuple(log_variance.shape)}"
+        )
+    if mean.ndim not in (4, 5):
+        raise ValueError(f"moments must be (B, L, T, h, w) or (B, L, h, w), got {mean.ndim} axes")
 
 
 def like_given(clip: Tensor, given: Tensor) -> Tensor:
@@ -43,7 +154,7 @@ def floating_dtype(dtype: torch.dtype | None) -> torch.dtype:
 
 def seeded_generator(seed: int | None) -> torch.Generator:
     """A new generator, from a seed or at random. Raises `ValueError` for what is no seed."""
-    generator = torch.Generator()
+    generator = torch.Generator()  # on the CPU: the same noise for every device
     if seed is not None and (not isinstance(seed, int) or not 0 <= seed < 2**63):
         raise ValueError(f"seed must be a whole number in [0, 2**63), got {seed!r}")
     if seed is None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 KL_WEIGHT = 1e-4
 """Of the KL divergence in nats per number of the latent, beside a mean squared error over pixels in
@@ -54,9 +57,46 @@ def _divergences(mean: Tensor, log_variance: Tensor) -> Tensor:
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
 
 
+def callable_loss(loss: LossFunction | None) -> LossFunction:
+    """A loss, the mean squared error for None. Raises `ValueError` for what cannot be called."""
+    if loss is not None and not callable(loss):
+        raise ValueError(
+            f"loss_function must be callable as (prediction, target) -> scalar, got {loss!r}"
+        )
+    return loss or mean_squared_error
+
+
 def loss_name(loss: Callable[[Tensor, Tensor], Tensor]) -> str | None:
     """What a loss is called, module and all; None for the mean squared error."""
     if loss is mean_squared_error:
         return None
     named = loss if hasattr(loss, "__qualname__") else type(loss)
     return f"{named.__module__}.{named.__qualname__}"
+
+
+def scalar_loss(value: object) -> Tensor:
+    """What a loss gave, if it is a loss."""
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"a loss must give a scalar tensor, got {what}: take its mean")
+    return value.reshape(())
+
+
+def vae_terms(
+    loss: LossFunction, prediction: Tensor, target: Tensor, mean: Tensor, log_variance: Tensor
+) -> dict[str, Tensor]:
+    """The loss of a VAE: "reconstruction", "kl" (weighted by `KL_WEIGHT`) and "loss", their sum.
+
+    The KL divergence counts in nats per number of the latent.
+    """
+    reconstruction = scalar_loss(loss(prediction, target))
+    kl = KL_WEIGHT * kl_divergence(mean, log_variance) / mean[0].numel()
+    return {"reconstruction": reconstruction, "kl": kl, "loss": reconstruction + kl}
+
+
+def finite_values(terms: Mapping[str, Tensor]) -> dict[str, float]:
+    """The terms as numbers. Raises `ValueError` if "loss" is not finite."""
+    found = {name: float(value.detach()) for name, value in terms.items()}
+    if not math.isfinite(found["loss"]):
+        raise ValueError(f"the loss must be finite to step down from, got {found}")
+    return found

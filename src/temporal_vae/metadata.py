@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from temporal_vae.config import TemporalVAEConfig
+from temporal_vae.latents import ModelRecord, weights_sha256
 from temporal_vae.network.autoencoder import Decoder, Encoder, Line
-from temporal_vae.network.timewise import Timewise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +55,7 @@ def describe(
     lines: dict[str, Line] = {"encoder": encoder, "decoder": decoder}
     parts = {}
     for half, line in lines.items():
-        temporal = sum(_count(layer) for layer in line.layers() if isinstance(layer, Timewise))
+        temporal = sum(_count(layer) for layer in line.layers() if layer.tails())
         parts[f"{half}_spatial"] = _count(line) - temporal
         parts[f"{half}_temporal"] = temporal
     weight = encoder.conv_in.weight
@@ -76,6 +76,25 @@ def describe(
         active_features=active_features,
         dtype=str(weight.dtype).removeprefix("torch."),
         device=str(weight.device),
+    )
+
+
+def record(name: str | None, encoder: Encoder, decoder: Decoder) -> ModelRecord:
+    """What a file of latents records of a model with these two lines."""
+    config = encoder.config
+    groups = ",".join(str(config.groups(width)) for width in config.widths)
+    hashes = {}
+    for half, line in {"encoder": encoder, "decoder": decoder}.items():
+        structure = f"{half} norm_groups={groups}"
+        if any(layer.tails() for layer in line.layers()):
+            structure += f" causal={config.causal_mode} temporal_norm={config.temporal_norm}"
+        hashes[f"{half}_sha256"] = weights_sha256(line.named_parameters(), structure)
+    return ModelRecord(
+        name=name,
+        downsample_factor=config.downsample_factor,
+        scale_factor=config.latent_scale_factor,
+        shift_factor=config.latent_shift_factor,
+        **hashes,
     )
 
 

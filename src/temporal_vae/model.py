@@ -7,53 +7,48 @@ which are videos of one frame.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import io
-import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import fields, replace
-from fractions import Fraction
-from functools import lru_cache, partial
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields
 from typing import Any, BinaryIO, Literal, Self, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from temporal_vae import export, geometry, losses, metadata, parameters
+from temporal_vae import export, losses, metadata, parameters
 from temporal_vae.checkpoints import pretrained, records
 from temporal_vae.config import NormScope, TemporalOptions, TemporalVAEConfig
 from temporal_vae.files import atomic
 from temporal_vae.inputs import (
     Bytes,
+    Door,
     Layout,
     as_clips,
     bytes_file,
+    check_moments,
     floating_dtype,
     like_given,
+    one_clip,
     relayout,
     restore,
     seeded_generator,
 )
-from temporal_vae.latents import LatentDistribution, ModelRecord, weights_sha256
+from temporal_vae.latents import LatentDistribution, ModelRecord
 from temporal_vae.latents import latent_channels as channels_of
 from temporal_vae.latents.latent_channels import ChannelImportance
+from temporal_vae.losses import LossFunction, callable_loss
 from temporal_vae.metadata import ModelMetadata
 from temporal_vae.network.autoencoder import Decoder, Encoder
-from temporal_vae.network.initialise import draw_parameters, start_as_identity
-from temporal_vae.network.timewise import Timewise
-from temporal_vae.parameters import check_learning_rate, recording, scalar_loss
-from temporal_vae.walks import bounded, stages, streamed
-from temporal_vae.walks.budget import Budget, available_bytes, parse_budget
-from temporal_vae.walks.peak import Offload, Operation, Question
-from temporal_vae.walks.plan import Plan, Planner
-from temporal_vae.walks.stages import Bounds
-
-LossFunction = Callable[[Tensor, Tensor], Tensor]
-StreamState = streamed.State
-Stream = streamed.Stream
+from temporal_vae.network.initialise import initialise
+from temporal_vae.walks.budget import Budget, parse_budget
+from temporal_vae.walks.peak import Offload, Operation
+from temporal_vae.walks.plan import Plan
+from temporal_vae.walks.runner import Runner, Settings, Steps
+from temporal_vae.walks.streamed import State as StreamState
+from temporal_vae.walks.streamed import Stream
 
 
 class TemporalVAE(nn.Module):
@@ -125,53 +120,17 @@ class TemporalVAE(nn.Module):
         time_conv_out: bool = False,
         clip_frames: int | None = None,
     ):
+        given = locals()  # every field of the configuration is an argument of the same name
         super().__init__()
-        if channel_multipliers is None:
-            channel_multipliers = (1, 2, 4, 4)
-        if latent_scale_factor is None:
-            latent_scale_factor = 0.18215
-        if loss_function is not None and not callable(loss_function):
-            raise ValueError(
-                f"loss_function must be callable as (prediction, target) -> scalar, "
-                f"got {loss_function!r}"
-            )
-        self.config = TemporalVAEConfig(
-            input_channels=input_channels,
-            latent_channels=latent_channels,
-            base_channels=base_channels,
-            channel_multipliers=channel_multipliers,  # type: ignore[arg-type]
-            num_temporal_layers=num_temporal_layers,
-            temporal_kernel_size=temporal_kernel_size,
-            causal_mode=causal_mode,
-            latent_scale_factor=latent_scale_factor,
-            latent_shift_factor=latent_shift_factor,
-            blocks_per_level=blocks_per_level,
-            norm_groups=norm_groups,
-            quant_conv=quant_conv,
-            post_quant_conv=post_quant_conv,
-            temporal_encoder=temporal_encoder,
-            temporal_attention_reach=temporal_attention_reach,
-            temporal_norm=temporal_norm,
-            time_conv_out=time_conv_out,
-            clip_frames=clip_frames,
+        self.config = TemporalVAEConfig.of(
+            {f.name: given[f.name] for f in fields(TemporalVAEConfig)}
         )
         # beside the modules: the parameters of a loss are not the model's
-        self.__dict__["_loss_function"] = loss_function or losses.mean_squared_error
-        self._generator = seeded_generator(seed)
-        self._slicing = self._tiling = False
-        self._budget: Budget = None
-        self._active: tuple[int, ...] | None = None  # latent channels, None for all
-        self._compile_options: dict[str, Any] | None = None
-        self._compiled: dict[str, Callable[..., Any]] = {}
+        self.__dict__["_loss_function"] = callable_loss(loss_function)
+        self._generator, self._settings = seeded_generator(seed), Settings()
         with torch.device("meta"):  # torch's layers would draw from the global random state
-            self.encoder = Encoder(self.config)
-            self.decoder = Decoder(self.config)
-        if torch.get_default_device().type == "meta":
-            return  # as torch's own layers: shapes alone are wanted, to be filled from a file
-        self.to_empty(device="cpu")
-        draw_parameters(self, self._generator)
-        if self.decoder.time_conv_out is not None:
-            start_as_identity(self.decoder.time_conv_out)
+            self.encoder, self.decoder = Encoder(self.config), Decoder(self.config)
+        initialise(self, self._generator, as_identity=self.decoder.time_conv_out)
 
     @classmethod
     def from_config(
@@ -533,78 +492,21 @@ class TemporalVAE(nn.Module):
             >>> plan.walk, same
             ('bounded', True)
         """
-        if operation not in ("encode", "decode"):
-            raise ValueError(f"operation must be 'encode' or 'decode', got {operation!r}")
-        if len(shape) not in (4, 5):
-            raise ValueError(f"shape must be (B, C, T, H, W) or (B, C, H, W), got {tuple(shape)}")
-        full = tuple(shape) if len(shape) == 5 else (*shape[:2], 1, *shape[2:])
-        if not all(isinstance(n, int) and n > 0 for n in full):
-            raise ValueError(f"shape must be whole numbers above 0, got {tuple(shape)}")
-        pixels = operation == "encode"
-        channels = self.input_channels if pixels else self.latent_channels
-        if full[1] != channels:
-            raise ValueError(f"to {operation}, shape must have {channels} channels, got {full[1]}")
-        problem = geometry.indivisible(full[3], full[4], self.downsample_factor)
-        if pixels and problem:
-            raise ValueError(problem)
-        if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"dtype must be floating point, got {dtype}")
-        self._check_budget(budget)
-        if stream and self._line(operation).reach is None:
-            raise ValueError(
-                f"this model normalises over the whole clip, so it cannot {operation} a stream"
-            )
-        places: tuple[Offload, ...] = (None,)
-        if offload is not None:
-            if offload == "host" and self.device.type == "cpu":
-                raise ValueError("offload='host' is for a model on a GPU; this one is on the CPU")
-            known = offload == "host" or isinstance(offload, (str, os.PathLike))
-            if not known or (offload != "host" and not os.path.isdir(offload)):
-                raise ValueError(f"offload must be 'host' or a folder, got {offload!r}")
-            if offload != "host" and self.device.type != "cpu":
-                raise ValueError(
-                    f"offload to a folder needs the model on the CPU, it is on {self.device}: "
-                    "take 'host'"
-                )
-            places = (offload,)
-        elif self.device.type == "cuda" and budget is not None:
-            places = (None, "host")
-        asked = Question(
-            self._network, operation, full, dtype or self.dtype, stream, places, self.device,
-            keep_state or not stream,
+        return self._runner.plan(
+            shape, operation, dtype or self.dtype, budget,
+            stream=stream, keep_state=keep_state, offload=offload,
         )  # fmt: skip
-        return _planner(asked).plan(budget)
-
-    @property
-    def _network(self) -> TemporalVAEConfig:
-        """What a plan depends on of the configuration."""
-        config = self.config
-        needed = config.clip_frames if config.temporal_norm == "clip" else None
-        return replace(config, clip_frames=needed, latent_scale_factor=1.0, latent_shift_factor=0.0)
-
-    def _check_budget(self, budget: Budget) -> None:
-        limit = parse_budget(budget)
-        if isinstance(limit, int) and self.device.type == "cpu":
-            free = available_bytes(self.device)
-            if free is not None and limit > free:
-                raise ValueError(
-                    f"the budget {budget!r} is above the memory that is free, {free} bytes "
-                    f"({free / 2**30:.3f} GiB): give less, or free some"
-                )
-
-    def _line(self, operation: Operation) -> Encoder | Decoder:
-        return self.encoder.ready() if operation == "encode" else self.decoder.ready()
 
     def set_slicing_enabled(self, enabled: bool) -> None:
         """Walk the samples of a batch one by one from now on; the result stays the same."""
-        self._slicing = bool(enabled)
+        self._settings.slicing = bool(enabled)
 
     def set_tiling_enabled(self, enabled: bool) -> None:
         """Walk with the least memory from now on; the result stays the same. Needs `no_grad`.
 
         It goes before a memory budget, which holds again once it is off.
         """
-        self._tiling = bool(enabled)
+        self._settings.tiling = bool(enabled)
 
     def set_memory_budget(self, budget: Budget) -> None:
         """Plan every encode and decode for this budget from now on, see `plan`; None ends it.
@@ -614,128 +516,34 @@ class TemporalVAE(nn.Module):
         Raises `ValueError` for what is no budget.
         """
         parse_budget(budget)
-        self._budget = budget
+        self._settings.budget = budget
 
     @property
     def slicing_enabled(self) -> bool:
         """Whether the samples of a batch are walked one by one."""
-        return self._slicing
+        return self._settings.slicing
 
     @property
     def tiling_enabled(self) -> bool:
         """Whether every walk is the one of least memory."""
-        return self._tiling
+        return self._settings.tiling
 
     @property
     def memory_budget(self) -> Budget:
         """The budget that `set_memory_budget` stored."""
-        return self._budget
+        return self._settings.budget
 
-    def _walk(
-        self, operation: Operation, clip: Tensor, plan: Plan | None, out: Tensor | None = None
-    ) -> Tensor:
-        """The encoder or decoder over a clip (B, C, T, H, W), as planned or as stored."""
-        plan = self._plan_for(operation, clip, plan)
-        while True:
-            try:
-                return self._walk_once(operation, clip, plan, out)
-            except torch.OutOfMemoryError:  # only a GPU raises it: take less, from the start
-                if plan is None or (smaller := self._smaller(plan)) is None:
-                    raise
-                plan = smaller
+    @property
+    def _runner(self) -> Runner:
+        return Runner(self.encoder, self.decoder, self._settings)
 
-    def _walk_once(
-        self, operation: Operation, clip: Tensor, plan: Plan | None, out: Tensor | None
-    ) -> Tensor:
-        line = self._line(operation)
-        if plan is not None and plan.bounds is not None:
-            return bounded.walk(line, clip, plan.bounds, out)
-        walk = self._faster(operation, line)
-        samples = clip.split(1) if self._slicing else (clip,)
-        y = torch.cat([walk(x) for x in samples]) if len(samples) > 1 else walk(clip)
-        return y if out is None else out.copy_(y)
-
-    def _plan_for(
-        self,
-        operation: Operation,
-        clip: Tensor,
-        plan: Plan | None,
-        *,
-        stream: bool = False,
-        handed: bool = False,
-    ) -> Plan | None:
-        """The plan that was given, if it fits the input, or one for what the setters stored."""
-        shape, budget = tuple(clip.shape), "least" if self._tiling else self._budget
-        if plan is None:
-            if budget is None or (stream and self._line(operation).reach is None):
-                return None
-            return self.plan(shape, operation, clip.dtype, budget, stream=stream)
-        if not isinstance(plan, Plan):
-            raise ValueError(f"plan must be what plan(...) gives, got {plan!r}")
-        if plan.device != self.device or plan.network != self._network:
-            what = "a model of another layout"
-            if plan.device != self.device:
-                what = f"a model on {plan.device}, not on {self.device}"
-            raise ValueError(f"the plan is for {what}: make one with this model's plan(...)")
-        fits = (plan.operation, plan.dtype, plan.stream) == (operation, clip.dtype, stream)
-        if stream and fits and not plan.keep_state and not handed:
-            raise ValueError(
-                "the plan is for a stream that lets go of its states: give it to encode_stream or "
-                "decode_stream, or make one with keep_state=True"
-            )
-        if stream:  # a shorter piece takes less
-            fits = fits and shape[2] <= plan.shape[2]
-            shape = (*shape[:2], plan.shape[2], *shape[3:])
-        if not fits or plan.shape != shape:
-            made_for = (plan.operation, plan.shape, plan.dtype, f"stream={plan.stream}")
-            got = (operation, tuple(clip.shape), clip.dtype, f"stream={stream}")
-            raise ValueError(
-                f"the plan is for {made_for}, not for {got}: make one with plan(shape, operation, "
-                "dtype)"
-            )
-        return plan
-
-    def _in_less(
-        self, plan: Plan | None, walk: Callable[[Plan | None], Iterator[Tensor]]
-    ) -> Iterator[Tensor]:
-        """The pieces of a walk, which begins again where memory runs out; see `_walk`.
-
-        Frames that were given are walked again, and not given again.
-        """
-        pieces = walk(plan)  # which refuses here what it cannot do
-
-        def walked(plan: Plan | None, pieces: Iterator[Tensor]) -> Iterator[Tensor]:
-            given = 0
-            while True:
-                skipped = given
-                try:
-                    for piece in pieces:
-                        frames = piece.shape[2]
-                        if skipped < frames:
-                            given += frames - skipped
-                            yield piece[:, :, skipped:]
-                        skipped = max(0, skipped - frames)
-                        del piece  # or it would be there during the next
-                    return
-                except torch.OutOfMemoryError:
-                    if plan is None or (smaller := self._smaller(plan)) is None:
-                        raise
-                    plan = smaller
-                with torch.no_grad():  # as it was where the first walk was made
-                    pieces = walk(plan)
-
-        return walked(plan, pieces)
-
-    def _smaller(self, plan: Plan) -> Plan | None:
-        """A plan for the same with a third less memory, or as much less as can be."""
-        for budget in (plan.peak_bytes * 2 // 3, "least"):
-            with contextlib.suppress(ValueError):
-                smaller = self.plan(
-                    plan.shape, plan.operation, plan.dtype, budget, stream=plan.stream
-                )
-                if smaller.peak_bytes < plan.peak_bytes:
-                    return smaller
-        return None
+    @property
+    def _door(self) -> Door:
+        config = self.config
+        return Door(
+            config.input_channels, config.latent_channels, config.downsample_factor,
+            self.dtype, self.device,
+        )  # fmt: skip
 
     # Pixels to latents -----------------------------------------------------------------------
 
@@ -757,10 +565,9 @@ class TemporalVAE(nn.Module):
         Raises:
             ValueError: for a wrong rank, number of channels, size, dtype or device.
         """
-        clip = self._pixels(video, "video", layout)
-        moments = restore(self._walk("encode", clip, plan), video, layout="BCTHW")
-        mean, log_variance = map(self._masked, LatentDistribution.from_moments(moments))
-        return LatentDistribution(relayout(mean, layout), relayout(log_variance, layout))
+        clip = self._door.pixels(video, "video", layout)
+        found = (like_given(moment, video) for moment in self._runner.encode(clip, plan))
+        return LatentDistribution(*(relayout(moment, layout) for moment in found))
 
     def encode(
         self,
@@ -776,13 +583,9 @@ class TemporalVAE(nn.Module):
         `sample_mode=True` draws from the posterior, with `generator` or the model's own one;
         False gives the posterior mean.
         """
-        mean, log_variance = self.encode_with_distribution(video, layout=layout, plan=plan)
-        if not sample_mode:
-            return mean
-        drawn = self.sample(
-            relayout(mean, layout), relayout(log_variance, layout), generator=generator
-        )
-        return relayout(self._masked(drawn), layout)
+        clip = self._door.pixels(video, "video", layout)
+        latent = self._drawn(self._runner.encode(clip, plan), sample_mode, generator)
+        return relayout(like_given(latent, video), layout)
 
     def sample(
         self,
@@ -799,19 +602,19 @@ class TemporalVAE(nn.Module):
         Raises `ValueError` for shapes that differ or are no latent's, or for both `seed` and
         `generator`.
         """
-        if mean.shape != log_variance.shape:
-            raise ValueError(
-                f"mean and log_variance must have one shape, got {tuple(mean.shape)} and "
-                f"{tuple(log_variance.shape)}"
-            )
-        if mean.ndim not in (4, 5):
-            raise ValueError(
-                f"moments must be (B, L, T, h, w) or (B, L, h, w), got {mean.ndim} axes"
-            )
+        check_moments(mean, log_variance)
         if seed is not None and generator is not None:
             raise ValueError("give seed or generator, not both")
         source = generator if seed is None else seeded_generator(seed)
         return LatentDistribution(mean, log_variance).sample(source or self._generator)
+
+    def _drawn(
+        self, posterior: LatentDistribution, sample_mode: bool, generator: torch.Generator | None
+    ) -> Tensor:
+        """A latent from a posterior (B, L, T, h, w): its mean, or a sample in the active channels."""
+        if not sample_mode:
+            return posterior.mean
+        return self._runner.mask(self.sample(*posterior, generator=generator))
 
     # Latents to pixels -----------------------------------------------------------------------
 
@@ -830,16 +633,11 @@ class TemporalVAE(nn.Module):
         bounded walk each as it is made, and `out` is returned; see `iter_decode` as well.
         Raises `ValueError` for a wrong rank, number of channels, dtype or device.
         """
-        clip = self._masked(self._clip(latent, self.latent_channels, "latent", layout))
+        clip = self._door.latents(latent, "latent", layout)
         if out is None:
-            return restore(self._walk("decode", clip, plan), latent, layout)
+            return restore(self._runner.decode(clip, plan), latent, layout)
         target = out.unsqueeze(2) if latent.ndim == 4 else relayout(out, layout)
-        shape = stages.result_shape(self.decoder.layers(), tuple(clip.shape))
-        if tuple(target.shape) != shape:
-            raise ValueError(f"out must hold {shape} as {layout}, got {tuple(out.shape)}")
-        if torch.is_grad_enabled() and (clip.requires_grad or self._trains(self.decoder)):
-            raise ValueError("what is written into `out` has no gradient: use torch.no_grad()")
-        self._walk("decode", clip, plan, target)
+        self._runner.decode(clip, plan, target)
         return out
 
     def iter_decode(self, latent: Tensor, *, plan: Plan | None = None) -> Iterator[Tensor]:
@@ -849,23 +647,8 @@ class TemporalVAE(nn.Module):
         memory. Without a plan, or with one of the whole walk, all frames come at once.
         Raises `ValueError` as `decode`, and for more than one sample.
         """
-        clip = self._clip(self._piece(latent, "latent"), self.latent_channels, "latent", "BCTHW")
-        if len(clip) != 1:
-            raise ValueError(f"iter_decode takes one clip, got a batch of {len(clip)}")
-        plan = self._plan_for("decode", clip, plan)
-        if plan is None or plan.bounds is None:
-            return iter([self._walk("decode", self._masked(clip), plan).contiguous()])
-        line, clip = self._line("decode"), self._masked(clip.clone())
-
-        def walk(plan: Plan | None) -> Iterator[Tensor]:
-            if plan is None or plan.bounds is None:
-                return iter([line(clip)])
-            return bounded.pieces(line, clip, plan.bounds)
-
-        return self._in_less(plan, walk)
-
-    def _trains(self, module: nn.Module) -> bool:
-        return any(parameter.requires_grad for parameter in module.parameters())
+        clip = self._door.latents(one_clip(latent), "latent")
+        return self._runner.pieces(clip, plan)
 
     # Streams ---------------------------------------------------------------------------------
 
@@ -898,8 +681,7 @@ class TemporalVAE(nn.Module):
             >>> torch.allclose(torch.cat(found, 2), vae.encode(video, sample_mode=False), atol=1e-5)
             True
         """
-        moments, state = self._step("encode", self._next_frames(frames), state, plan)
-        return moments if moments is None else self._latents(moments, sample_mode, generator), state
+        return self._latent_steps(sample_mode, generator, plan).step(frames, state)
 
     def encode_finish(
         self,
@@ -909,8 +691,7 @@ class TemporalVAE(nn.Module):
         plan: Plan | None = None,
     ) -> Tensor | None:
         """The latents that an ended stream still owes; None if it owes none."""
-        owed = list(self._owed_latents(state, sample_mode, generator, plan))
-        return torch.cat(owed, 2) if owed else None
+        return self._latent_steps(sample_mode, generator, plan).finish(state)
 
     def decode_step(
         self, latents: Tensor, state: StreamState | None = None, plan: Plan | None = None
@@ -919,13 +700,11 @@ class TemporalVAE(nn.Module):
 
         See `encode_step`; `decode_finish` gives the rest.
         """
-        frames, state = self._step("decode", self._next_latents(latents), state, plan)
-        return None if frames is None else frames.contiguous(), state
+        return self._frame_steps(plan).step(latents, state)
 
     def decode_finish(self, state: StreamState | None, plan: Plan | None = None) -> Tensor | None:
         """The frames that an ended stream still owes; None if it owes none."""
-        owed = list(self._owed_frames(state, plan))
-        return torch.cat(owed, 2) if owed else None
+        return self._frame_steps(plan).finish(state)
 
     def encode_stream(
         self,
@@ -934,150 +713,39 @@ class TemporalVAE(nn.Module):
         plan: Plan | None = None,
     ) -> Stream:
         """A stream to push frames into and get latents from; see `encode_step`."""
-        how = (sample_mode, generator, plan)
-        return self._stream(
-            "encode",
-            lambda frames, state: self.encode_step(frames, state, *how),
-            lambda state: self._owed_latents(state, *how),
-            self._next_frames,
-            plan,
-        )
+        return self._latent_steps(sample_mode, generator, plan).stream()
 
     def moments_stream(self, plan: Plan | None = None) -> Stream:
         """A stream to push frames into and get moments from, (B, 2*L, n, h, w); see `encode_step`.
 
         They are the mean and the clamped log-variance of `encode_with_distribution`, joined.
         """
+        runner = self._runner
 
-        def step(frames: Tensor, state: StreamState) -> tuple[Tensor | None, StreamState]:
-            moments, state = self._step("encode", self._next_frames(frames), state, plan)
-            return None if moments is None else self._joined(moments), state
+        def moments(piece: Tensor) -> Tensor:
+            return torch.cat([*runner.posterior(piece)], 1)
 
-        return self._stream(
-            "encode",
-            step,
-            lambda state: map(self._joined, self._owed("encode", state, plan)),
-            self._next_frames,
-            plan,
-        )
+        return Steps(runner, "encode", self._door.next_frames, moments, plan).stream()
 
     def decode_stream(self, plan: Plan | None = None) -> Stream:
         """A stream to push latents into and get frames from; see `decode_step`."""
-        return self._stream(
-            "decode",
-            partial(self.decode_step, plan=plan),
-            partial(self._owed_frames, plan=plan),
-            self._next_latents,
-            plan,
-        )
+        return self._frame_steps(plan).stream()
 
-    def _stream(
-        self,
-        operation: Operation,
-        step: Callable[[Tensor, Any], tuple[Tensor | None, StreamState]],
-        owed: Callable[[Any], Iterator[Tensor]],
-        taken: Callable[[Tensor], Tensor],
-        plan: Plan | None,
-    ) -> Stream:
-        def check(piece: Tensor) -> None:
-            clip = taken(piece)
-            self._plan_for(operation, clip, plan, stream=True, handed=True)
-            if plan is not None and plan.bounds is not None:
-                bounded.refuse_autograd(self._line(operation), clip)
+    def _latent_steps(
+        self, sample_mode: bool, generator: torch.Generator | None, plan: Plan | None
+    ) -> Steps:
+        runner = self._runner
 
-        if plan is None or plan.keep_state:
-            return Stream(step, owed, check)
-        state: StreamState = ()
-        if plan.bounds is not None:  # whose walk writes over the state
-            like = torch.empty(1, dtype=plan.dtype, device=self.device).expand(plan.shape)
-            state = streamed.begin(self._line(operation), like)
-        return Stream(step, owed, check, False, state)
+        def latents(moments: Tensor) -> Tensor:
+            return self._drawn(runner.posterior(moments), sample_mode, generator)
 
-    def _next_frames(self, frames: Tensor) -> Tensor:
-        return self._pixels(self._piece(frames, "frames"), "frames")
+        return Steps(runner, "encode", self._door.next_frames, latents, plan)
 
-    def _next_latents(self, latents: Tensor) -> Tensor:
-        latents = self._piece(latents, "latents")
-        return self._masked(self._clip(latents, self.latent_channels, "latents", "BCTHW"))
+    def _frame_steps(self, plan: Plan | None) -> Steps:
+        def frames(piece: Tensor) -> Tensor:
+            return piece.clone(memory_format=torch.contiguous_format)
 
-    def _step(
-        self, operation: Operation, clip: Tensor, state: StreamState | None, plan: Plan | None
-    ) -> tuple[Tensor | None, StreamState]:
-        handed = isinstance(state, list)
-        plan = self._plan_for(operation, clip, plan, stream=True, handed=handed)
-        while True:
-            try:
-                if plan is None or plan.bounds is None:
-                    held = tuple(state or ()) if handed and self._compile_options else state
-                    return self._faster_step(operation)(clip, held)
-                return streamed.step(self._line(operation), clip, state, plan.bounds)
-            except torch.OutOfMemoryError:
-                if handed or plan is None or (smaller := self._smaller(plan)) is None:
-                    raise
-                plan = smaller
-
-    def _owed_latents(
-        self,
-        state: StreamState | None,
-        sample_mode: bool,
-        generator: torch.Generator | None,
-        plan: Plan | None,
-    ) -> Iterator[Tensor]:
-        for moments in self._owed("encode", state, plan):
-            yield self._latents(moments, sample_mode, generator)
-
-    def _owed_frames(self, state: StreamState | None, plan: Plan | None) -> Iterator[Tensor]:
-        for frames in self._owed("decode", state, plan):
-            yield frames.clone(memory_format=torch.contiguous_format)
-
-    def _owed(
-        self, operation: Operation, state: StreamState | None, plan: Plan | None
-    ) -> Iterator[Tensor]:
-        line = self._line(operation)
-        first = next((memory for memory in state or () if memory), None)
-        if first is not None:  # the end is walked a few frames at a time
-            handed = isinstance(state, list)
-            like = self._frame_of(line, first)
-            plan = self._plan_for(operation, like, plan, stream=True, handed=handed)
-
-        def walk(plan: Plan | None) -> Iterator[Tensor]:
-            frames = 1 if plan is None else plan.shape[2]
-            return streamed.finish(line, state, _bounds(plan), frames)
-
-        # what was handed on is overwritten: no second try
-        return walk(plan) if isinstance(state, list) else self._in_less(plan, walk)
-
-    def _frame_of(self, line: Encoder | Decoder, memory: tuple[Tensor, ...]) -> Tensor:
-        """A frame that stands for a stream's input, by the memory of its first timewise layer."""
-        scale = Fraction(1)
-        for layer in line.layers():
-            if isinstance(layer, Timewise):
-                break
-            scale *= layer.scale
-        tail = memory[-1]
-        channels = self.input_channels if line is self.encoder else self.latent_channels
-        size = (int(side / scale) for side in tail.shape[3:])
-        return tail.new_empty(1).expand(len(tail), channels, 1, *size)
-
-    def _joined(self, moments: Tensor) -> Tensor:
-        """Clamped and masked moments (B, 2*L, ...)."""
-        return torch.cat([*map(self._masked, LatentDistribution.from_moments(moments))], 1)
-
-    def _latents(
-        self, moments: Tensor, sample_mode: bool, generator: torch.Generator | None
-    ) -> Tensor:
-        mean, log_variance = map(self._masked, LatentDistribution.from_moments(moments))
-        if not sample_mode:
-            return mean
-        return self._masked(self.sample(mean, log_variance, generator=generator))
-
-    def _piece(self, x: Tensor, name: str) -> Tensor:
-        if isinstance(x, Tensor) and x.ndim != 5:
-            raise ValueError(
-                f"{name} of a stream must be (B, C, T, H, W), got {tuple(x.shape)}: one frame is "
-                f"{name}.unsqueeze(2)"
-            )
-        return x
+        return Steps(self._runner, "decode", self._door.next_latents, frames, plan)
 
     # Diffusion -------------------------------------------------------------------------------
 
@@ -1109,21 +777,7 @@ class TemporalVAE(nn.Module):
 
         The hashes are of the weights as they are now: in a narrower dtype they are others.
         """
-        config = self.config
-        hashes = {}
-        for key, line in (("encoder", self.encoder), ("decoder", self.decoder)):
-            groups = ",".join(str(config.groups(width)) for width in config.widths)
-            structure = f"{key} norm_groups={groups}"
-            if any(isinstance(layer, Timewise) for layer in line.layers()):
-                structure += f" causal={config.causal_mode} temporal_norm={config.temporal_norm}"
-            hashes[f"{key}_sha256"] = weights_sha256(line.named_parameters(), structure)
-        return ModelRecord(
-            name=name,
-            downsample_factor=self.downsample_factor,
-            scale_factor=self.latent_scale_factor,
-            shift_factor=config.latent_shift_factor,
-            **hashes,
-        )
+        return metadata.record(name, self.encoder, self.decoder)
 
     # Training --------------------------------------------------------------------------------
 
@@ -1188,20 +842,14 @@ class TemporalVAE(nn.Module):
             ValueError: for a wrong input or rate, and for a loss that is not finite, or whose
                 gradient is not; no parameter is changed then.
         """
-        check_learning_rate(learning_rate)
-        with recording(input, target) as (x, y):
-            reconstruction, posterior = self._reconstruct(self._pixels(x, "input"), sampled=True)
-            terms = {
-                "reconstruction": scalar_loss(
-                    self.default_loss_function(like_given(reconstruction, x), y)
-                ),
-                "kl": losses.KL_WEIGHT * self.kl_divergence(*posterior) / posterior.mean[0].numel(),
-            }
-            terms["loss"] = sum(terms.values(), start=x.new_zeros(()))
-            found = {name: float(value.detach()) for name, value in terms.items()}
-            if not math.isfinite(found["loss"]):
-                raise ValueError(f"the loss must be finite to step down from, got {found}")
-            gradients = self._gradients(terms["loss"])
+        parameters.check_learning_rate(learning_rate)
+        with parameters.recording(input, target) as (x, y):
+            clip = self._door.pixels(x, "input")
+            reconstruction, posterior = self._runner.reconstruct(clip, self.sample)
+            loss, prediction = self.default_loss_function, like_given(reconstruction, x)
+            terms = losses.vae_terms(loss, prediction, y, *posterior)
+            found = losses.finite_values(terms)
+            gradients = parameters.gradients(terms["loss"], self.parameters())
         self.apply_gradients(gradients, learning_rate)
         return found
 
@@ -1231,10 +879,10 @@ class TemporalVAE(nn.Module):
             >>> vae.apply_gradients(gradients, learning_rate=1e-3)
         """
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), recording(input, target) as (x, y):
-            prediction, _ = self._reconstruct(self._pixels(x, "input"), sampled=False)
+        with torch.random.fork_rng(devices), parameters.recording(input, target) as (x, y):
+            prediction, _ = self._runner.reconstruct(self._door.pixels(x, "input"), None)
             value = (loss or self.default_loss_function)(like_given(prediction, x), y)
-            return self._gradients(scalar_loss(value))
+            return parameters.gradients(losses.scalar_loss(value), self.parameters())
 
     def apply_gradients(self, gradients: Tensor, learning_rate: float) -> None:
         """parameter - learning_rate * gradient, in place, for a vector (N,) as `compute_gradients`
@@ -1243,35 +891,11 @@ class TemporalVAE(nn.Module):
         Raises `ValueError` for a wrong length or rank, for what is not finite, and for a rate that
         is not above 0; nothing is changed then.
         """
-        check_learning_rate(learning_rate)
-        vector = parameters.check(
-            gradients,
-            self.parameters(),
-            "gradients",
-            way_out="take a smaller loss, or a wider dtype",
-        )
+        parameters.check_learning_rate(learning_rate)
+        way_out = "take a smaller loss, or a wider dtype"
+        vector = parameters.check(gradients, self.parameters(), "gradients", way_out=way_out)
         parameters.descend(vector, self.parameters(), learning_rate)
         self._weights_written()
-
-    def _reconstruct(self, clip: Tensor, sampled: bool) -> tuple[Tensor, LatentDistribution]:
-        """`forward` of a clip (B, C, T, H, W), walked whole: what a gradient is taken of."""
-        moments = self._faster("encode", self._line("encode"))(clip)
-        mean, log_variance = map(self._masked, LatentDistribution.from_moments(moments))
-        latent = self._masked(self.sample(mean, log_variance)) if sampled else mean
-        reconstruction = self._faster("decode", self._line("decode"))(latent)
-        return reconstruction, LatentDistribution(mean, log_variance)
-
-    def _gradients(self, loss: Tensor) -> Tensor:
-        """The gradient of a scalar for all parameters, flat; `.grad` is not touched."""
-        wanted = [p for p in self.parameters() if p.requires_grad]
-        found: Sequence[Tensor | None] = [None] * len(wanted)
-        if wanted and loss.requires_grad:
-            found = torch.autograd.grad(loss, wanted, allow_unused=True)
-        by_parameter = dict(zip(wanted, found, strict=True))
-        parts = ((p, by_parameter.get(p)) for p in self.parameters())
-        return torch.cat(
-            [torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in parts]
-        )
 
     # Parameters ------------------------------------------------------------------------------
 
@@ -1348,10 +972,6 @@ class TemporalVAE(nn.Module):
         """The same as `clone`, by the page's other name; `copy.deepcopy` does it too."""
         return self.clone()
 
-    def __getstate__(self) -> dict[str, Any]:
-        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
-        return state | {"_compiled": {}}  # bound to this model's layers; a copy makes its own
-
     # Features --------------------------------------------------------------------------------
 
     def get_active_feature_indices(
@@ -1365,7 +985,7 @@ class TemporalVAE(nn.Module):
         (B, C, T, H, W) or several of such: those of them whose posterior mean varies over the data
         by more than `threshold`, a variance (active units: Burda et al. 2016, arXiv 1509.00519).
         """
-        active = self._active or tuple(range(self.latent_channels))
+        active = self._settings.active or tuple(range(self.latent_channels))
         if data is None:
             return list(active)
         with torch.no_grad():
@@ -1388,7 +1008,7 @@ class TemporalVAE(nn.Module):
             [True, False, True, False]
         """
         active = channels_of.check_indices(indices, self.latent_channels)
-        self._active = None if len(active) == self.latent_channels else active
+        self._settings.active = None if len(active) == self.latent_channels else active
 
     def is_feature_used(self, index: int) -> bool:
         """Whether a latent channel is active. Raises `IndexError` for what is no channel."""
@@ -1415,10 +1035,6 @@ class TemporalVAE(nn.Module):
                 as_clips(data), self.encode_with_distribution, self.decode, self.latent_channels
             )
 
-    def _masked(self, latent: Tensor) -> Tensor:
-        """A latent or moment (B, L, ...) with zeros in the channels that are not active."""
-        return latent if self._active is None else channels_of.mask(latent, self._active)
-
     # Compilation and description -------------------------------------------------------------
 
     @property
@@ -1437,28 +1053,8 @@ class TemporalVAE(nn.Module):
 
         `options` are those of `torch.compile`; fullgraph=True unless said otherwise.
         """
-        self._compile_options = {"fullgraph": True} | options
-        self._compiled = {}
-
-    def _faster(self, operation: Operation, line: Encoder | Decoder) -> Callable[[Tensor], Tensor]:
-        """The line, compiled if that was asked for."""
-        if self._compile_options is None:
-            return line
-        if operation not in self._compiled:
-            self._compiled[operation] = torch.compile(line.forward, **self._compile_options)
-        return self._compiled[operation]
-
-    def _faster_step(
-        self, operation: Operation
-    ) -> Callable[[Tensor, StreamState | None], tuple[Tensor | None, StreamState]]:
-        """A whole step of a stream, compiled if that was asked for and the model is causal."""
-        line, name = self._line(operation), f"{operation} step"
-        if self._compile_options is None or not self.is_causal:
-            return partial(streamed.step, line)
-        if name not in self._compiled:
-            step = partial(streamed.step, line)
-            self._compiled[name] = torch.compile(step, **self._compile_options)
-        return self._compiled[name]
+        self._settings.compile_options = {"fullgraph": True} | options
+        self._settings.compiled = {}
 
     def export_computation_graph(self, example: Tensor) -> ExportedProgram:
         """`predict` as a graph of torch operations, by `torch.export`.
@@ -1481,15 +1077,9 @@ class TemporalVAE(nn.Module):
             >>> tuple(program.module()(torch.zeros(1, 3, 7, 16, 24)).shape)
             (1, 3, 7, 16, 24)
         """
-        self._pixels(example, "example")
-        f, (samples, _, *frames, rows, columns) = self.downsample_factor, example.shape
-        if min(samples, *frames, rows // f, columns // f) < 2:
-            raise ValueError(
-                f"example must have at least 2 samples, 2 frames, and {2 * f} pixels each way, got "
-                f"{tuple(example.shape)}: a graph takes what there is 1 of for fixed"
-            )
+        self._door.pixels(example, "example")
         encoder, decoder = self.encoder.ready(), self.decoder.ready()
-        return export.export(encoder, decoder, self._active, example)
+        return export.export(encoder, decoder, self._settings.active, example)
 
     def get_metadata(self) -> ModelMetadata:
         """What this model is: configuration, parameters by part, reach and delay, dtype, device.
@@ -1501,80 +1091,6 @@ class TemporalVAE(nn.Module):
         """
         active = tuple(self.get_active_feature_indices())
         return metadata.describe(type(self).__name__, self.encoder, self.decoder, active)
-
-    # -----------------------------------------------------------------------------------------
-
-    def _pixels(self, video: Tensor, name: str, layout: Layout = "BCTHW") -> Tensor:
-        clip = self._clip(video, self.input_channels, name, layout)
-        if problem := geometry.indivisible(clip.shape[3], clip.shape[4], self.downsample_factor):
-            raise ValueError(problem)
-        return clip
-
-    def _clip(self, x: Tensor, channels: int, name: str, layout: Layout) -> Tensor:
-        """Check an input at the door and bring it to (B, C, T, H, W)."""
-        if layout not in ("BCTHW", "BTCHW"):
-            raise ValueError(f"layout must be 'BCTHW' or 'BTCHW', got {layout!r}")
-        if not isinstance(x, Tensor):
-            raise ValueError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-        shape = tuple(x.shape)
-        if x.ndim not in (4, 5):
-            hint = f": add the batch with {name}.unsqueeze(0)" if x.ndim == 3 else ""
-            raise ValueError(
-                f"{name} must be video (B, C, T, H, W) or image (B, C, H, W), got {shape}{hint}"
-            )
-        if 0 in shape:
-            raise ValueError(f"{name} must not be empty, got {shape}")
-        self._check_channels(shape, channels, name, layout)
-        self._check_dtype(x, name)
-        if x.device != self.device:
-            raise ValueError(
-                f"{name} is on {x.device}, the model on {self.device}: move one with .to(...)"
-            )
-        return x.unsqueeze(2) if x.ndim == 4 else relayout(x, layout)
-
-    def _check_channels(
-        self, shape: tuple[int, ...], channels: int, name: str, layout: Layout
-    ) -> None:
-        axis = 2 if len(shape) == 5 and layout == "BTCHW" else 1
-        if shape[axis] == channels:
-            return
-        message = f"{name} must have {channels} channels on axis {axis}, got {shape}"
-        if len(shape) == 5 and shape[3 - axis] == channels:
-            other = "BTCHW" if layout == "BCTHW" else "BCTHW"
-            message += f": these axes look like {other}, so pass layout={other!r}"
-        elif len(shape) == 4 and shape[0] == channels:
-            message += f": a video needs its batch, {name}.unsqueeze(0)"
-        elif shape[-1] == channels:
-            order = "0, 4, 1, 2, 3" if len(shape) == 5 else "0, 3, 1, 2"
-            message += f": channels stand last, so pass {name}.permute({order})"
-        raise ValueError(message)
-
-    def _check_dtype(self, x: Tensor, name: str) -> None:
-        if not x.is_floating_point():
-            raise ValueError(
-                f"{name} must be floating point, got {x.dtype}: 8-bit pixels become "
-                f"{name}.to({self.dtype}) / 127.5 - 1"
-            )
-        if x.dtype != self.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise ValueError(
-                f"{name} is {x.dtype}, the model {self.dtype}: convert with {name}.to({self.dtype})"
-            )
-
-
-@lru_cache(maxsize=16)
-def _planner(asked: Question) -> Planner:
-    """Plans depend on this alone; making the first takes a second or two."""
-    line, config = Encoder if asked.operation == "encode" else Decoder, asked.network
-    assert isinstance(config, TemporalVAEConfig)
-    return Planner(lambda: line(config), asked)
-
-
-if hasattr(os, "register_at_fork"):  # a child would wait for a thread that it does not have
-    os.register_at_fork(after_in_child=_planner.cache_clear)
-
-
-def _bounds(plan: Plan | None) -> Bounds | None:
-    return None if plan is None else plan.bounds
 
 
 def _given(scale: float | None, shift: float | None) -> dict[str, float]:

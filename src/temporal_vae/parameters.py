@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -78,15 +78,24 @@ def recording(input: Tensor, target: Any) -> Iterator[tuple[Tensor, Any]]:
         yield x, x if target is None else y
 
 
-def scalar_loss(value: object) -> Tensor:
-    """What a loss gave, if it is a loss."""
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"a loss must give a scalar tensor, got {what}: take its mean")
-    return value.reshape(())
-
-
 def check_learning_rate(rate: float) -> None:
     """Raise `ValueError` for a learning rate that is not a finite number above 0."""
     if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf:
         raise ValueError(f"learning_rate must be a finite number above 0, got {rate!r}")
+
+
+def gradients(loss: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The gradient of a scalar for all parameters, (N,); `.grad` is not touched.
+
+    Zeros for parameters that are frozen, or have no part in the loss.
+    """
+    every = list(parameters)
+    wanted = [p for p in every if p.requires_grad]
+    found: Sequence[Tensor | None] = [None] * len(wanted)
+    if wanted and loss.requires_grad:
+        found = torch.autograd.grad(loss, wanted, allow_unused=True)
+    by_parameter = dict(zip(wanted, found, strict=True))
+    parts = ((p, by_parameter.get(p)) for p in every)
+    return torch.cat(
+        [torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in parts]
+    )

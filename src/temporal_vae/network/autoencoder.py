@@ -27,25 +27,22 @@ from temporal_vae.network.framewise import (
     FirstConv,
     FrameConv,
     FrameNormSiLU,
-    Framewise,
     ResidualBlock,
     SpatialAttention,
     Upsample,
 )
-from temporal_vae.network.timewise import TemporalAttention, TemporalBlock, TimeConv, Timewise
-
-Layer = Framewise | Timewise
+from temporal_vae.network.layer import Layer
+from temporal_vae.network.timewise import TemporalAttention, TemporalBlock, TimeConv
 
 
 class Line(nn.Module):
     """Layers in a row, applied to the whole clip; how else to walk them is not their business.
 
-    In float16 the residual stream between them is carried scaled where it would overflow: see
-    `half`.
+    In float16 the residual stream between them is scaled where it would overflow: see `float16`.
     """
 
     stream_scale = 1.0
-    """What the residual stream is carried multiplied by."""
+    """What the residual stream is multiplied by."""
     _fitted = False
 
     def __init__(self, config: TemporalVAEConfig):
@@ -69,7 +66,7 @@ class Line(nn.Module):
         return x
 
     def fit_scales(self) -> None:
-        """Carry the stream so that it fits float16, if the weights are float16, else as it is.
+        """Scale the residual stream to fit float16, if the weights are float16, else not.
 
         Conversion and `load_state_dict` see to it. Who writes into float16 weights in another way
         calls it afterwards.
@@ -80,7 +77,7 @@ class Line(nn.Module):
             frames = self.typical_frames().to(weight.device)
             self.stream_scale = float16.fit_scales(self.layers(), frames)
         else:
-            self.stream_scale = float16.carry_plainly(self.layers())
+            self.stream_scale = float16.reset_scales(self.layers())
 
     def ready(self) -> Self:
         """Fit the scales if the weights became float16, or left it, through another owner."""

@@ -1,4 +1,4 @@
-"""float16 without overflow: the residual stream is carried multiplied by a power of two.
+"""float16 without overflow: the residual stream is scaled by a power of two.
 
 float16 ends at 65,504, and the sum of many blocks may go beyond: so in the VAEs of SDXL and Stable
 Video Diffusion. But the sum is read by norms, which are indifferent to its scale but for eps, and
@@ -21,9 +21,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from temporal_vae.network.framewise import FrameNormSiLU, Framewise
+from temporal_vae.network.framewise import FrameNormSiLU
+from temporal_vae.network.layer import Layer
 from temporal_vae.network.primitives import own_norm
-from temporal_vae.network.timewise import Timewise
 
 LARGEST = 1024.0
 """What the largest value of a probe is brought down to, if it is above: a 64th of the way to the
@@ -53,14 +53,14 @@ def probe_frames(channels: int, size: int) -> Tensor:
 
 
 @torch.no_grad()
-def fit_scales(layers: Iterable[Framewise | Timewise], x: Tensor) -> float:
-    """Probe a line with frames x (T, C, H, W) and have it carry its stream so that it fits float16.
+def fit_scales(layers: Iterable[Layer], x: Tensor) -> float:
+    """Probe a line with frames x (T, C, H, W), and scale its residual stream to fit float16.
 
     Returns what the stream is multiplied by. The same weights get the same scales.
     """
     stream: list[float] = []
-    branches: dict[nn.Module, float] = {}
-    layers = list(layers)
+    branches: dict[Layer, float] = {}
+    layers, x = list(layers), x.transpose(0, 1).unsqueeze(0)
     for layer in layers:
         if isinstance(layer, FrameNormSiLU):  # here the stream ends
             break
@@ -73,21 +73,21 @@ def fit_scales(layers: Iterable[Framewise | Timewise], x: Tensor) -> float:
         )
     scale = power_of_two(max(stream))
     for layer in layers:
-        layer.carry(scale, power_of_two(branches.get(layer, 0.0)))
+        layer.set_residual_scale(scale, power_of_two(branches.get(layer, 0.0)))
     return scale
 
 
-def carry_plainly(layers: Iterable[Framewise | Timewise]) -> float:
+def reset_scales(layers: Iterable[Layer]) -> float:
     """Undo `fit_scales`. Returns 1, what the stream is then multiplied by."""
     for layer in layers:
-        layer.carry(1.0)
+        layer.set_residual_scale(1.0)
     return 1.0
 
 
-def _measured(layer: Framewise | Timewise, x: Tensor) -> tuple[Tensor, float]:
-    """Frames (T, C, H, W) after a layer in float32, and the largest value inside its branch."""
+def _measured(layer: Layer, x: Tensor) -> tuple[Tensor, float]:
+    """A clip (1, C, T, H, W) after a layer in float32, and the largest value inside its branch."""
     plain = copy.deepcopy(layer).float()
-    plain.carry(1.0)
+    plain.set_residual_scale(1.0)
     inputs: list[float] = []
 
     def norm(module: nn.Module, x: Tensor) -> Tensor:
@@ -95,11 +95,7 @@ def _measured(layer: Framewise | Timewise, x: Tensor) -> tuple[Tensor, float]:
         return own_norm(module, x)
 
     with torch.autocast(x.device.type, enabled=False):
-        if isinstance(plain, Timewise):
-            y = plain.pixels(x.flatten(2).transpose(0, 1).unsqueeze(0), norm)
-            y = y.squeeze(0).transpose(0, 1).unflatten(2, x.shape[2:])
-        else:
-            y = plain.frames(x, norm)
+        y = plain.compute(x, norm)
     return y, max(inputs[1:], default=0.0)  # the first norm reads the stream
 
 

@@ -11,12 +11,25 @@ from temporal_vae.network.framewise import FrameConv, FrameNormSiLU
 from temporal_vae.network.primitives import GroupNorm, PositionNorm
 from temporal_vae.network.timewise import TemporalAttention, TemporalBlock, TimeConv
 
-# ---------------------------------------------------------------------------------------------
-# Birth
+
+def initialise(
+    model: nn.Module, generator: torch.Generator, as_identity: TimeConv | None = None
+) -> None:
+    """Give a model made on the meta device memory on the CPU, and each parameter its first value.
+
+    Under `torch.device("meta")` nothing happens, as with torch's own layers: shapes alone are
+    wanted, to be filled from a file.
+    """
+    if torch.get_default_device().type == "meta":
+        return
+    model.to_empty(device="cpu")
+    draw_parameters(model, generator)
+    if as_identity is not None:
+        start_as_identity(as_identity)
 
 
 def draw_parameters(module: nn.Module, generator: torch.Generator) -> None:
-    """Give every parameter below `module` its value at birth, drawing from `generator` alone.
+    """Give every parameter below `module` its first value, drawing from `generator` alone.
 
     Weights are uniform within 1 / sqrt(fan in), norms start as the identity, and the last layer of
     every temporal branch at zero, so that a new video VAE is an image VAE, frame by frame.

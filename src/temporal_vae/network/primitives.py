@@ -1,4 +1,4 @@
-"""What both kinds of layer are made of: norms, convolutions and linear layers with scales."""
+"""What layers of every kind are made of: norms, and convolutions and linear layers with scales."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def silu(x: Tensor) -> Tensor:
 
 
 class Scales(NamedTuple):
-    """What a linear layer finds its input multiplied by, and gives its result multiplied by.
+    """By what the input of a linear layer is multiplied, and by what its result is to be.
 
-    Powers of two, other than 1 only where float16 would overflow; `half` finds them. Norms undo
+    Powers of two, other than 1 only where float16 would overflow; `float16` finds them. Norms undo
     them: one that reads x * s gives what it gives for x, if its eps is multiplied by s * s.
     """
 
@@ -51,24 +51,38 @@ class Scales(NamedTuple):
 class GroupNorm(nn.GroupNorm):
     """Group norm over all that a sample holds: a frame (N, C, H, W), or a clip (B, C, T, P)."""
 
+    def __init__(self, groups: int, channels: int, eps: float):
+        super().__init__(groups, channels, eps)
+        self.unscaled_eps = eps
+
+    def set_scales(self, before: float) -> None:
+        """Give for an input multiplied by `before` what it gave for the input itself."""
+        self.eps = self.unscaled_eps * before**2
+
     def forward(self, x: Tensor) -> Tensor:
         return group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
-class Conv2d(nn.Conv2d):
-    """torch's convolution, by our kernel where that is the more exact one."""
+class Scaled:
+    """A linear layer between scales."""
 
     scales = Scales()
+
+    def set_scales(self, before: float, after: float) -> None:
+        """Take an input multiplied by `before`, and give a result multiplied by `after`."""
+        self.scales = Scales(before, after)
+
+
+class Conv2d(Scaled, nn.Conv2d):
+    """torch's convolution between scales, by our kernel where that is the more exact one."""
 
     def forward(self, x: Tensor) -> Tensor:
         x, bias = self.scales.enter(x), self.scales.shift(cast(Tensor, self.bias))
         return conv2d(x, self.weight, bias, int(self.stride[0]), int(self.padding[0]))
 
 
-class Linear(nn.Linear):
-    """torch's linear layer, between scales."""
-
-    scales = Scales()
+class Linear(Scaled, nn.Linear):
+    """torch's linear layer between scales."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(self.scales.enter(x), self.weight, self.scales.shift(self.bias))
@@ -92,7 +106,9 @@ class PositionNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
-        self.eps = TEMPORAL_EPS
+        self.eps = self.unscaled_eps = TEMPORAL_EPS
+
+    set_scales = GroupNorm.set_scales
 
     def forward(self, x: Tensor) -> Tensor:
         positions = x.movedim(1, -1)

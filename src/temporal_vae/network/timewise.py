@@ -1,23 +1,29 @@
-"""Layers that see one pixel over time."""
+"""Layers that see one pixel over time.
+
+Letters: B batch, C channels, T frames, n frames of a piece, H height, W width, P pixels of a frame
+(H*W).
+
+In the memory order of a clip, B T H W C, its pixels fold into one axis, (B, C, T, P), as a view
+that is channels-last: a convolution over time is one over (T, P) with a kernel of one pixel.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from temporal_vae.config import TemporalVAEConfig
+from temporal_vae.network.layer import Layer, Past, Ports, State, Tail
 from temporal_vae.network.primitives import (
-    TEMPORAL_EPS,
     GroupNorm,
     Linear,
     Norm,
     PositionNorm,
-    Scales,
+    Scaled,
     own_norm,
     silu,
     time_norm,
@@ -29,128 +35,32 @@ ATTENTION_BATCH = 32_768
 QUERY_FRAMES = 64
 
 
-# ---------------------------------------------------------------------------------------------
-# Timewise
-
-
-State = tuple[Tensor, ...]
-"""Memory of a timewise layer between pieces of a clip: the count of frames it has taken, (B,), and
-the tails that the next piece needs, each (B, C, frames, H, W). `()` before the first frame."""
-
-
-class Past(NamedTuple):
-    """Frames that a timewise layer has taken before a piece."""
-
-    counts: Tensor
-    """Of each sample, (B,)."""
-    least: int
-    """The smallest of them, as a number: a tensor would have to be waited for on a GPU."""
-
-    def later(self, frames: int) -> Past:
-        """As seen by a layer that gets its input so many frames late."""
-        return Past((self.counts - frames).clamp(min=0), max(0, self.least - frames))
-
-
-class Timewise(nn.Module):
+class Timewise(Layer):
     """A layer that sees one pixel over time; subclasses define `pixels` and how far they see.
 
-    What can be walked in pieces also defines `tails`, the frames of each tail, and `advance`.
+    What can be walked in pieces also defines `tails` and `step_pixels`.
     """
 
-    past: int | None
-    future: int | None
+    cut = "pixels"
     width: int
-    """Channels, in and out."""
-    load = 1
-    """What is held for a pixel while the layer is computed, in multiples of a temporal block's."""
 
     def pixels(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
         """(B, C, T, P) -> (B, C, T, P), each of the P pixels on its own."""
         raise NotImplementedError
 
-    def norms(self) -> tuple[nn.Module, ...]:
-        """The norms over the clip, in order of application."""
-        return ()
-
-    def carry(self, stream: float, branch: float = 1.0) -> None:
-        """See `Framewise.carry`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, T, H, W) -> (B, C', T, H, W)."""
-        return unfold_pixels(self.pixels(fold_pixels(x)), x.shape[3:])
-
-    def tails(self) -> tuple[int, ...]:
-        """Frames of each tail that is kept between pieces."""
+    def step_pixels(self, x: Tensor, past: Past, tails: State, last: bool) -> tuple[Tensor, State]:
+        """`step` of (B, C, n, P), tails likewise."""
         raise NotImplementedError
 
-    def advance(self, x: Tensor, past: Past, tails: State, last: bool) -> tuple[Tensor, State]:
-        """The next piece (B, C, n, P) -> every output whose future is known, and the new tails.
+    def compute(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
+        """(B, C, T, H, W) -> (B, C, T, H, W)."""
+        return unfold_pixels(self.pixels(fold_pixels(x), norm), x.shape[3:])
 
-        After the `last` piece, which may have no frames, all outputs have been given: their number
-        is that of the inputs.
-        """
-        raise NotImplementedError
-
-    def begin(self, x: Tensor, zeros: Callable[..., Tensor] | None = None) -> State:
-        """The state before the first piece (B, C, n, H, W), of `zeros` of a shape."""
-        batch, channels, _, *size = x.shape
-        zeros = zeros or x.new_zeros
-        empty = (zeros(batch, n, *size, channels).movedim(-1, 1) for n in self.tails())
-        return (torch.zeros(batch, dtype=torch.int64), *empty)
-
-    def stream(self, x: Tensor | None, state: State, last: bool) -> tuple[Tensor | None, State]:
-        """The next piece (B, C, n, H, W) -> what can be given so far, and the new state.
-
-        None stands for no frames. Neither `x` nor `state` is changed.
-
-        Raises `ValueError` when the state belongs to frames of another size, dtype or number.
-        """
-        if x is None:
-            if not (state and last):
-                return None, state
-            x = self.nothing(state)
-        state = state or self.begin(x)
-        self.check(x, state)
-        counts, *tails = state
-        folded = tuple(map(fold_pixels, tails))
-        least = int(counts.min()) if self.future else 0  # else nobody asks, and a graph would break
-        y, kept = self.advance(fold_pixels(x), Past(counts, least), folded, last)
-        size = x.shape[3:]
-        state = (counts + x.shape[2], *(unfold_pixels(tail, size) for tail in kept))
-        return (unfold_pixels(y, size) if y.shape[2] else None), state
-
-    def nothing(self, state: State) -> Tensor:
-        """No frames, as (B, C, 0, H, W), for a stream of this state."""
-        if len(state) != 1 + len(self.tails()):
-            raise ValueError(f"the state is not one of this model: {len(state)} tensors")
-        return state[1][:, :, :0]
-
-    def check(self, x: Tensor, state: State) -> None:
-        """Raise `ValueError` when the state belongs to frames of another size, dtype or number."""
-        counts, *tails = state
-        frames = self.tails()
-        own = next(self.parameters())
-        mixed = torch.is_autocast_enabled(x.device.type)
-        fits = len(tails) == len(frames) and x.shape[1] == self.width
-        fits = fits and (mixed or (x.dtype, x.device) == (own.dtype, own.device))
-        fits = fits and all(
-            (*tail.shape[:2], *tail.shape[3:]) == (*x.shape[:2], *x.shape[3:])
-            and tail.shape[2] == n
-            and (tail.dtype, tail.device) == (x.dtype, x.device)
-            for tail, n in zip(tails, frames, strict=True)
-        )
-        if not fits:
-            raise ValueError(
-                "the state is not one of this model for a stream of these frames: inside the "
-                f"network it has {[(*t.shape, t.dtype) for t in tails]}, and the frames are "
-                f"{(*x.shape, x.dtype)}: keep one state per stream"
-            )
-        settled = sum(frames) if self.future else 0
-        if len(set(counts.tolist() if self.future else [])) > 1 and int(counts.min()) < settled:
-            raise ValueError(
-                f"streams of a batch must have equal frame counts until all are past {settled} "
-                f"frames, got {counts.tolist()}: a model that looks ahead starts them unevenly"
-            )
+    def step(self, x: Tensor, past: Past, tails: State, last: bool) -> tuple[Tensor, State]:
+        """The next piece (B, C, n, H, W) -> what is certain by now, and the new tails."""
+        size, folded = x.shape[3:], tuple(map(fold_pixels, tails))
+        y, kept = self.step_pixels(fold_pixels(x), past, folded, last)
+        return unfold_pixels(y, size), tuple(unfold_pixels(tail, size) for tail in kept)
 
 
 def fold_pixels(x: Tensor) -> Tensor:
@@ -170,7 +80,7 @@ def _tail(x: Tensor, frames: int) -> Tensor:
     return x[:, :, x.shape[2] - frames :].clone(memory_format=torch.preserve_format)
 
 
-class TimeConv(Timewise):
+class TimeConv(Scaled, Timewise):
     """A (k, 1, 1) convolution; zeros stand before the clip and, unless causal, after it.
 
     The weight keeps the five dimensions it has in checkpoints.
@@ -178,7 +88,6 @@ class TimeConv(Timewise):
 
     past: int
     future: int
-    scales = Scales()
 
     def __init__(self, channels: int, kernel: int, causal: bool):
         super().__init__()
@@ -199,30 +108,31 @@ class TimeConv(Timewise):
             return F.conv2d(x, weight, bias, padding=(self.past, 0))
         return F.conv2d(F.pad(x, (0, 0, self.past, self.future)), weight, bias)
 
-    def tails(self) -> tuple[int, ...]:
-        return (self.past + self.future,)
+    def tails(self) -> tuple[Tail, ...]:
+        return (Tail(self.width, self.past + self.future),)
 
-    def advance(self, x: Tensor, past: Past, tails: State, last: bool) -> tuple[Tensor, State]:
-        y, tail = self.advance_scaled(x, past.least, tails[0], last, None, None)
+    def step_pixels(self, x: Tensor, past: Past, tails: State, last: bool) -> tuple[Tensor, State]:
+        y, tail = self.step_scaled(x, past, tails[0], last, None, None)
         return y, (tail,)
 
-    def advance_scaled(
+    def step_scaled(
         self,
         x: Tensor,
-        age: int,
+        past: Past,
         tail: Tensor,
         last: bool,
         norm: nn.Module | None,
         gain: Tensor | None,
         raw: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """`advance` for the convolution times `gain`, behind norm and SiLU; (outputs, new tail).
+        """`step_pixels` of the convolution times `gain`, behind norm and SiLU: (outputs, new tail).
 
-        The tail holds what is convolved, ready to read, and starts as the zeros of the padding. A
-        `raw` one holds x itself, for a shortcut that is late; there the padding stands where the
-        norm would have made something of frames that never were.
+        The tail holds what is convolved, ready to read, and starts as the zeros of the padding.
+        With `raw`, the tail stores frames before the norm, for the delayed shortcut. Frames before the
+        clip must be zero *after* the norm, so they are padded there.
         """
         weight, bias = self._weights(gain)
+        age = past.least if self.future else 0  # nobody else asks: it would break a graph
         if raw and norm is not None:
             kept = torch.cat([tail, x], 2)
             unborn = max(0, tail.shape[2] - age)
@@ -266,6 +176,13 @@ class TemporalBlock(Timewise):
     SVD's blend (1 - a) * s + a * (s + f(s)) is the same thing written longer.
     """
 
+    ports: ClassVar[Ports] = {
+        "norm1": ("stream",),
+        "conv1": ("one", "branch"),
+        "norm2": ("branch",),
+        "conv2": ("one", "stream"),
+    }
+
     def __init__(self, channels: int, config: TemporalVAEConfig):
         super().__init__()
         self.width = channels
@@ -290,24 +207,15 @@ class TemporalBlock(Timewise):
         both = (self.norm1, self.norm2)
         return tuple(norm for norm in both if isinstance(norm, GroupNorm))
 
-    def carry(self, stream: float, branch: float = 1.0) -> None:
-        cast(PositionNorm | GroupNorm, self.norm1).eps = TEMPORAL_EPS * stream**2
-        self.conv1.scales = Scales(1.0, branch)
-        cast(PositionNorm | GroupNorm, self.norm2).eps = TEMPORAL_EPS * branch**2
-        self.conv2.scales = Scales(1.0, stream)
-
-    def tails(self) -> tuple[int, ...]:
+    def tails(self) -> tuple[Tail, ...]:
         return self.conv1.tails() + self.conv2.tails()
 
-    def advance(self, x: Tensor, past: Past, tails: State, last: bool) -> tuple[Tensor, State]:
+    def step_pixels(self, x: Tensor, past: Past, tails: State, last: bool) -> tuple[Tensor, State]:
         first, second = tails
-        ahead = self.conv1.future
-        h, kept1 = self.conv1.advance_scaled(
-            x, past.least, first, last, self.norm1, None, raw=ahead > 0
-        )
-        y, kept2 = self.conv2.advance_scaled(
-            h, past.later(ahead).least, second, last, self.norm2, torch.sigmoid(self.mix_factor)
-        )  # fmt: skip
+        ahead, mix = self.conv1.future, torch.sigmoid(self.mix_factor)
+        h, kept1 = self.conv1.step_scaled(x, past, first, last, self.norm1, None, raw=ahead > 0)
+        later = past.later(ahead) if ahead else past
+        y, kept2 = self.conv2.step_scaled(h, later, second, last, self.norm2, mix)
         if ahead:  # the shortcut is late by twice the reach ahead: as long as the first tail
             waiting = first[:, :, max(0, first.shape[2] - past.least) :][:, :, : y.shape[2]]
             y[:, :, : waiting.shape[2]].add_(waiting)
@@ -325,7 +233,8 @@ class TemporalAttention(Timewise):
 
     past: int
     future: int
-    load = 4
+    held = 4
+    ports: ClassVar[Ports] = {"norm": ("stream",), "to_out.0": ("one", "stream")}
 
     def __init__(self, channels: int, config: TemporalVAEConfig):
         super().__init__()
@@ -347,21 +256,18 @@ class TemporalAttention(Timewise):
             return self._mix_at_once(q, k, v).add_(x)
         return self._mix(q, k, v, self.past, None).add_(x)
 
-    def carry(self, stream: float, branch: float = 1.0) -> None:
-        self.norm.eps = TEMPORAL_EPS * stream**2
-        cast(Linear, self.to_out[0]).scales = Scales(1.0, stream)
-
-    def tails(self) -> tuple[int, ...]:
+    def tails(self) -> tuple[Tail, ...]:
         seen = self.past + self.future
-        return (seen, seen, self.future)  # keys, values, inputs that wait for their future
+        # keys, values, inputs that wait for their future
+        return tuple(Tail(self.width, frames) for frames in (seen, seen, self.future))
 
-    def advance(self, x: Tensor, past: Past, tails: State, last: bool) -> tuple[Tensor, State]:
+    def step_pixels(self, x: Tensor, past: Past, tails: State, last: bool) -> tuple[Tensor, State]:
         keys, values, waiting = tails
         seen, u = self.past + self.future, self.norm(x)
         k = torch.cat([keys, self._project(u, self.to_k)], 2)
         v = torch.cat([values, self._project(u, self.to_v)], 2)
         queue = torch.cat([waiting, x], 2)
-        early = max(0, self.future - past.least)
+        early = max(0, self.future - past.least) if self.future else 0
         ready = queue[:, :, early : queue.shape[2] - (0 if last else self.future)]
         kept = (
             _tail(k, seen).to(keys.dtype),  # autocast may have widened them

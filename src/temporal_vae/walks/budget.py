@@ -10,8 +10,6 @@ from typing import Literal
 import psutil
 import torch
 
-from temporal_vae.walks.heap import kept_bytes
-
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -25,7 +23,7 @@ def available_bytes(device: torch.device) -> int | None:
         return None
     machine = int(psutil.virtual_memory().available)
     container = _left_in_container(CGROUP)
-    return (machine if container is None else min(machine, container)) + kept_bytes()
+    return machine if container is None else min(machine, container)
 
 
 def _left_in_container(folder: Path) -> int | None:
@@ -92,3 +90,14 @@ def affordable(memory: int | str, device: torch.device) -> Budget:
     usable = free * 7 // 8  # for the caches of kernels, and others on the machine
     unit = 1 << max(0, usable.bit_length() - 4)  # rounded, so that the next call finds its plan
     return max(1, usable // unit * unit)
+
+
+def check_budget(budget: Budget, device: torch.device) -> None:
+    """Raise `ValueError` for what is no budget, and on the CPU for more than is free."""
+    limit = parse_budget(budget)
+    free = available_bytes(device) if isinstance(limit, int) and device.type == "cpu" else None
+    if isinstance(limit, int) and free is not None and limit > free:
+        raise ValueError(
+            f"the budget {budget!r} is above the memory that is free, {free} bytes "
+            f"({free / 2**30:.3f} GiB): give less, or free some"
+        )

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from temporal_vae.network.kernels.norm import Moments, normalise
 from temporal_vae.network.primitives import Norm, own_norm
 
-# Norms wider than a piece --------------------------------------------------------------------
-
 
 class _Reached(Exception):
     """Ends the computation of a piece at the norm whose sums are wanted, with that norm's input."""

@@ -10,18 +10,17 @@ import torch
 
 from temporal_vae.geometry import rows_read, spans
 from temporal_vae.network.autoencoder import Line
-from temporal_vae.network.framewise import Framewise
-from temporal_vae.network.timewise import Timewise
+from temporal_vae.network.layer import Layer, Shape
 from temporal_vae.walks import stages
 from temporal_vae.walks.stages import Bounds
-from temporal_vae.walks.tracing import Shape, Tracer, Work
+from temporal_vae.walks.tracing import tracer
 
 Operation = Literal["encode", "decode"]
 Offload = str | os.PathLike[str] | None
 Part = tuple[str, int]
 
 
-class Question(NamedTuple):
+class PlanRequest(NamedTuple):
     """What a plan depends on, beside the budget."""
 
     network: object
@@ -36,24 +35,27 @@ class Question(NamedTuple):
     keep_state: bool = True
 
 
-# Bytes and work ------------------------------------------------------------------------------
+class Peak:
+    """The bytes that one way of walking one input has alive at its worst moment.
 
+    `parts` is what they are made of, `workspace` what pieces take at the most, `state` the size of
+    one state of a stream, and `after` what there is when the layers are done.
+    """
 
-class Count:
-    """What one way of walking one input has alive at its worst moment, and what it computes."""
-
-    def __init__(self, line: Line, asked: Question, bounds: Bounds | None, tracer: Tracer):
-        self.layers, self.bounds, self.tracer = list(line.layers()), bounds, tracer
-        self.shape, self.size, self.stream = asked.shape, asked.dtype.itemsize, asked.stream
-        self.operation = asked.operation
-        self.work, self.state, self._held = Work(), 0, 0
-        self._replaces = not asked.keep_state
+    def __init__(self, line: Line, request: PlanRequest, bounds: Bounds | None):
+        self.layers, self.bounds, self.request = list(line.layers()), bounds, request
+        self.tracer = tracer(request.dtype, request.device)
+        self.size, self.stream = request.dtype.itemsize, request.stream
+        self.state = self._held = 0
+        self._replaces = not request.keep_state
         self._new = self._most_new = 0
         self._worst: tuple[str, int, int] = ("", 0, 0)
         self._largest: Part = ("", 0)
+        self.parts = self._parts()
+        self.workspace = self._largest[1]
+        self.after = self._after_the_walk()
 
-    def parts(self) -> list[Part]:
-        """The parts of the peak; `work` and `state` are known afterwards."""
+    def _parts(self) -> list[Part]:
         parts = self._whole() if self.bounds is None else self._bounded(self.bounds)
         name, size, after = self._worst
         if self._held:  # at the end every layer has its next state, and one hands on what it held
@@ -64,15 +66,10 @@ class Count:
             parts = [("the state of the stream", self.state), (new, after), *parts]
         return [(name, size) for name, size in parts if size]
 
-    @property
-    def workspace(self) -> int:
-        """Bytes that pieces take at the most."""
-        return self._largest[1]
-
-    def after_the_walk(self) -> int:
-        """Bytes when the layers are done: copies in the caller's layout, or moments and noise."""
-        result = self._bytes(stages.result_shape(self.layers, self.shape))
-        if self.operation == "decode":
+    def _after_the_walk(self) -> int:
+        """Copies in the caller's layout, or moments and noise."""
+        result = self._bytes(stages.shape_after(self.layers, self.request.shape))
+        if self.request.operation == "decode":
             return 2 * result
         noise = 2 * result // self.size * 4 // 2  # float32, drawn and stacked; of half the channels
         return 3 * result + noise
@@ -87,97 +84,91 @@ class Count:
         if size + self._new > sum(self._worst[1:]):
             self._worst = (name, size, self._new)
 
-    def _remember(self, layer: Timewise, shape: Shape) -> None:
-        if self.stream:
-            b, c, _, h, w = shape
-            own = self._bytes((b, c, sum(layer.tails()), h, w))
-            self.state += own
-            if not self._replaces:
-                self._new = self.state
-            elif self.bounds is None:  # a bounded walk writes over the state
-                self._new = own
-            self._most_new = max(self._most_new, self._new)
-            self._held = max(self._held, self._bytes((b, c, layer.future or 0, h, w)))
+    def _remember(self, layer: Layer, shape: Shape) -> None:
+        if not self.stream:
+            return
+        own = layer.tail_numbers(shape) * self.size
+        self.state += own
+        if not self._replaces:
+            self._new = self.state
+        elif self.bounds is None:  # a bounded walk writes over the state
+            self._new = own
+        self._most_new = max(self._most_new, self._new)
+        b, c, _, h, w = shape
+        self._held = max(self._held, self._bytes((b, c, layer.future or 0, h, w)))
 
     def _whole(self) -> list[Part]:
-        shape = self.shape
+        shape = self.request.shape
         for index, layer in enumerate(self.layers):
             self._new = 0 if self._replaces else self._new
-            trace = self.tracer.whole(layer, shape, self.stream)
-            self.work = self.work.plus(trace.work)
+            peak = self.tracer.whole(layer, shape, self.stream)
             name = f"layer {index}, {type(layer).__name__}, and its input"
-            self._note(name, self._bytes(shape) + trace.peak)
-            if isinstance(layer, Timewise):
+            self._note(name, self._bytes(shape) + peak)
+            if layer.tails():
                 self._remember(layer, shape)
-            else:
-                shape = stages.shape_after([layer], shape)
+            shape = layer.output_shape(shape)
         return []
 
     def _bounded(self, bounds: Bounds) -> list[Part]:
-        batch, *sample = self.shape
+        batch, *sample = self.request.shape
         now: Shape = (1, *sample)
         for run in stages.runs(self.layers):
-            if isinstance(run, Timewise):
-                self._remember(run, (batch, *now[1:]))
-                self._chunks(run, now, bounds)
+            if run[0].cut != "frames":
+                self._remember(run[0], (batch, *now[1:]))
+                self._chunks(run[0], now, bounds)
             else:
                 self._new = 0 if self._replaces else self._new
-                if bounds.rows is None:
-                    self._groups(run, now, bounds)
-                else:
-                    self._bands(run, now, bounds)
-                now = stages.shape_after(run, now)
-        self.work = Work(*(batch * n for n in self.work))
+                cut = self._groups if bounds.rows is None else self._bands
+                cut(run, now, bounds)
+            now = stages.shape_after(run, now)
         result = self._bytes((batch, *now[1:]))
-        clip, frame = stages.arena_sizes(self.layers, self.shape, bounds)
+        clip, frame = stages.arena_sizes(self.layers, self.request.shape, bounds)
         arenas = [] if bounds.offload is not None else [
             ("the clip's activation", clip * self.size), ("a frame's activation", frame * self.size)
         ]  # fmt: skip
         return [*arenas, ("the result", result)]
 
-    def _chunks(self, layer: Timewise, shape: Shape, bounds: Bounds) -> None:
+    def _chunks(self, layer: Layer, shape: Shape, bounds: Bounds) -> None:
         _, c, t, h, w = shape
-        piece: Shape = (1, c, t, 1, min(bounds.chunk(layer), h * w))
-        for trace in self.tracer.passes([layer], piece, [piece], self.stream):
-            self.work = self.work.plus(trace.work, h * w / piece[4])
-            held = self._bytes(piece)
-            if self.stream:
-                held += self._bytes((1, c, sum(layer.tails()), 1, piece[4]))
-            self._note(f"{piece[4]} pixels in {type(layer).__name__}", held + trace.peak)
+        piece = shape
+        if layer.cut == "pixels":
+            piece = (1, c, t, 1, min(bounds.chunk(layer), h * w))
+        held = self._bytes(piece)
+        if self.stream:
+            held += layer.tail_numbers(piece) * self.size
+        name = f"{math.prod(piece[3:])} pixels in {type(layer).__name__}"
+        for peak in self.tracer.passes([layer], piece, [piece], self.stream):
+            self._note(name, held + peak)
 
-    def _groups(self, run: list[Framewise], shape: Shape, bounds: Bounds) -> None:
+    def _groups(self, run: list[Layer], shape: Shape, bounds: Bounds) -> None:
         _, c, t, h, w = shape
         frames = min(bounds.group(run, shape), t)
         piece: Shape = (1, c, frames, h, w)
         in_arena = run[0] is not self.layers[0] and bounds.offload is None
         for layer in run:
-            trace = self.tracer.whole(layer, piece, False)
-            self.work = self.work.plus(trace.work, t / frames)
+            peak = self.tracer.whole(layer, piece, False)
             held = 0 if in_arena else self._bytes(piece)
-            self._note(f"{frames} frames in {type(layer).__name__}", held + trace.peak)
-            piece, in_arena = stages.shape_after([layer], piece), False
+            self._note(f"{frames} frames in {type(layer).__name__}", held + peak)
+            piece, in_arena = layer.output_shape(piece), False
 
-    def _bands(self, run: list[Framewise], shape: Shape, bounds: Bounds) -> None:
-        _, c, t, h, w = shape
+    def _bands(self, run: list[Layer], shape: Shape, bounds: Bounds) -> None:
+        _, c, _, h, w = shape
         now: Shape = (1, c, 1, h, w)
         assert bounds.rows is not None
         for stage in stages.stages(run, now, bounds):
-            after, name = stages.shape_after(stage, now), type(stage[0]).__name__
+            name = type(stage[0]).__name__
             if stage[0].halo is None:
-                trace = self.tracer.whole(stage[0], now, False)
-                self.work = self.work.plus(trace.work, t)
-                self._note(f"a frame in {name}", self._bytes(now) + trace.peak)
+                peak = self.tracer.whole(stage[0], now, False)
+                self._note(f"a frame in {name}", self._bytes(now) + peak)
             else:
                 middle = _middle_band(stage, now, bounds.rows)
-                for trace in self.tracer.passes(stage, middle[0], middle[1:], False):
-                    bands = after[3] / middle[-1][3]
-                    self.work = self.work.plus(trace.work, t * bands)
+                for peak in self.tracer.passes(stage, middle[0], middle[1:], False):
                     rows = f"a band of {bounds.rows} rows in {name}"
-                    self._note(rows, 2 * self._bytes(middle[0]) + trace.peak)
-            now = after
+                    self._note(rows, 2 * self._bytes(middle[0]) + peak)
+            now = stages.shape_after(stage, now)
 
 
-def _middle_band(stage: list[Framewise], shape: Shape, rows: int) -> list[Shape]:
+def _middle_band(stage: list[Layer], shape: Shape, rows: int) -> list[Shape]:
     """Shapes of a band in the middle of a frame: what each layer reads, and the result."""
     shapes = stages.shapes_in(stage, shape)
     bands = spans(shapes[-1][3], rows)

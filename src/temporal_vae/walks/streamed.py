@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from temporal_vae.network.autoencoder import Layer, Line
-from temporal_vae.network.timewise import State as LayerState
-from temporal_vae.network.timewise import Timewise
-from temporal_vae.walks import bounded, stages
+from temporal_vae.network.autoencoder import Line
+from temporal_vae.network.layer import Layer
+from temporal_vae.network.layer import State as LayerState
+from temporal_vae.walks import bounded
 from temporal_vae.walks.stages import Bounds
 
 State = tuple[LayerState, ...]
-"""One entry for each timewise layer of the line, in order; `()` before the first piece."""
+"""One entry for each layer of the line that has tails, in order; `()` before the first piece."""
 Held = State | list[LayerState]
 """A state, or the entries of one that nobody else holds."""
 END_PIXELS = 1024
@@ -35,7 +35,7 @@ def step(
     """The next piece (B, C, n, H, W) through every layer -> what can be given so far, new state.
 
     The result is None where nothing can be given yet. A state is a value: read, never changed; one
-    in a list is handed over instead, and let go or written over. With `bounds` the piece is walked
+    in a list is donated instead, and let go or written over. With `bounds` the piece is walked
     bounded.
 
     Raises `ValueError` for a network whose norms span the clip, and for a state that does not fit.
@@ -43,7 +43,8 @@ def step(
     memories, first = _memories(line, state), False
     if bounds is not None:
         bounded.refuse_autograd(line, x)
-        # a line without timewise layers cannot tell, and asks each time
+        # Without timewise layers there is no state to show that this is the first piece, so memory
+        # is reserved every time.
         first = not any(memory and memory[0].any() for memory in memories)
     y = _pass_on(list(line.layers()), x, memories, bounds, isinstance(state, list), first)
     return y, tuple(memories)
@@ -52,17 +53,16 @@ def step(
 def begin(line: Line, like: Tensor) -> State:
     """The state before the first piece (B, C, n, H, W) for a stream that overwrites it: one block.
 
-    What lives as long as the stream, and is made piece by piece between what comes and goes, cuts
-    the free memory up: the peak then grows with the length.
+    What lives as long as the stream, and is made piece by piece between what comes and goes, leaves
+    gaps in the free memory: the peak then grows with the length.
     """
     shape, inputs = tuple(like.shape), []
     for layer in line.layers():
-        if isinstance(layer, Timewise):
+        if layer.tails():
             b, c, _, h, w = shape
             inputs.append((layer, like[:, :1, :0, :1, :1].expand(b, c, 0, h, w)))
-        else:
-            shape = stages.shape_after([layer], shape)
-    total = sum(sum(layer.tails()) * math.prod((*x.shape[:2], *x.shape[3:])) for layer, x in inputs)
+        shape = layer.output_shape(shape)
+    total = sum(layer.tail_numbers(tuple(x.shape)) for layer, x in inputs)
     block, used = like.new_zeros(total), 0
 
     def zeros(*size: int) -> Tensor:
@@ -83,36 +83,34 @@ def finish(
     go through the rest together: however far a network sees, no more is ever on the way.
     """
     layers, memories = list(line.layers()), _memories(line, state)
-    handed, reached = isinstance(state, list), 0
-    if bounds is not None and not handed:  # written over again and again: a copy of its own
-        memories, handed = [tuple(map(torch.clone, memory)) for memory in memories], True
+    donated, reached = isinstance(state, list), 0
+    if bounds is not None and not donated:  # written over again and again: a copy of its own
+        memories, donated = [tuple(map(torch.clone, memory)) for memory in memories], True
     waiting: Tensor | None = None  # in front of the layer that is reached
     for index, layer in enumerate(layers):
-        if not isinstance(layer, Timewise):
+        if not layer.tails():
             continue
         through = layers[reached : index + 1]
         if waiting is not None:
-            waiting = _pass_on(through, waiting, memories, bounds, handed)
+            waiting = _pass_on(through, waiting, memories, bounds, donated)
         held, reached = _flush(layer, memories.pop(0), bounds, frames), index + 1
         waiting = _joined(waiting, held)
         del held
         while waiting is not None and waiting.shape[2] >= max(1, frames // 4):
             piece, rest = waiting[:, :, :frames], waiting[:, :, frames:]
             waiting = rest if rest.shape[2] else None
-            x = _pass_on(layers[reached:], piece, memories, bounds, handed)
+            x = _pass_on(layers[reached:], piece, memories, bounds, donated)
             del piece, rest  # or they would be there during the next pieces; so the result
             if x is not None:
                 yield x
             del x
     if waiting is not None:
-        x = _pass_on(layers[reached:], waiting, memories, bounds, handed)
+        x = _pass_on(layers[reached:], waiting, memories, bounds, donated)
         if x is not None:
             yield x
 
 
-def _flush(
-    layer: Timewise, memory: LayerState, bounds: Bounds | None, frames: int
-) -> Tensor | None:
+def _flush(layer: Layer, memory: LayerState, bounds: Bounds | None, frames: int) -> Tensor | None:
     """What a layer holds back at the end of its input, for steps of so many frames."""
     if not memory or (bounds is None and torch.is_grad_enabled()):
         return layer.stream(None, memory, last=True)[0]
@@ -159,7 +157,7 @@ class Stream:
         if not self._keeps:
             self._check(piece)
             self._ended = True  # until the step has made another state
-        given, self.state = self._step(piece, self._handed())
+        given, self.state = self._step(piece, self._donated())
         self._ended = False
         return given
 
@@ -167,24 +165,24 @@ class Stream:
         """End the clip; give what is still owed, or None. Raises `ValueError` after the end."""
         self._refuse_after_end()
         self._ended = not self._keeps
-        owed = list(self._owed(self._handed()))
+        owed = list(self._owed(self._donated()))
         self._ended = True
         return torch.cat(owed, 2) if owed else None
 
-    def drain(self) -> Iterator[Tensor]:
-        """`finish`, in pieces: the more a model sees ahead, the more it owes."""
+    def flush(self) -> Iterator[Tensor]:
+        """`finish`, in pieces: the further a model looks ahead, the more it still owes."""
         self._refuse_after_end()
         self._ended = True
-        return self._owed(self._handed())
+        return self._owed(self._donated())
 
     def pull(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
         """Push all pieces and finish; gives what there is, as soon as it is."""
         for piece in pieces:
             if (given := self.push(piece)) is not None:
                 yield given
-        yield from self.drain()
+        yield from self.flush()
 
-    def _handed(self) -> Held:
+    def _donated(self) -> Held:
         """The state to go on from: all there is of it, unless it is kept."""
         if self._keeps:
             return self.state
@@ -204,17 +202,17 @@ def _pass_on(
     x: Tensor | None,
     memories: list[LayerState],
     bounds: Bounds | None,
-    handed: bool,
+    donated: bool,
     first: bool = False,
 ) -> Tensor | None:
     """A piece through layers; the entries of `memories` are replaced by the new ones."""
     if bounds is not None:
         if x is None or not layers:
             return x
-        return bounded.advance(layers, x, memories, bounds, handed, first)
+        return bounded.step(layers, x, memories, bounds, donated, first)
     index = 0
     for layer in layers:
-        if isinstance(layer, Timewise):
+        if layer.tails():
             x, memories[index] = layer.stream(x, memories[index], last=False)
             index += 1
         elif x is not None:
@@ -223,13 +221,13 @@ def _pass_on(
 
 
 def _memories(line: Line, state: Held | None) -> list[LayerState]:
-    """The state with an entry for each timewise layer, checked; a list stays the same one."""
+    """The state with an entry for each layer with tails, checked; a list stays the same one."""
     if line.reach is None:
         raise ValueError(
             "this model normalises over the whole clip, so it cannot stream: give it clip after "
             "clip of its clip_frames"
         )
-    needed = sum(isinstance(layer, Timewise) for layer in line.layers())
+    needed = sum(bool(layer.tails()) for layer in line.layers())
     if state and len(state) != needed:
         raise ValueError(
             f"the state is of another model: it has {len(state)} entries, this one needs {needed}"

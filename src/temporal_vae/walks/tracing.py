@@ -1,135 +1,105 @@
-"""Layers run on shapes alone, to count the bytes that are alive."""
+"""Layers run on shapes alone, to count the bytes that are alive at the worst moment."""
 
 from __future__ import annotations
 
-import math
 import weakref
-from collections.abc import Iterable
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
-from temporal_vae.network.autoencoder import Layer
-from temporal_vae.network.framewise import Framewise
-from temporal_vae.network.primitives import GroupNorm, Norm, own_norm
-from temporal_vae.network.timewise import Past, Timewise
-from temporal_vae.walks.heap import MAPPED_BYTES
+from temporal_vae.network.layer import Layer, Past, Shape
+from temporal_vae.network.primitives import own_norm
 
-Shape = tuple[int, ...]
+LONG_AGO = 2**31
+"""Frames that a stream has taken when it is traced: more than any reach."""
 
 
-class Work(NamedTuple):
-    """What a walk does, as far as it takes time."""
-
-    operations: float = 0.0
-    """Floating-point operations of convolutions and matrix products."""
-    written: float = 0.0
-    """Bytes that operations write."""
-    calls: float = 0.0
-    """Operations of torch, however small."""
-    fresh: float = 0.0
-    """Bytes of results so large that their memory comes new from the system each time."""
-
-    def plus(self, other: Work, times: float = 1.0) -> Work:
-        """The sum with `times` the other."""
-        return Work(*(a + times * b for a, b in zip(self, other, strict=True)))
-
-
-class Trace(NamedTuple):
-    """One computation on shapes: bytes alive at the worst moment beside the input, and work."""
-
-    peak: int
-    work: Work
+@lru_cache(maxsize=16)
+def tracer(dtype: torch.dtype, device: torch.device) -> Tracer:
+    """The one tracer for layers of a dtype that will run on a device."""
+    return Tracer(dtype, device)
 
 
 class Tracer:
-    """Runs layers where tensors have no memory, and remembers what it saw."""
+    """Runs layers on torch's meta device, where tensors have a shape and no memory.
+
+    It remembers what it saw: layers with parameters of the same shapes take the same bytes.
+    """
 
     def __init__(self, dtype: torch.dtype, device: torch.device):
         """`device`: where the layers will run; nothing is put there."""
         self.dtype = dtype
         self._norm = _norm_on_cpu if device.type == "cpu" else _norm_elsewhere
-        self._seen: dict[Any, list[Trace]] = {}
+        self._seen: dict[Any, list[int]] = {}
 
-    def whole(self, layer: Layer, shape: Shape, stream: bool) -> Trace:
-        """A layer on all it gets at once, its norms on their own."""
+    def whole(self, layer: Layer, shape: Shape, stream: bool) -> int:
+        """Bytes for a layer on all it gets at once, its norms on their own."""
         return self.passes([layer], shape, [shape], stream)[-1]
 
     def passes(
-        self, stage: list[Any], piece: Shape, crops: list[Shape], stream: bool
-    ) -> list[Trace]:
-        """Every pass over a piece: one for the sums of each norm, and the last for the result.
+        self, stage: Sequence[Layer], piece: Shape, crops: Sequence[Shape], stream: bool
+    ) -> list[int]:
+        """Bytes alive beside a piece at the worst moment of every pass over it.
 
-        `crops` are the shapes that are cut out of each layer's result.
+        One pass for the sums of each norm, and the last for the result. `crops` are the shapes that
+        are cut out of each layer's result.
         """
         key = (
             tuple((type(m), tuple(p.shape for p in m.parameters())) for m in stage),
             piece, tuple(crops), stream,
         )  # fmt: skip
         if key not in self._seen:
-            wanted = [norm for layer in stage for norm in layer.norms()]
+            norms = [norm for layer in stage for norm in layer.norms()]
             self._seen[key] = [
-                self._trace(stage, piece, crops, stream, norm) for norm in (*wanted, None)
+                self._trace(stage, piece, crops, stream, norms[: index + 1], index < len(norms))
+                for index in range(len(norms) + 1)
             ]
         return self._seen[key]
 
     def _trace(
         self,
-        stage: list[Layer],
+        stage: Sequence[Layer],
         piece: Shape,
-        crops: list[Shape],
+        crops: Sequence[Shape],
         stream: bool,
-        wanted: nn.Module | None,
-    ) -> Trace:
-        def norm(module: nn.Module, x: Tensor) -> Tensor:
-            if module is wanted:
-                raise StopIteration
-            if isinstance(module, (GroupNorm, Framewise)):
-                return self._norm(x)
-            return own_norm(module, x)
+        norms: Sequence[nn.Module],
+        stops: bool,
+    ) -> int:
+        """One pass; if it `stops`, at the last of the `norms` that it meets."""
 
-        b, c, t, h, w = piece
-        with _Alive() as alive:
-            x = torch.empty((b, t, h, w, c), dtype=self.dtype).movedim(-1, 1)
-            tails = self._tails(stage[0], piece) if stream else ()
+        def norm(module: nn.Module, x: Tensor) -> Tensor:
+            if stops and module is norms[-1]:
+                raise StopIteration
+            return self._norm(x) if module in norms else own_norm(module, x)
+
+        with LiveBytes() as alive, _Attention():
+            x, tails = self._empty(piece), ()
+            if stream:
+                tails = tuple(
+                    self._empty((piece[0], c, n, *piece[3:])) for c, n in stage[0].tails()
+                )
             alive.start_from_here()
             try:
-                if isinstance(stage[0], Timewise):
-                    _timewise(stage[0], x, tails, None if stream else norm)
+                if tails:
+                    counts = torch.empty(piece[0], dtype=torch.int64, device="meta")
+                    stage[0].step(x, Past(counts, LONG_AGO), tails, last=False)
                 else:
-                    frames = x.movedim(1, -1).flatten(0, 1).movedim(-1, 1)
-                    _framewise(stage, frames, crops, norm)
+                    for layer, crop in zip(stage, crops, strict=True):
+                        x = layer.compute(x, norm)[:, :, :, : crop[3]]
             except StopIteration:
                 pass
-            return Trace(alive.most, alive.work)
+            return alive.most
 
-    def _tails(self, layer: Layer, shape: Shape) -> tuple[Tensor, ...]:
-        if not isinstance(layer, Timewise):
-            return ()
-        b, c, _, h, w = shape
-        return tuple(
-            torch.empty((b, n, h * w, c), dtype=self.dtype).movedim(-1, 1) for n in layer.tails()
-        )
-
-
-def _timewise(layer: Timewise, x: Tensor, tails: tuple[Tensor, ...], norm: Norm | None) -> None:
-    folded = x.movedim(1, -1).flatten(2, 3).movedim(-1, 1)
-    if norm is None:
-        long_ago = Past(torch.empty(len(x), dtype=torch.int64), 2**31)
-        layer.advance(folded, long_ago, tails, last=False)
-    else:
-        layer.pixels(folded, norm)
-
-
-def _framewise(stage: Iterable[Any], x: Tensor, crops: list[Shape], norm: Norm) -> None:
-    for layer, crop in zip(stage, crops, strict=True):
-        x = layer.frames(x, norm)
-        x = x[:, :, : crop[3]]
+    def _empty(self, shape: Shape) -> Tensor:
+        b, c, t, h, w = shape
+        return torch.empty((b, t, h, w, c), dtype=self.dtype, device="meta").movedim(-1, 1)
 
 
 def _norm_on_cpu(x: Tensor) -> Tensor:
@@ -153,18 +123,28 @@ def _norm_elsewhere(x: Tensor) -> Tensor:
     return torch.cat([one(part) for part in x.split(1)])
 
 
-class _Alive(TorchDispatchMode):
-    """Counts the bytes of the storages that are alive, the most there ever were, and the work."""
+class _Attention(TorchFunctionMode):
+    """Attention that holds no scores, as the kernels of every device do; on meta it would."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            q, _, v = args[:3]  # (B, heads, queries, channels); the result lies queries first
+            b, heads, queries, _ = q.shape
+            return q.new_empty(b, queries, heads, v.shape[3]).transpose(1, 2)
+        return func(*args, **(kwargs or {}))
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that are alive, and in `most` the most there ever were."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._known: dict[int, weakref.ref[Any]] = {}
         self._now = self.most = self._base = 0
-        self.work = Work()
 
     def start_from_here(self) -> None:
         """Count from what is alive now."""
-        self._base, self.most, self.work = self._now, 0, Work()
+        self._base, self.most = self._now, 0
 
     def leave_out(self, x: Tensor) -> None:
         """Do not count a tensor that was there before, though operations will give views of it."""
@@ -172,21 +152,19 @@ class _Alive(TorchDispatchMode):
         self._known[storage._cdata] = weakref.ref(storage)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out = self._quick(func, args) or func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._take_in(leaf.untyped_storage())
         self.most = max(self.most, self._now - self._base)
-        self._add_work(func, args, kwargs or {}, out)
         return out
 
-    def _add_work(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        aliases = [r.alias_info for r in func._schema.returns]
-        if any(alias is not None and not alias.is_write for alias in aliases):
-            return  # a view
-        sizes = [x.nbytes for x in tree_leaves(out) if isinstance(x, Tensor)]
-        fresh = 0 if any(aliases) else sum(n for n in sizes if n > MAPPED_BYTES)
-        self.work = self.work.plus(Work(_operations(func, args, kwargs, out), sum(sizes), 1, fresh))
+    def _quick(self, func: Any, args: Any) -> tuple[Tensor, ...] | None:
+        """The shapes of a layer norm's results, for which the meta device takes a millisecond."""
+        if func is not torch.ops.aten.native_layer_norm.default or not args[0].is_meta:
+            return None
+        sums = args[0].new_empty((*args[0].shape[:-1], 1))
+        return torch.empty_like(args[0]), sums, torch.empty_like(sums)
 
     def _take_in(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
@@ -198,13 +176,3 @@ class _Alive(TorchDispatchMode):
     def _let_go(self, key: int, size: int, _: object) -> None:
         del self._known[key]
         self._now -= size
-
-
-def _operations(func: Any, args: Any, kwargs: Any, out: Any) -> float:
-    """Floating-point operations of what multiplies matrices; nothing else counts."""
-    if "scaled_dot_product" in func._schema.name:
-        q, k = args[0], args[1]
-        return float(4 * math.prod(q.shape) * k.shape[-2])
-    formula = flop_registry.get(func._overloadpacket)
-    count: float = formula(*args, **kwargs, out_val=out) if formula else 0.0
-    return count

@@ -11,41 +11,31 @@ import torch
 from torch import Tensor
 
 from temporal_vae.geometry import spans
-from temporal_vae.network.autoencoder import Layer
-from temporal_vae.walks.heap import Heap, keeps_freed
-from temporal_vae.walks.stages import Bounds, Shape, arena_sizes
+from temporal_vae.network.layer import Layer, Shape
+from temporal_vae.walks.stages import Bounds, arena_sizes
 
 MOVED_AT_A_TIME = 2**20
 """Numbers moved at a time inside an arena."""
 
 
-# Memory --------------------------------------------------------------------------------------
-
-
-class Room:
-    """The memory of a walk: an arena for the clip between runs, and one for a frame in bands.
-
-    With `reserve`, what pieces take is asked for before the first layer as well: running out of
-    memory comes then, not in the middle of the work.
-    """
+class Workspace:
+    """The memory of a walk: an arena for the clip between runs, and one for a frame in bands."""
 
     def __init__(self, layers: Sequence[Layer], x: Tensor, bounds: Bounds):
         clip, frame = arena_sizes(layers, tuple(x.shape), bounds)
         self.bounds, self.device = bounds, x.device
-        self.heap = Heap(bounds.most, x.device)
-        self.clip = _Arena(clip, x, bounds.offload)
-        self.frame = _Arena(frame, x, bounds.offload)
+        self.clip = Arena(clip, x, bounds.offload)
+        self.frame = Arena(frame, x, bounds.offload)
 
     def reserve(self) -> None:
         """Take what pieces need at the most, and let it go.
 
-        A process that keeps what is freed has done so for all of its walk.
+        If memory runs out, it does so here, before the first layer, and not in the middle.
         """
-        if not keeps_freed():
-            torch.empty(self.bounds.workspace, dtype=torch.uint8, device=self.device).fill_(0)
+        torch.empty(self.bounds.workspace, dtype=torch.uint8, device=self.device).fill_(0)
 
 
-class _Arena:
+class Arena:
     """Flat memory for one activation (1, C, T, H, W), channels-last, at its front or its back."""
 
     def __init__(self, size: int, like: Tensor, offload: str | os.PathLike[str] | None):

@@ -1,0 +1,451 @@
+"""How a model's clips are walked: which walk, in how much memory, and again when memory runs out.
+
+A clip (B, C, T, H, W) goes through the encoder or the decoder whole, bounded or as the steps of a
+stream, as a plan says or as the model's settings do. Latent channels that are not active are masked
+here, and what `torch.compile` made of the network is kept here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from temporal_vae.config import TemporalVAEConfig
+from temporal_vae.geometry import indivisible
+from temporal_vae.latents import LatentDistribution
+from temporal_vae.latents.latent_channels import mask
+from temporal_vae.network.autoencoder import Decoder, Encoder
+from temporal_vae.network.layer import Shape
+from temporal_vae.walks import bounded, streamed
+from temporal_vae.walks.budget import Budget, check_budget
+from temporal_vae.walks.peak import Offload, Operation, PlanRequest
+from temporal_vae.walks.plan import Plan, planner
+from temporal_vae.walks.stages import shape_after
+from temporal_vae.walks.streamed import State, Stream
+
+T = TypeVar("T")
+
+
+@dataclass
+class Settings:
+    """What a model's setters stored: how it walks where a call gives no plan."""
+
+    slicing: bool = False
+    """Walk the samples of a batch one by one."""
+    tiling: bool = False
+    """Walk with the least memory; goes before the budget."""
+    budget: Budget = None
+    active: tuple[int, ...] | None = None
+    """Latent channels in use; None for all."""
+    compile_options: dict[str, Any] | None = None
+    """Options of `torch.compile`, once the network is to be compiled."""
+    compiled: dict[Any, Callable[..., Any]] = field(default_factory=dict, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {
+            "compiled": {}
+        }  # bound to this model's layers; a copy makes its own
+
+    @property
+    def default_budget(self) -> Budget:
+        """The budget of every walk without a plan."""
+        return "least" if self.tiling else self.budget
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Walks the encoder and the decoder of a model."""
+
+    encoder: Encoder
+    decoder: Decoder
+    settings: Settings
+
+    @property
+    def config(self) -> TemporalVAEConfig:
+        """The configuration of the model."""
+        return self.encoder.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.encoder.conv_in.weight.device
+
+    def line(self, operation: Operation) -> Encoder | Decoder:
+        """The encoder or the decoder, its scales fitted to its weights."""
+        return self.encoder.ready() if operation == "encode" else self.decoder.ready()
+
+    def mask(self, latent: Tensor) -> Tensor:
+        """A latent or moment (B, L, ...) with zeros in the channels that are not active."""
+        active = self.settings.active
+        return latent if active is None else mask(latent, active)
+
+    def posterior(self, moments: Tensor) -> LatentDistribution:
+        """Clamped and masked moments of (B, 2*L, ...)."""
+        return LatentDistribution(*map(self.mask, LatentDistribution.from_moments(moments)))
+
+    # Plans -----------------------------------------------------------------------------------
+
+    def plan(
+        self,
+        shape: Sequence[int],
+        operation: Operation,
+        dtype: torch.dtype,
+        budget: Budget,
+        *,
+        stream: bool = False,
+        keep_state: bool = True,
+        offload: Offload = None,
+    ) -> Plan:
+        """The fastest walk within a budget; see `TemporalVAE.plan`."""
+        full = self._checked_shape(shape, operation)
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype must be floating point, got {dtype}")
+        check_budget(budget, self.device)
+        if stream and self.line(operation).reach is None:
+            raise ValueError(
+                f"this model normalises over the whole clip, so it cannot {operation} a stream"
+            )
+        places = self._places(offload, budget)
+        request = PlanRequest(
+            self._network, operation, full, dtype, stream, places, self.device,
+            keep_state or not stream,
+        )  # fmt: skip
+        return planner(request).plan(budget)
+
+    def _checked_shape(self, shape: Sequence[int], operation: Operation) -> Shape:
+        if operation not in ("encode", "decode"):
+            raise ValueError(f"operation must be 'encode' or 'decode', got {operation!r}")
+        if len(shape) not in (4, 5):
+            raise ValueError(f"shape must be (B, C, T, H, W) or (B, C, H, W), got {tuple(shape)}")
+        full = tuple(shape) if len(shape) == 5 else (*shape[:2], 1, *shape[2:])
+        if not all(isinstance(n, int) and n > 0 for n in full):
+            raise ValueError(f"shape must be whole numbers above 0, got {tuple(shape)}")
+        if full[1] != (channels := self._channels(operation)):
+            raise ValueError(f"to {operation}, shape must have {channels} channels, got {full[1]}")
+        problem = indivisible(full[3], full[4], self.config.downsample_factor)
+        if operation == "encode" and problem:
+            raise ValueError(problem)
+        return full
+
+    def _channels(self, operation: Operation) -> int:
+        """Channels of the input."""
+        config = self.config
+        return config.input_channels if operation == "encode" else config.latent_channels
+
+    def _places(self, offload: Offload, budget: Budget) -> tuple[Offload, ...]:
+        """Where the activation may lie, in the order of preference."""
+        if offload is None:
+            return (None, "host") if self.device.type == "cuda" and budget is not None else (None,)
+        if offload == "host":
+            if self.device.type == "cpu":
+                raise ValueError("offload='host' is for a model on a GPU; this one is on the CPU")
+            return (offload,)
+        if not isinstance(offload, (str, os.PathLike)) or not os.path.isdir(offload):
+            raise ValueError(f"offload must be 'host' or a folder, got {offload!r}")
+        if self.device.type != "cpu":
+            raise ValueError(
+                f"offload to a folder needs the model on the CPU, it is on {self.device}: "
+                "take 'host'"
+            )
+        return (offload,)
+
+    @property
+    def _network(self) -> TemporalVAEConfig:
+        """What a plan depends on of the configuration."""
+        config = self.config
+        needed = config.clip_frames if config.temporal_norm == "clip" else None
+        return replace(config, clip_frames=needed, latent_scale_factor=1.0, latent_shift_factor=0.0)
+
+    def plan_for(
+        self,
+        operation: Operation,
+        clip: Tensor,
+        plan: Plan | None,
+        *,
+        stream: bool = False,
+        donated: bool = False,
+    ) -> Plan | None:
+        """The plan that was given, if it fits the input, or one for what the settings say.
+
+        Raises `ValueError` for a plan of another model, device, input or kind of walk. A plan that
+        lets go of states needs one that is `donated`.
+        """
+        if plan is None:
+            budget = self.settings.default_budget
+            if budget is None or (stream and self.line(operation).reach is None):
+                return None
+            return self.plan(tuple(clip.shape), operation, clip.dtype, budget, stream=stream)
+        self._check_origin(plan)
+        shape = tuple(clip.shape)
+        if stream and shape[2] <= plan.shape[2]:  # a shorter piece takes less
+            shape = (*shape[:2], plan.shape[2], *shape[3:])
+        made_for = (plan.operation, plan.shape, plan.dtype, f"stream={plan.stream}")
+        if made_for != (operation, shape, clip.dtype, f"stream={stream}"):
+            got = (operation, tuple(clip.shape), clip.dtype, f"stream={stream}")
+            raise ValueError(
+                f"the plan is for {made_for}, not for {got}: make one with plan(shape, operation, "
+                "dtype)"
+            )
+        if stream and not plan.keep_state and not donated:
+            raise ValueError(
+                "the plan is for a stream that lets go of its states: give it to encode_stream or "
+                "decode_stream, or make one with keep_state=True"
+            )
+        return plan
+
+    def _check_origin(self, plan: Plan) -> None:
+        if not isinstance(plan, Plan):
+            raise ValueError(f"plan must be what plan(...) gives, got {plan!r}")
+        if plan.device != self.device:
+            what = f"a model on {plan.device}, not on {self.device}"
+        elif plan.network != self._network:
+            what = "a model of another layout"
+        else:
+            return
+        raise ValueError(f"the plan is for {what}: make one with this model's plan(...)")
+
+    def _smaller(self, plan: Plan | None) -> Plan | None:
+        """A plan for the same with a third less memory, or as much less as can be."""
+        if plan is None:
+            return None
+        for budget in (plan.peak_bytes * 2 // 3, "least"):
+            with suppress(ValueError):
+                smaller = self.plan(
+                    plan.shape, plan.operation, plan.dtype, budget, stream=plan.stream
+                )
+                if smaller.peak_bytes < plan.peak_bytes:
+                    return smaller
+        return None
+
+    # Clips -----------------------------------------------------------------------------------
+
+    def encode(self, clip: Tensor, plan: Plan | None = None) -> LatentDistribution:
+        """The posterior of a clip of pixels."""
+        return self.posterior(self._walk("encode", clip, plan).contiguous())
+
+    def decode(self, clip: Tensor, plan: Plan | None = None, out: Tensor | None = None) -> Tensor:
+        """The pixels of a clip of latents, in `out` (B, C, T, H, W) if it is given."""
+        clip = self.mask(clip)
+        if out is not None:
+            shape = shape_after(self.decoder.layers(), tuple(clip.shape))
+            if tuple(out.shape) != shape:
+                raise ValueError(f"out must hold {shape}, frames behind channels, got {out.shape}")
+            trained = any(x.requires_grad for x in (clip, *self.decoder.parameters()))
+            if torch.is_grad_enabled() and trained:
+                raise ValueError("what is written into `out` has no gradient: use torch.no_grad()")
+        return self._walk("decode", clip, plan, out)
+
+    def reconstruct(
+        self, clip: Tensor, sample: Callable[..., Tensor] | None
+    ) -> tuple[Tensor, LatentDistribution]:
+        """Pixels through the posterior's mean, or what `sample` draws, and back; walked whole."""
+        posterior = self.posterior(self._compiled("encode")(clip))
+        latent = posterior.mean if sample is None else self.mask(sample(*posterior))
+        return self._compiled("decode")(latent), posterior
+
+    def _walk(
+        self, operation: Operation, clip: Tensor, plan: Plan | None, out: Tensor | None = None
+    ) -> Tensor:
+        plan = self.plan_for(operation, clip, plan)
+        return self._retried(plan, lambda plan: self._walk_once(operation, clip, plan, out))
+
+    def _walk_once(
+        self, operation: Operation, clip: Tensor, plan: Plan | None, out: Tensor | None
+    ) -> Tensor:
+        if plan is not None and plan.bounds is not None:
+            return bounded.walk(self.line(operation), clip, plan.bounds, out)
+        walk = self._compiled(operation)
+        samples = clip.split(1) if self.settings.slicing else (clip,)
+        y = torch.cat([walk(x) for x in samples]) if len(samples) > 1 else walk(clip)
+        return y if out is None else out.copy_(y)
+
+    def pieces(self, clip: Tensor, plan: Plan | None) -> Iterator[Tensor]:
+        """The frames of one clip of latents, (1, C, n, H, W), as they are made."""
+        plan = self.plan_for("decode", clip, plan)
+        if plan is None or plan.bounds is None:
+            return iter([self.decode(clip, plan).contiguous()])
+        line, clip = self.line("decode"), self.mask(clip.clone())
+
+        def walk(plan: Plan | None) -> Iterator[Tensor]:
+            if plan is None or plan.bounds is None:
+                return iter([line(clip)])
+            return bounded.pieces(line, clip, plan.bounds)
+
+        return self._retried_pieces(plan, walk)
+
+    # When memory runs out: only a GPU raises it ----------------------------------------------
+
+    def _retried(self, plan: Plan | None, run: Callable[[Plan | None], T]) -> T:
+        """What `run` gives, which begins again with less memory where that runs out."""
+        while True:
+            try:
+                return run(plan)
+            except torch.OutOfMemoryError:
+                if (smaller := self._smaller(plan)) is None:
+                    raise
+                plan = smaller
+
+    def _retried_pieces(
+        self, plan: Plan | None, walk: Callable[[Plan | None], Iterator[Tensor]]
+    ) -> Iterator[Tensor]:
+        """The pieces of a walk, which begins again with less memory where that runs out.
+
+        Frames that were given are walked again, and not given again.
+        """
+        pieces = walk(plan)  # which refuses here what it cannot do
+
+        def walked(plan: Plan | None, pieces: Iterator[Tensor]) -> Iterator[Tensor]:
+            given = 0
+            while True:
+                try:
+                    for piece in _behind(pieces, given):
+                        given += piece.shape[2]
+                        yield piece
+                        del piece  # or it would be there during the next
+                    return
+                except torch.OutOfMemoryError:
+                    if (smaller := self._smaller(plan)) is None:
+                        raise
+                    plan = smaller
+                with torch.no_grad():  # as it was where the first walk was made
+                    pieces = walk(plan)
+
+        return walked(plan, pieces)
+
+    # Steps of a stream -----------------------------------------------------------------------
+
+    def step(
+        self, operation: Operation, clip: Tensor, state: State | None, plan: Plan | None
+    ) -> tuple[Tensor | None, State]:
+        """The next piece of a clip -> what is certain by now, not masked, and the new state.
+
+        A state in a list is donated: it is written over, so there is no second try.
+        """
+        donated = isinstance(state, list)
+        clip = self.mask(clip) if operation == "decode" else clip
+        plan = self.plan_for(operation, clip, plan, stream=True, donated=donated)
+
+        def once(plan: Plan | None) -> tuple[Tensor | None, State]:
+            if plan is not None and plan.bounds is not None:
+                return streamed.step(self.line(operation), clip, state, plan.bounds)
+            held = tuple(state or ()) if donated and self.settings.compile_options else state
+            return self._compiled_step(operation)(clip, held)
+
+        return once(plan) if donated else self._retried(plan, once)
+
+    def finish(
+        self, operation: Operation, state: State | None, plan: Plan | None
+    ) -> Iterator[Tensor]:
+        """What an ended stream still owes, not masked, a few frames at a time."""
+        donated = isinstance(state, list)
+        first = next((memory for memory in state or () if memory), None)
+        if first is not None:
+            frame = self._frame_of(operation, first)
+            plan = self.plan_for(operation, frame, plan, stream=True, donated=donated)
+
+        def walk(plan: Plan | None) -> Iterator[Tensor]:
+            frames, bounds = (1, None) if plan is None else (plan.shape[2], plan.bounds)
+            return streamed.finish(self.line(operation), state, bounds, frames)
+
+        return walk(plan) if donated else self._retried_pieces(plan, walk)
+
+    def _frame_of(self, operation: Operation, memory: tuple[Tensor, ...]) -> Tensor:
+        """A frame that stands for a stream's input, by the memory of the first layer with tails."""
+        scale = Fraction(1)
+        for layer in self.line(operation).layers():
+            if layer.tails():
+                break
+            scale *= layer.scale
+        tail = memory[-1]
+        size = (int(side / scale) for side in tail.shape[3:])
+        return tail.new_empty(1).expand(len(tail), self._channels(operation), 1, *size)
+
+    def begin(self, operation: Operation, plan: Plan) -> State:
+        """The state before the first piece of a stream that writes over it."""
+        like = torch.empty(1, dtype=plan.dtype, device=self.device).expand(plan.shape)
+        return streamed.begin(self.line(operation), like)
+
+    # Compilation -----------------------------------------------------------------------------
+
+    def _compiled(self, operation: Operation) -> Callable[[Tensor], Tensor]:
+        """The line, compiled if that was asked for."""
+        line = self.line(operation)
+        return self._compile(operation, line, line.forward) or line
+
+    def _compiled_step(
+        self, operation: Operation
+    ) -> Callable[[Tensor, State | None], tuple[Tensor | None, State]]:
+        """A whole step of a stream, compiled if that was asked for and the model is causal."""
+        line = self.line(operation)
+        step = partial(streamed.step, line)
+        return (self.config.causal_mode and self._compile(f"{operation} step", line, step)) or step
+
+    def _compile(
+        self, name: str, line: Encoder | Decoder, function: Callable[..., Any]
+    ) -> Callable[..., Any] | None:
+        options, compiled = self.settings.compile_options, self.settings.compiled
+        if options is None:
+            return None
+        if (name, line) not in compiled:
+            compiled[name, line] = torch.compile(function, **options)
+        return compiled[name, line]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """One kind of stream of a model: what it takes, how it is walked, and what it gives."""
+
+    runner: Runner
+    operation: Operation
+    take: Callable[[Tensor], Tensor]
+    """Checks a piece before it is walked."""
+    give: Callable[[Tensor], Tensor]
+    """What is made of a piece of the result."""
+    plan: Plan | None
+
+    def step(self, piece: Tensor, state: State | None) -> tuple[Tensor | None, State]:
+        """The next piece -> what is certain by now, None if nothing, and the new state."""
+        y, state = self.runner.step(self.operation, self.take(piece), state, self.plan)
+        return (None if y is None else self.give(y)), state
+
+    def flush(self, state: State | None) -> Iterator[Tensor]:
+        """What an ended stream still owes, in pieces."""
+        return map(self.give, self.runner.finish(self.operation, state, self.plan))
+
+    def finish(self, state: State | None) -> Tensor | None:
+        """What an ended stream still owes; None if it owes nothing."""
+        owed = list(self.flush(state))
+        return torch.cat(owed, 2) if owed else None
+
+    def stream(self) -> Stream:
+        """A stream to push pieces into, which keeps its state itself."""
+        plan = self.plan
+        if plan is None or plan.keep_state:
+            return Stream(self.step, self.flush, self._check)
+        # a bounded walk writes over the state, so it is there before
+        state = () if plan.bounds is None else self.runner.begin(self.operation, plan)
+        return Stream(self.step, self.flush, self._check, False, state)
+
+    def _check(self, piece: Tensor) -> None:
+        """Raise for a piece that could not be taken."""
+        clip = self.take(piece)
+        self.runner.plan_for(self.operation, clip, self.plan, stream=True, donated=True)
+        if self.plan is not None and self.plan.bounds is not None:
+            bounded.refuse_autograd(self.runner.line(self.operation), clip)
+
+
+def _behind(pieces: Iterator[Tensor], frames: int) -> Iterator[Tensor]:
+    """The pieces (1, C, n, H, W) behind the first frames."""
+    for piece in pieces:
+        if frames < piece.shape[2]:
+            yield piece[:, :, frames:]
+        frames = max(0, frames - piece.shape[2])
+        del piece  # or it would be there during the next
