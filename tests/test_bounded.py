@@ -269,18 +269,18 @@ def test_law_1_sees_a_halo_one_short(
 
 
 def test_law_1_sees_a_frame_read_after_it_was_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workspace._Arena, "back", lambda self, clip: clip)
+    monkeypatch.setattr(workspace.Arena, "back", lambda self, clip: clip)
     assert_red(str({}), Bounds())
 
 
 def test_law_1_sees_halo_rows_summed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     everything = lambda rows, scale: (int(rows[0] / scale), 10**6)  # noqa: E731
-    monkeypatch.setattr(geometry, "rows_owned", everything)
+    monkeypatch.setattr(bounded, "rows_owned", everything)
     assert_red(str({}), Bounds(rows=3))
 
 
 def test_law_1_sees_an_arena_moved_first_part_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workspace, "MOVED_AT_A_TIME", 37)
-    monkeypatch.setattr(bounded, "reversed", list, raising=False)
+    monkeypatch.setattr(workspace, "reversed", list, raising=False)
     with pytest.raises(AssertionError):
         assert_bounded_equals_whole(GROWS_A_LITTLE, Bounds(frames=1, pixels=9), (1, 5, (3, 4)))

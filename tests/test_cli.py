@@ -33,7 +33,7 @@ from temporal_vae.evaluation.metrics import psnr
 from temporal_vae.video import VideoError, VideoReader, VideoWriter, read_clip, to_bytes
 from temporal_vae.walks.budget import BudgetError
 from temporal_vae.walks.peak import Operation
-from temporal_vae.walks.tracing import _Alive
+from temporal_vae.walks.tracing import LiveBytes
 
 COMMAND = [sys.executable, "-c", "from temporal_vae.cli.main import main; main()"]
 
@@ -420,7 +420,7 @@ def test_a_stream_is_planned_within_its_budget(options: dict[str, Any], length: 
         plans = memory.stream_plans(model, (32, 48), budget)
         assert plans.encode.stream and plans.decode.stream and plans.peak_bytes <= budget
         cut = (frames[i : i + plans.frames] for i in range(0, len(frames), plans.frames))
-        with _Alive() as alive:
+        with LiveBytes() as alive:
             for parameter in model.parameters():
                 alive.leave_out(parameter)
             walk = chunks._walk_stream(cut, model, plans.encode, plans.decode)

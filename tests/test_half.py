@@ -154,7 +154,7 @@ def carried(model: TemporalVAE, stream: float = 2.0**-7, branch: float = 2.0**-3
     model = copy.deepcopy(model)
     for line in (model.encoder, model.decoder):
         for layer in line.layers():
-            layer.carry(stream, branch)
+            layer.set_residual_scale(stream, branch)
     return model
 
 

@@ -231,13 +231,13 @@ def test_under_autocast_a_state_keeps_its_dtype(
 
 
 def test_law_2_sees_a_dropped_tail(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = TimeConv.advance_scaled
+    honest = TimeConv.step_scaled
 
     def forgetful(self: TimeConv, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
         y, tail = honest(self, *args, **options)
         return y, torch.zeros_like(tail)
 
-    monkeypatch.setattr(TimeConv, "advance_scaled", forgetful)
+    monkeypatch.setattr(TimeConv, "step_scaled", forgetful)
     for layout in (str({}), str({"causal_mode": True})):
         with pytest.raises(AssertionError):
             assert_pieces_equal_whole(MODELS[layout], [6, 6])

@@ -42,8 +42,7 @@ from temporal_vae.convert import encode as encoding
 from temporal_vae.convert import reconstruct as reconstructing
 from temporal_vae.evaluation.evaluate import reconstruct_frames
 from temporal_vae.video import VideoWriter, pad_frames, read_clip, to_pixels
-from temporal_vae.walks import heap
-from temporal_vae.walks.tracing import _Alive
+from temporal_vae.walks.tracing import LiveBytes
 
 Said = subprocess.CompletedProcess[str]
 
@@ -53,7 +52,6 @@ def here(
 ) -> Said:
     """The command in this process, which saves it a second each time."""
     monkeypatch.setattr(sys, "argv", ["tvae", *map(str, words)])
-    monkeypatch.setattr(heap, "keep_freed", lambda: None)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
@@ -678,7 +676,7 @@ def test_memory_does_not_grow_with_the_length(tmp_path: Path) -> None:
             lambda source=source, out=latents: encoding.encode(source, out, model, record),
             lambda source=latents: decoding.decode(source, f"{source}.mkv", model, record),
         ):
-            with _Alive() as alive:
+            with LiveBytes() as alive:
                 for parameter in model.parameters():
                     alive.leave_out(parameter)
                 work()

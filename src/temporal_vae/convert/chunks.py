@@ -22,9 +22,10 @@ from temporal_vae.convert.memory import (
     stream_plans,
 )
 from temporal_vae.geometry import Padding, spans
-from temporal_vae.model import Stream, TemporalVAE
+from temporal_vae.model import TemporalVAE
 from temporal_vae.video import Bytes, Frame, Image, pad_frames, to_bytes, to_pixels
 from temporal_vae.walks.plan import Plan
+from temporal_vae.walks.streamed import Stream
 
 NO_FRAMES: Bytes = np.empty((0, 1, 1, 3), np.uint8)
 
@@ -142,7 +143,7 @@ def _encode_pieces(
     """What a stream gives of each piece, None where that is nothing yet, so that progress shows."""
     for piece in pieces:
         yield stream.push(_padded_pixels(piece, model))
-    yield from stream.drain()
+    yield from stream.flush()
 
 
 @torch.no_grad()
@@ -154,7 +155,7 @@ def _decode_pieces(
         frames = None if latents is None else stream.push(latents)
         yield NO_FRAMES if frames is None else to_bytes(frames, depth)
         del latents, frames  # or they would be there during the next step
-    for frames in stream.drain():
+    for frames in stream.flush():
         yield to_bytes(frames, depth)
         del frames
 

@@ -12,6 +12,7 @@ its kernels.)
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F

@@ -128,8 +128,8 @@ class TimeConv(Scaled, Timewise):
         """`step_pixels` of the convolution times `gain`, behind norm and SiLU: (outputs, new tail).
 
         The tail holds what is convolved, ready to read, and starts as the zeros of the padding.
-        With `raw`, the tail stores frames before the norm, for the delayed shortcut. Frames before the
-        clip must be zero *after* the norm, so they are padded there.
+        With `raw`, the tail stores frames before the norm, for the delayed shortcut. Frames before
+        the clip must be zero *after* the norm, so they are padded there.
         """
         weight, bias = self._weights(gain)
         age = past.least if self.future else 0  # nobody else asks: it would break a graph

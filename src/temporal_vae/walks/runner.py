@@ -50,9 +50,7 @@ class Settings:
     compiled: dict[Any, Callable[..., Any]] = field(default_factory=dict, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {
-            "compiled": {}
-        }  # bound to this model's layers; a copy makes its own
+        return self.__dict__ | {"compiled": {}}  # bound to these layers; a copy makes its own
 
     @property
     def default_budget(self) -> Budget:

@@ -1,4 +1,4 @@
-"""The line cut into what goes together, the shapes of what lies between, and the sizes of pieces."""
+"""The line cut into what goes together, the shapes in between, and the sizes of pieces."""
 
 from __future__ import annotations
 

@@ -51,10 +51,7 @@ class Tracer:
         One pass for the sums of each norm, and the last for the result. `crops` are the shapes that
         are cut out of each layer's result.
         """
-        key = (
-            tuple((type(m), tuple(p.shape for p in m.parameters())) for m in stage),
-            piece, tuple(crops), stream,
-        )  # fmt: skip
+        key = (tuple(map(_kind, stage)), piece, tuple(crops), stream)
         if key not in self._seen:
             norms = [norm for layer in stage for norm in layer.norms()]
             self._seen[key] = [
@@ -79,12 +76,11 @@ class Tracer:
                 raise StopIteration
             return self._norm(x) if module in norms else own_norm(module, x)
 
-        with LiveBytes() as alive, _Attention():
-            x, tails = self._empty(piece), ()
-            if stream:
-                tails = tuple(
-                    self._empty((piece[0], c, n, *piece[3:])) for c, n in stage[0].tails()
-                )
+        alive = LiveBytes()
+        with alive, _Attention():
+            x, size = self._empty(piece), piece[3:]
+            shapes = [(piece[0], c, n, *size) for c, n in stage[0].tails() if stream]
+            tails = tuple(map(self._empty, shapes))
             alive.start_from_here()
             try:
                 if tails:
@@ -100,6 +96,12 @@ class Tracer:
     def _empty(self, shape: Shape) -> Tensor:
         b, c, t, h, w = shape
         return torch.empty((b, t, h, w, c), dtype=self.dtype, device="meta").movedim(-1, 1)
+
+
+def _kind(layer: Layer) -> tuple[Any, ...]:
+    """What layers have in common that take the same memory."""
+    shapes = tuple(p.shape for p in layer.parameters())
+    return (type(layer), layer.past, layer.future, layer.halo, layer.scale, layer.rate, shapes)
 
 
 def _norm_on_cpu(x: Tensor) -> Tensor:
@@ -140,7 +142,8 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._known: dict[int, weakref.ref[Any]] = {}
-        self._now = self.most = self._base = 0
+        self.most: int = 0
+        self._now = self._base = 0
 
     def start_from_here(self) -> None:
         """Count from what is alive now."""
@@ -152,19 +155,12 @@ class LiveBytes(TorchDispatchMode):
         self._known[storage._cdata] = weakref.ref(storage)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = self._quick(func, args) or func(*args, **(kwargs or {}))
+        out = _as_on_cpu(func, args, kwargs or {})
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._take_in(leaf.untyped_storage())
         self.most = max(self.most, self._now - self._base)
         return out
-
-    def _quick(self, func: Any, args: Any) -> tuple[Tensor, ...] | None:
-        """The shapes of a layer norm's results, for which the meta device takes a millisecond."""
-        if func is not torch.ops.aten.native_layer_norm.default or not args[0].is_meta:
-            return None
-        sums = args[0].new_empty((*args[0].shape[:-1], 1))
-        return torch.empty_like(args[0]), sums, torch.empty_like(sums)
 
     def _take_in(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
@@ -176,3 +172,15 @@ class LiveBytes(TorchDispatchMode):
     def _let_go(self, key: int, size: int, _: object) -> None:
         del self._known[key]
         self._now -= size
+
+
+def _as_on_cpu(func: Any, args: Any, kwargs: Any) -> Any:
+    """The result of an operation; on the meta device with shapes and memory order as on the CPU."""
+    x = args[0] if args and isinstance(args[0], Tensor) and args[0].is_meta else None
+    if x is not None and func is torch.ops.aten.native_layer_norm.default:
+        sums = x.new_empty((*x.shape[:-1], 1))  # torch's own takes a millisecond
+        return torch.empty_like(x), sums, torch.empty_like(sums)
+    out = func(*args, **kwargs)
+    if x is not None and func is torch.ops.aten.convolution.default:
+        return out.contiguous(memory_format=torch.channels_last)
+    return out
