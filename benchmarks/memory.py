@@ -97,7 +97,6 @@ def ours(row: Row, side: str, folder: str) -> Callable[[], Any]:
         plan = vae.plan(shape, operation, budget=budget, **options)  # type: ignore[arg-type]
     print(plan.explain(), flush=True)
     print(f"predicted {plan.peak_bytes}", flush=True)
-    print(f"expected {plan.seconds}", flush=True)
     if operation == "decode":
         return lambda: vae.decode(x, plan=plan)
     return lambda: vae.encode(x, sample_mode=False, plan=plan)
@@ -126,13 +125,13 @@ def measure(row: str, side: str, verbose: bool) -> dict[str, float]:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         assert child.stdin is not None and child.stdout is not None
-        found: dict[str, float] = {"predicted": 0.0, "expected": 0.0}
+        found: dict[str, float] = {"predicted": 0.0}
 
         def read_until(word: str) -> None:
             assert child.stdout is not None
             for line in child.stdout:
                 name, _, value = line.strip().partition(" ")
-                if name in ("predicted", "expected", "seconds"):
+                if name in ("predicted", "seconds"):
                     found[name] = float(value)
                 elif verbose and name not in ("ready", "done"):
                     print("   ", line.rstrip())
@@ -166,7 +165,7 @@ def main() -> None:
         row, side, folder = options.child
         return work(ROWS[row], side, folder)
     print(f"{datetime.date.today()}  torch {torch.__version__}, peak over weights and input")
-    heads = ("peak GiB", "of diff.", "file GiB", "foreseen", "s", "foreseen")
+    heads = ("peak GiB", "of diff.", "file GiB", "foreseen", "s")
     print(f"{'':24}" + "".join(f"{head:>10}" for head in heads))
     for row in options.rows:
         print(f"{row}: {ROWS[row]}")
@@ -178,10 +177,9 @@ def main() -> None:
             base = m["peak"] if side == "diffusers" else base
             share = f"{m['peak'] / base:10.3f}" if base else f"{'':10}"
             foreseen = f"{m['predicted'] / m['peak']:10.2f}" if m["predicted"] else f"{'':10}"
-            expected = f"{m['expected'] / m['seconds']:10.2f}" if m["expected"] else ""
             print(
                 f"{row + ' ' + side:24}{m['peak'] / 2**30:10.2f}{share}{m['files'] / 2**30:10.2f}"
-                f"{foreseen}{m['seconds']:10.1f}{expected}", flush=True,
+                f"{foreseen}{m['seconds']:10.1f}", flush=True,
             )  # fmt: skip
 
 

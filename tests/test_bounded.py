@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from temporal_vae import TemporalVAE, geometry
+from temporal_vae import TemporalVAE
 from temporal_vae.network import framewise
 from temporal_vae.network.framewise import Framewise, ResidualBlock, Upsample
 from temporal_vae.network.kernels.norm import Moments

@@ -179,9 +179,7 @@ def _step_pixels(
         # no copies: a layer joins what it is given before it computes
         piece, *kept = (_pixels(part, chunk).to(work.device) for part in (x, *before))
         given, tails = layer.step(piece, past, tuple(kept), last=not after)
-        if not chunk.start:
-            n = given.shape[2]
-            y = x[:, :, :n] if n <= x.shape[2] else new_clip(x, (*x.shape[:2], n, *size), x.device)
+        y = y if chunk.start else _place(x, given.shape[2], size)
         for target, part in zip((y, *after), (given, *tails), strict=False):
             _pixels(target, chunk).copy_(part)
     return y
@@ -235,9 +233,12 @@ def _whole_clip(work: Workspace, layer: Layer, clip: Tensor) -> Tensor:
         )
         known[norm] = moments_of(norm, inputs)
     apply = with_known(known)
+    y = clip
     for chunk in chunks:
-        _pixels(clip, chunk).copy_(layer.compute(_ready(_pixels(clip, chunk), work), apply))
-    return clip
+        given = layer.compute(_ready(_pixels(clip, chunk), work), apply)
+        y = y if chunk.start else _place(clip, given.shape[2], clip.shape[3:])
+        _pixels(y, chunk).copy_(given)
+    return y
 
 
 def _chunks(pixels: int, layer: Layer, bounds: Bounds) -> list[slice]:
@@ -247,6 +248,13 @@ def _chunks(pixels: int, layer: Layer, bounds: Bounds) -> list[slice]:
 def _pixels(x: Tensor, chunk: slice) -> Tensor:
     """Some pixels of (B, C, T, H, W) as one row of them, (B, C, T, 1, P); a view."""
     return x.movedim(1, -1).flatten(2, 3)[:, :, None, chunk].movedim(-1, 1)
+
+
+def _place(x: Tensor, frames: int, size: torch.Size) -> Tensor:
+    """Where a layer's result goes: over its input x (1, C, T, H, W), if that has the frames."""
+    if frames <= x.shape[2]:
+        return x[:, :, :frames]
+    return new_clip(x, (*x.shape[:2], frames, *size), x.device)
 
 
 def _ready(x: Tensor, work: Workspace) -> Tensor:
