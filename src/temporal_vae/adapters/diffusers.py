@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from temporal_vae.adapters.drop_in import DiffusersTemporalVAE
 from temporal_vae.checkpoints import diffusers_names
 from temporal_vae.model import TemporalVAE
 from temporal_vae.walks.budget import parse_budget
