@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from temporal_vae import TemporalVAE, TemporalVAEConfig, losses
 from temporal_vae.training.data import Shape, draw_batch, load_clips
-from temporal_vae.video import Bytes
+from temporal_vae.video import Uint8Frames
 
 COLOUR_WEIGHT = 0.15
 
@@ -136,7 +136,7 @@ def learning_rate(stage: Stage, progress: float, step: int) -> float:
 
 
 def run_stage(
-    stage: Stage, model: TemporalVAE, clips: Sequence[Bytes], rng: np.random.Generator
+    stage: Stage, model: TemporalVAE, clips: Sequence[Uint8Frames], rng: np.random.Generator
 ) -> Iterator[str]:
     """Train `model` in place; yields a line of progress about every half minute."""
     optimizers = Optimizers(model, stage.learning_rate)
@@ -160,7 +160,9 @@ def run_stage(
 
 
 @torch.no_grad()
-def latent_scale(model: TemporalVAE, clips: Sequence[Bytes], rng: np.random.Generator) -> float:
+def latent_scale(
+    model: TemporalVAE, clips: Sequence[Uint8Frames], rng: np.random.Generator
+) -> float:
     """1 / the deviation of the posterior's samples over random clips, to four digits."""
     crop = min(64, *(min(clip.shape[1:3]) // 8 * 8 for clip in clips))
     latents = [

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from temporal_vae.geometry import Padding
 
-Bytes = npt.NDArray[np.uint8]
-Words = npt.NDArray[np.uint16]
+Uint8Frames = npt.NDArray[np.uint8]
+Uint16Frames = npt.NDArray[np.uint16]
 Image = npt.NDArray[Any]
-"""`Bytes` or `Words`: uint8 or uint16 over the full range of the type."""
+"""`Uint8Frames` or `Uint16Frames`: uint8 or uint16 over the full range of the type."""
 
 Raw = tuple[int, int, Fraction]
 """Height, width and frames per second of bare rgb24."""
@@ -47,11 +47,11 @@ def to_pixels(frames: Image) -> Tensor:
 
 
 @overload
-def to_bytes(video: Tensor) -> Bytes: ...
+def to_bytes(video: Tensor) -> Uint8Frames: ...
 @overload
-def to_bytes(video: Tensor, depth: Literal[8]) -> Bytes: ...
+def to_bytes(video: Tensor, depth: Literal[8]) -> Uint8Frames: ...
 @overload
-def to_bytes(video: Tensor, depth: Literal[16]) -> Words: ...
+def to_bytes(video: Tensor, depth: Literal[16]) -> Uint16Frames: ...
 @overload
 def to_bytes(video: Tensor, depth: int) -> Image: ...
 def to_bytes(video: Tensor, depth: int = 8) -> Image:

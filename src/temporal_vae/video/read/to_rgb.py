@@ -19,7 +19,7 @@ from av.video.plane import VideoPlane
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from temporal_vae.video.colour import FULL, LIMITED, colour_of, is_grey, is_rgb
-from temporal_vae.video.frames import Frame, Image, VideoError, Words
+from temporal_vae.video.frames import Frame, Image, Uint16Frames, VideoError
 from temporal_vae.video.read.prefetch import Recycler
 
 EXACT = int(Interpolation.BILINEAR) | 0x40000  # SWS_ACCURATE_RND
@@ -259,7 +259,7 @@ def values(plane: VideoPlane, kind: npt.DTypeLike, width: int) -> Image:
     return np.frombuffer(data, kind).reshape(plane.height, -1)[:, :width]
 
 
-def stretch(image: Words, bits: int) -> None:
+def stretch(image: Uint16Frames, bits: int) -> None:
     """Widen 16-bit values whose white is `bits` ones and then zeros to 65535, in place.
 
     Repeating the upper bits below them is exact to a level.

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from av.video.frame import VideoFrame
 
 from temporal_vae.video.colour import BT709, FULL, LIMITED, MATRICES, WEIGHTS, assumed_matrix
-from temporal_vae.video.frames import Bytes, Colour, Image
+from temporal_vae.video.frames import Colour, Image, Uint8Frames
 from temporal_vae.video.write.formats import Chosen
 
 STANDARD = Colour(primaries=1, transfer=1, matrix=BT709, range=LIMITED)
@@ -107,7 +107,7 @@ def rgb_planes(image: Image, pixel_format: str) -> list[Plane]:
         order = (1, 2, 0, 3) if image.shape[2] == 4 else (1, 2, 0)
         return [image[..., channel] for channel in order]
     if pixel_format == "bgr0":
-        full: Bytes = np.full((*image.shape[:2], 4), 255, np.uint8)
+        full: Uint8Frames = np.full((*image.shape[:2], 4), 255, np.uint8)
         full[..., :3] = image[..., ::-1]
         image = full
     elif pixel_format == "bgra":
