@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,10 +32,9 @@ def orientation(frame: VideoFrame, path: str) -> Matrix:
         data: Any = frame.side_data.get("DISPLAYMATRIX")
     except ValueError:
         # PyAV cannot list side data if it has no name for some of it: only the angle is left
-        turns = np.deg2rad(-frame.rotation)
-        return np.rint([[np.cos(turns), np.sin(turns)], [-np.sin(turns), np.cos(turns)]]).astype(
-            np.int64
-        )
+        angle = np.deg2rad(-frame.rotation)
+        cos, sin = np.cos(angle), np.sin(angle)
+        return np.rint([[cos, sin], [-sin, cos]]).astype(np.int64)
     if data is None:
         return UPRIGHT
     a, b, _, c, d = np.frombuffer(data, np.int32)[:5].astype(np.int64)
@@ -111,15 +109,16 @@ def exif_orientation(data: bytes) -> int:
     for start in starts:
         order = EXIF_BYTE_ORDERS.get(data[start : start + 4])
         if order is not None:
-            return next(_exif_values(data[start:], order, EXIF_ORIENTATION), 1)
+            return _tiff_orientation(data[start:], order)
     return 1
 
 
-def _exif_values(tiff: bytes, order: Literal["little", "big"], tag: int) -> Iterator[int]:
+def _tiff_orientation(tiff: bytes, order: Literal["little", "big"]) -> int:
     def number(at: int, size: int) -> int:
         return int.from_bytes(tiff[at : at + size], order)
 
     at = number(4, 4)
     for entry in range(at + 2, at + 2 + 12 * number(at, 2), 12):
-        if number(entry, 2) == tag:
-            yield number(entry + 8, 2)
+        if number(entry, 2) == EXIF_ORIENTATION:
+            return number(entry + 8, 2)
+    return 1

@@ -54,8 +54,7 @@ class ContainerWriter(Output):
 
     def _add_stream(self) -> VideoStream:
         format, layout, aspect = self._format, self._layout, self._target.sample_aspect_ratio
-        encoder = format.codec.encoder or format.name
-        stream = self._container.add_stream(encoder, rate=self._target.fps)
+        stream = self._container.add_stream(str(format.codec.encoder), rate=self._target.fps)
         assert isinstance(stream, VideoStream)
         context, colour = stream.codec_context, layout.colour
         stream.height, stream.width, _ = layout.shape

@@ -33,7 +33,7 @@ class Codec:
     title: str
     depths: tuple[int, ...]
     encoder: str | None = None
-    """libav's name, if it is written through libav."""
+    """libav's name of it, for a codec in one of libav's containers; else None."""
     quality: float | None = None
     """The default; None for a lossless codec."""
     worst: int = 51
@@ -51,7 +51,7 @@ CODECS = {
     "h265": Codec("H.265", (8, 10), "libx265", 14),
     "vp9": Codec("VP9", (8,), "libvpx-vp9", 18, worst=63),
     "ffv1": Codec("FFV1, lossless RGB", (8, 10, 12, 14, 16), "ffv1", alpha=(8, 10, 12, 16)),
-    "png": Codec("PNG images", (8, 16), "png", alpha=(8, 16)),
+    "png": Codec("PNG images", (8, 16), alpha=(8, 16)),
     "y4m": Codec("raw YUV", (8, 10, 12, 16)),
     "rgb": Codec("raw RGB without a header", (8, 16)),
 }
@@ -87,7 +87,7 @@ class ChosenFormat:
     @property
     def in_container(self) -> bool:
         """Whether one of libav's containers holds it, with timestamps and colour tags."""
-        return self.name not in ("png", "y4m", "rgb")
+        return self.codec.encoder is not None
 
     def check(self, height: int, width: int, channels: int) -> None:
         """Raise `VideoError` for frames that this format cannot hold."""
