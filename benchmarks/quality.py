@@ -16,10 +16,10 @@ import numpy as np
 from temporal_vae import TemporalVAE
 from temporal_vae.evaluation.evaluate import evaluate, mean_scores, reconstruct_frames
 from temporal_vae.evaluation.metrics import Scores
-from temporal_vae.video import Bytes
+from temporal_vae.video import Uint8Frames
 
 
-def synthetic() -> dict[str, Bytes]:
+def synthetic() -> dict[str, Uint8Frames]:
     """Flat clips, and a fade of two seconds at 25 frames/s."""
     flats = {"black": 0, "grey": 128, "white": 255}
     clips = {name: np.full((8, 96, 128, 3), value, np.uint8) for name, value in flats.items()}

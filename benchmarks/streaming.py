@@ -22,7 +22,7 @@ from flat_memory import make_video, peak
 
 from temporal_vae import TemporalVAE
 from temporal_vae.convert import chunks, memory
-from temporal_vae.video import Bytes
+from temporal_vae.video import Uint8Frames
 from temporal_vae.walks import heap
 from temporal_vae.walks.budget import parse_budget
 
@@ -31,7 +31,7 @@ WHOLE_FRAMES = 64
 """Frames of the whole walk, which must fit in memory."""
 
 
-def streamed(model: TemporalVAE, frames: Bytes, plans: memory.StreamPlans) -> int:
+def streamed(model: TemporalVAE, frames: Uint8Frames, plans: memory.StreamPlans) -> int:
     """The stream of the command, without the codec."""
     pieces = (frames[i : i + plans.frames] for i in range(0, len(frames), plans.frames))
     return sum(len(x) for x in chunks._walk_stream(pieces, model, plans.encode, plans.decode))

@@ -324,7 +324,7 @@ def test_the_chunk_test_sees_a_pipeline_that_cuts(monkeypatch: pytest.MonkeyPatc
     """The VAE alone in its place cannot do it."""
     pipe = svd_pipeline()
     one_clip = svd_video(pipe, decode_chunk_size=5)
-    monkeypatch.setitem(diffusers._TAKEOVERS, "StableVideoDiffusionPipeline", None)
+    monkeypatch.setitem(diffusers._PIPELINES, "StableVideoDiffusionPipeline", None)
     upgrade(pipe)
     with pytest.raises(AssertionError, match="1 frames a chunk"):
         assert_chunks_do_nothing(pipe, one_clip)

@@ -14,12 +14,12 @@ from temporal_vae import TemporalVAE
 from temporal_vae.evaluation import metrics, pictures
 from temporal_vae.evaluation.baseline import LinearBaseline
 from temporal_vae.evaluation.evaluate import evaluate, mean_scores, reconstruct_frames
-from temporal_vae.video import Bytes, read_clip, to_bytes, to_pixels
+from temporal_vae.video import Uint8Frames, read_clip, to_bytes, to_pixels
 
 FLAT = [0, 128, 255]
 
 
-def clip(frames: int = 6, height: int = 32, width: int = 48) -> Bytes:
+def clip(frames: int = 6, height: int = 32, width: int = 48) -> Uint8Frames:
     return to_bytes(pixels(frames, height, width).float())
 
 

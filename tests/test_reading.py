@@ -35,9 +35,9 @@ from temporal_vae.video import (
     to_pixels,
 )
 from temporal_vae.video.frames import exact_rate
-from temporal_vae.video.read.prefetch import Ahead, Recycler
+from temporal_vae.video.read.orientation import turn
+from temporal_vae.video.read.prefetch import Prefetcher, Recycler
 from temporal_vae.video.read.selection import even
-from temporal_vae.video.read.to_rgb import turn
 
 WEIGHTS = {1: (0.2126, 0.0722), 4: (0.30, 0.11), 5: (0.299, 0.114), 6: (0.299, 0.114),
            7: (0.212, 0.087), 9: (0.2627, 0.0593)}  # fmt: skip
@@ -546,7 +546,7 @@ def test_seeking_does_not_decode_the_whole(tmp_path: Path, monkeypatch: pytest.M
     from temporal_vae.video.read import container
 
     path, count = h264(tmp_path / "a.mp4"), 0
-    original = container.VideoFile._decode
+    original = container.ContainerReader._decode
 
     def counted(self: Any) -> Iterator[VideoFrame]:
         nonlocal count
@@ -554,7 +554,7 @@ def test_seeking_does_not_decode_the_whole(tmp_path: Path, monkeypatch: pytest.M
             count += 1
             yield frame
 
-    monkeypatch.setattr(container.VideoFile, "_decode", counted)
+    monkeypatch.setattr(container.ContainerReader, "_decode", counted)
     assert len(read_all(path, start=1.9, frames=1)) == 1
     assert count < 30
     count = 0
@@ -955,7 +955,7 @@ def test_an_error_in_the_thread_is_the_readers(tmp_path: Path) -> None:
         yield 1
         raise VideoError("lost")
 
-    ahead = Ahead(broken(), 2)
+    ahead = Prefetcher(broken(), 2)
     frames = iter(ahead)
     assert next(frames) == 1
     with pytest.raises(VideoError, match="lost"):
@@ -972,7 +972,7 @@ def test_the_thread_is_at_most_so_far_ahead() -> None:
             made += 1
             yield made
 
-    ahead = Ahead(items(), 3)
+    ahead = Prefetcher(items(), 3)
     frames = iter(ahead)
     assert next(frames) == 1
     time.sleep(0.2)
@@ -1076,7 +1076,7 @@ def test_closing_frees_who_waits_for_a_stuck_maker() -> None:
         stuck.wait(20)
         yield 1
 
-    inner = Ahead(never(), 1)
+    inner = Prefetcher(never(), 1)
 
     def wait() -> None:
         assert list(inner) == []

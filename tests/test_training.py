@@ -12,7 +12,7 @@ from test_video import noise, smooth, write
 
 from temporal_vae import TemporalVAE, TemporalVAEConfig
 from temporal_vae.training import loop
-from temporal_vae.training.data import Shape, draw_batch
+from temporal_vae.training.data import BatchShape, draw_batch
 
 RECIPE = """
 seed = 0
@@ -43,7 +43,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_batches() -> None:
     rng, clips = np.random.default_rng(0), [smooth(5, 40, 60), noise(2, 33, 36)]
-    for shape in (Shape(3, 1, 32), Shape(2, 4, 33), Shape(40, 2, 40)):
+    for shape in (BatchShape(3, 1, 32), BatchShape(2, 4, 33), BatchShape(40, 2, 40)):
         batch = draw_batch(clips, shape, rng)
         assert batch.shape == (shape.samples, 3, shape.frames, shape.crop, shape.crop)
         assert batch.abs().max() <= 1
@@ -55,7 +55,7 @@ def test_loss_falls() -> None:
     optimizers = loop.Optimizers(model, 2e-3)
     rng, clips = np.random.default_rng(0), [smooth(6, 40, 60)]
     errors = [
-        loop.train_step(model, optimizers, draw_batch(clips, Shape(2, 3, 32), rng), 1e-3, 2e-3)
+        loop.train_step(model, optimizers, draw_batch(clips, BatchShape(2, 3, 32), rng), 1e-3, 2e-3)
         for _ in range(40)
     ]
     first, last = (np.mean([e["error"] for e in part]) for part in (errors[:8], errors[-8:]))
@@ -103,7 +103,7 @@ def test_the_latent_scale_is_measured() -> None:
     model = TemporalVAE.from_config(TemporalVAEConfig.tiny(), seed=0)
     rng, clips = np.random.default_rng(0), [noise(9, 80, 80)]
     scale = loop.latent_scale(model, clips, rng)
-    latent = model.encode(draw_batch(clips, Shape(4, 8, 64), rng)).detach()
+    latent = model.encode(draw_batch(clips, BatchShape(4, 8, 64), rng)).detach()
     assert float(latent.square().mean().sqrt()) * scale == pytest.approx(1, abs=0.1)
 
 

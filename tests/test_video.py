@@ -17,7 +17,7 @@ from av.video.stream import VideoStream
 
 from temporal_vae.cli.info import describe_video
 from temporal_vae.video import (
-    Bytes,
+    Uint8Frames,
     VideoError,
     VideoReader,
     VideoWriter,
@@ -27,18 +27,18 @@ from temporal_vae.video import (
 )
 
 
-def noise(frames: int, height: int, width: int) -> Bytes:
+def noise(frames: int, height: int, width: int) -> Uint8Frames:
     shape = (frames, height, width, 3)
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
-def smooth(frames: int, height: int, width: int) -> Bytes:
+def smooth(frames: int, height: int, width: int) -> Uint8Frames:
     t, y, x = np.meshgrid(*(np.linspace(0, 1, n) for n in (frames, height, width)), indexing="ij")
     return np.stack([255 * x, 255 * y, 255 * t], -1).round().astype(np.uint8)
 
 
 def write(
-    path: Path, clip: Bytes, pts: list[int] | None = None, base: Fraction | None = None
+    path: Path, clip: Uint8Frames, pts: list[int] | None = None, base: Fraction | None = None
 ) -> Path:
     with VideoWriter(path, clip.shape[1], clip.shape[2], Fraction(25), base) as writer:
         for index, image in enumerate(clip):

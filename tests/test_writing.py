@@ -636,7 +636,7 @@ def test_packets_that_a_container_refuses_are_told(
     source = talking["aac.mp4"]
     with CopiedStreams(source) as copied:
         writer = VideoWriter(tmp_path / "a.mp4", 8, 8, Fraction(25), copied=copied)
-        file: Any = writer._file
+        file: Any = writer._output
         file._container = Refusing(file._container)
         with writer:
             writer.write(picture(8, 8, 3, 8), 0)
@@ -735,13 +735,13 @@ def test_a_place_that_is_read_only(small_disk: Path) -> None:
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.y4m", "frames"])
 def test_a_killed_process_leaves_no_name(tmp_path: Path, name: str) -> None:
     script = (
-        "import os, signal, torch; from temporal_vae.video import saving\n"
-        "honest, count = saving.VideoWriter.write, 0\n"
+        "import os, signal, torch; from temporal_vae.video.write import save\n"
+        "honest, count = save.VideoWriter.write, 0\n"
         "def write(self, image, pts):\n"
         "    honest(self, image, pts)\n"
         "    if pts == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "saving.VideoWriter.write = write\n"
-        f"saving.save_video(torch.rand(3, 9, 64, 64), {str(tmp_path / name)!r}, fps=25)\n"
+        "save.VideoWriter.write = write\n"
+        f"save.save_video(torch.rand(3, 9, 64, 64), {str(tmp_path / name)!r}, fps=25)\n"
     )
     assert subprocess.run([sys.executable, "-c", script]).returncode == -signal.SIGKILL
     left = list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""What a model is, in plain values."""
+"""`ModelMetadata`: a description of a model in plain values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from temporal_vae.config import TemporalVAEConfig
 from temporal_vae.latents import ModelRecord, weights_sha256
-from temporal_vae.network.autoencoder import Decoder, Encoder, Line
+from temporal_vae.network.autoencoder import Decoder, Encoder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,14 +28,14 @@ class ModelMetadata:
     """Number of parameters by part: "encoder_spatial", "encoder_temporal", "decoder_spatial",
     "decoder_temporal". They add up to `parameter_count`."""
     encode_reach: int | None
-    """Frames that a latent depends on in each direction (back only when causal); None for the
-    whole clip."""
+    """Frames back (and ahead too, unless the model is causal) that a latent frame depends on; None
+    for the whole clip."""
     decode_reach: int | None
-    """Latent frames that a frame depends on, likewise."""
+    """The same for a frame, in latent frames."""
     encode_delay: int | None
-    """Frames by which a stream's latents are late; None for a model that cannot stream."""
+    """Frames by which latents come late in a stream; None for a model that cannot stream."""
     decode_delay: int | None
-    """Latent frames by which a stream's frames are late, likewise."""
+    """The same for frames, in latent frames."""
     active_features: tuple[int, ...]
     """Latent channels that are not masked."""
     dtype: str
@@ -51,28 +51,25 @@ class ModelMetadata:
 def describe(
     name: str, encoder: Encoder, decoder: Decoder, active_features: tuple[int, ...]
 ) -> ModelMetadata:
-    """The metadata of a model with these two lines."""
-    lines: dict[str, Line] = {"encoder": encoder, "decoder": decoder}
+    """The metadata of a model with this encoder and decoder."""
     parts = {}
-    for half, line in lines.items():
-        temporal = sum(_count(layer) for layer in line.layers() if layer.tails())
-        parts[f"{half}_spatial"] = _count(line) - temporal
+    for half, stack in (("encoder", encoder), ("decoder", decoder)):
+        temporal = sum(_count(layer) for layer in stack.layers() if layer.tails())
+        parts[f"{half}_spatial"] = _count(stack) - temporal
         parts[f"{half}_temporal"] = temporal
+    encode_reach, encode_delay = encoder.reach or (None, None)
+    decode_reach, decode_delay = decoder.reach or (None, None)
     weight = encoder.conv_in.weight
-    reach: dict[str, int | None] = {}
-    ahead: dict[str, int | None] = {}
-    for half, line in lines.items():
-        reach[half], ahead[half] = line.reach or (None, None)
     return ModelMetadata(
         name=name,
         version=version("temporal-video-vae"),
         config=encoder.config,
         parameter_count=sum(parts.values()),
         parameters=parts,
-        encode_reach=reach["encoder"],
-        decode_reach=reach["decoder"],
-        encode_delay=ahead["encoder"],
-        decode_delay=ahead["decoder"],
+        encode_reach=encode_reach,
+        decode_reach=decode_reach,
+        encode_delay=encode_delay,
+        decode_delay=decode_delay,
         active_features=active_features,
         dtype=str(weight.dtype).removeprefix("torch."),
         device=str(weight.device),

@@ -1,6 +1,6 @@
-"""Into diffusers and back: `upgrade` for a pipeline, `to_diffusers` for a module.
+"""Our model in diffusers: `upgrade` changes a pipeline, `to_diffusers` makes a module for one.
 
-diffusers is imported when one of them is called, not before.
+diffusers is imported only when one of them is called.
 """
 
 from __future__ import annotations
@@ -8,13 +8,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from temporal_vae.adapters.drop_in import DiffusersTemporalVAE
 from temporal_vae.checkpoints import diffusers_names
 from temporal_vae.model import TemporalVAE
 from temporal_vae.walks.budget import parse_budget
@@ -24,71 +22,76 @@ if TYPE_CHECKING:
 
 
 def to_diffusers(vae: TemporalVAE) -> DiffusersTemporalVAE:
-    """A module that diffusers' pipelines take for their VAE: in a constructor, or as `pipe.vae`.
+    """A module that diffusers' pipelines accept as their VAE, in a constructor or as `pipe.vae`.
 
     It shares every weight with `vae`, and has what pipelines use: `config`, `dtype`, `device`,
     `encode(x).latent_dist`, `decode(z, num_frames=...).sample`, `forward`, and the switches for
-    slicing and tiling, which change no result here. Tensors are diffusers': frames (B*T, C, H, W)
-    in [-1, 1]. A pipeline with it saves and loads, after `import temporal_vae`.
+    slicing and tiling, which change no result here. Tensors are as in diffusers: frames
+    (B*T, C, H, W) in [-1, 1]. A pipeline with this module can be saved, and loaded after
+    `import temporal_vae`.
 
-    A pipeline that cuts clips itself still does: see `upgrade`.
+    A pipeline that cuts clips into chunks still does so; `upgrade` changes that too.
 
-    Raises `ImportError` without diffusers, naming the extra that has it.
+    Raises `ImportError` without diffusers, naming the extra that installs it.
     """
     module: DiffusersTemporalVAE = _drop_in_class().around(vae)
     return module
 
 
 def upgrade(pipe: Any, memory: int | str | None = "6GiB") -> Upgrade:
-    """Our VAE with the pipeline's own weights into a diffusers pipeline, and its way to decode too.
+    """Put our VAE, with the pipeline's own weights, into a diffusers pipeline.
 
-    A video is decoded as one clip, so `decode_chunk_size` has no influence on it; a large image
-    without tiles. What that takes stays within `memory`, and the result is the same for any.
+    A video is then decoded as one clip, whatever `decode_chunk_size` says, and a large image
+    without tiles. The memory for that stays within `memory`, and the result is the same for any.
 
-    The weights are the pipeline's own tensors, used by both modules: no byte more. Moving or
-    converting the pipeline moves both; offload of whole models (`enable_model_cpu_offload`) stays
-    as it is. Images are encoded in the pipeline's dtype, where diffusers takes float32 for some:
-    float16 does not overflow here. What the pipeline does with the pixels afterwards comes on top
-    of `memory`.
+    The weights are the pipeline's own tensors, shared by both modules, so they take no further
+    memory. Moving or converting the pipeline moves both; offload of whole models
+    (`enable_model_cpu_offload`) works as before. Images are encoded in the pipeline's dtype, where
+    diffusers converts some VAEs to float32: ours does not overflow in float16.
 
     Args:
         pipe: a `StableVideoDiffusionPipeline`, an `AnimateDiffPipeline`, or a pipeline of Stable
             Diffusion, SDXL or FLUX that makes images from text, images or inpainting.
-        memory: budget over weights and latents, the pixels included: a number of bytes, words such
-            as "6GiB", "least", "auto" for what is free, or None for any. Where less is free, that
-            is taken.
+        memory: the most memory that a walk may use on top of weights and latents, decoded pixels
+            included, but not what the pipeline does with them afterwards: a number of bytes, a size
+            such as "6GiB", "least" for as little as possible, "auto" for what is free, or None for
+            no limit. If less is free, the limit is what is free.
 
     Returns:
         An `Upgrade`: its `undo()` gives the pipeline back as it was; its `vae` is our model.
 
     Raises:
-        ImportError: without diffusers, naming the extra that has it.
-        ValueError: for another pipeline, a VAE or weights that cannot be read, a pipeline that is
-            upgraded already, offload by layers, or what is no budget. A budget that is too small is
-            seen where the size of the video is known: when it is decoded, naming the least.
+        ImportError: without diffusers, naming the extra that installs it.
+        ValueError: for another kind of pipeline, a VAE or weights that cannot be read, a pipeline
+            that is upgraded already, offload by layers, or an invalid budget. A budget that is too
+            small is found when a video of a known size is decoded; the error names the least.
     """
     drop_in = _drop_in_class()
     if memory != "auto":
         parse_budget(memory)
-    takeover = _takeover(pipe)
+    frames_of = _frames_of(pipe)
     previous = pipe.__dict__.get(_MARK)
     if previous is not None and pipe.vae is previous.module:
         raise ValueError("the pipeline is upgraded already: its undo() comes first")
     _refuse_hooks(pipe)
     stock = pipe.vae
     vae = stock.vae if isinstance(stock, drop_in) else _with_weights_of(stock)
-    if previous is not None:  # someone has put another VAE in its place
+    if previous is not None:  # another VAE was put in place of the upgraded one
         previous.undo()
     module = drop_in.around(vae)
     module.memory = memory
-    done = Upgrade(pipe, vae, module, stock, pipe.__dict__.get("decode_latents"), takeover)
+    done = Upgrade(pipe, vae, module, stock, pipe.__dict__.get("decode_latents"), frames_of)
     done._apply()
     return done
 
 
+FramesOf = Callable[..., tuple[Tensor, int]]
+"""The arguments of a pipeline's `decode_latents` -> latents (B*T, L, h, w), and T."""
+
+
 @dataclass(eq=False)
 class Upgrade:
-    """An upgraded pipeline, and the way back."""
+    """An upgraded pipeline, and what is needed to undo that."""
 
     pipe: Any
     vae: TemporalVAE
@@ -98,26 +101,38 @@ class Upgrade:
     stock: Any
     """The VAE that was there before."""
     _own_decode: Any
-    _takeover: Callable[..., Tensor] | None
+    """What the pipeline object had as `decode_latents` before, beside its class's; mostly None."""
+    _frames_of: FramesOf | None
 
     def _apply(self) -> None:
         with _without_hooks(self.pipe):
             self.pipe.vae = self.module
-        if self._takeover is not None:
-            self._takeover = partial(self._takeover, self.pipe)
-            self.pipe.decode_latents = self._takeover
+        if self._frames_of is not None:
+            self.pipe.decode_latents = self._decode_latents
         setattr(self.pipe, _MARK, self)
 
-    def undo(self) -> None:
-        """The same VAE object and the same methods as before; what else was put there stays.
+    def _decode_latents(self, *args: Any, **options: Any) -> Tensor:
+        """Replaces the pipeline's own: scaled latents -> pixels (B, C, T, H, W), without chunks."""
+        vae = self.pipe.vae
+        if self._frames_of is None or not isinstance(vae, _drop_in_class()):
+            # another VAE was put in place of the upgraded one
+            theirs: Tensor = type(self.pipe).decode_latents(self.pipe, *args, **options)
+            return theirs
+        frames, num_frames = self._frames_of(*args, **options)
+        pixels = vae.decode(1 / vae.config.scaling_factor * frames, num_frames=num_frames).sample
+        clips: Tensor = pixels.unflatten(0, (-1, num_frames)).transpose(1, 2)
+        return clips.float()
 
-        Weights are where, and of the dtype, that the pipeline has moved them to since.
+    def undo(self) -> None:
+        """Put the same VAE object and methods back as before; what others have put there stays.
+
+        If the pipeline has been moved or converted since, so have the weights of that VAE.
         """
         if self.pipe.vae is self.module:
             with _without_hooks(self.pipe):
                 self.pipe.vae = self.stock
         own = self.pipe.__dict__
-        if self._takeover is not None and own.get("decode_latents") is self._takeover:
+        if own.get("decode_latents") == self._decode_latents:
             del self.pipe.decode_latents
             if self._own_decode is not None:
                 self.pipe.decode_latents = self._own_decode
@@ -126,6 +141,7 @@ class Upgrade:
 
 
 _MARK = "_temporal_vae_upgrade"
+"""The attribute of a pipeline that holds its `Upgrade`."""
 
 
 def _drop_in_class() -> Any:
@@ -141,36 +157,20 @@ def _drop_in_class() -> Any:
 # How pipelines decode ------------------------------------------------------------------------
 
 
-def _decode_svd(pipe: Any, latents: Tensor, num_frames: int, decode_chunk_size: int = 0) -> Tensor:
-    """Scaled latents (B, T, L, h, w) -> pixels (B, C, T, H, W), float32; no chunks."""
-    if not isinstance(pipe.vae, _drop_in_class()):  # someone has put another VAE in its place
-        return _as_before(pipe, latents, num_frames, decode_chunk_size or num_frames)
-    return _decode_clips(pipe, latents.flatten(0, 1), num_frames)
+def _svd_frames(latents: Tensor, num_frames: int, decode_chunk_size: int = 0) -> tuple[Tensor, int]:
+    """Latents are (B, T, L, h, w); see `FramesOf`."""
+    return latents.flatten(0, 1), num_frames
 
 
-def _decode_animatediff(pipe: Any, latents: Tensor, decode_chunk_size: int = 0) -> Tensor:
-    """Scaled latents (B, L, T, h, w) -> pixels (B, C, T, H, W), float32; no chunks."""
-    if not isinstance(pipe.vae, _drop_in_class()):
-        return _as_before(pipe, latents, decode_chunk_size or latents.shape[2])
-    return _decode_clips(pipe, latents.transpose(1, 2).flatten(0, 1), latents.shape[2])
+def _animatediff_frames(latents: Tensor, decode_chunk_size: int = 0) -> tuple[Tensor, int]:
+    """Latents are (B, L, T, h, w); see `FramesOf`."""
+    return latents.transpose(1, 2).flatten(0, 1), latents.shape[2]
 
 
-def _as_before(pipe: Any, *args: Any) -> Tensor:
-    pixels: Tensor = type(pipe).decode_latents(pipe, *args)
-    return pixels
-
-
-def _decode_clips(pipe: Any, frames: Tensor, num_frames: int) -> Tensor:
-    frames = 1 / pipe.vae.config.scaling_factor * frames
-    pixels = pipe.vae.decode(frames, num_frames=num_frames).sample
-    clips: Tensor = pixels.unflatten(0, (-1, num_frames)).transpose(1, 2)
-    return clips.float()
-
-
-_TAKEOVERS: dict[str, Callable[..., Tensor] | None] = {
-    "StableVideoDiffusionPipeline": _decode_svd,
-    "AnimateDiffPipeline": _decode_animatediff,
-    # these hand all their latents to the VAE at once
+_PIPELINES: dict[str, FramesOf | None] = {
+    "StableVideoDiffusionPipeline": _svd_frames,
+    "AnimateDiffPipeline": _animatediff_frames,
+    # these pass all their latents to the VAE at once, so only the VAE is replaced
     "StableDiffusionPipeline": None,
     "StableDiffusionImg2ImgPipeline": None,
     "StableDiffusionInpaintPipeline": None,
@@ -183,19 +183,22 @@ _TAKEOVERS: dict[str, Callable[..., Tensor] | None] = {
 }
 
 
-def _takeover(pipe: Any) -> Callable[..., Tensor] | None:
-    """How the pipeline is to decode; None as it does. Raises `ValueError` for an unknown one."""
+def _frames_of(pipe: Any) -> FramesOf | None:
+    """What replaces the chunks of the pipeline's `decode_latents`; None if nothing has to.
+
+    Raises `ValueError` for an unknown pipeline.
+    """
     for ancestor in type(pipe).__mro__:
-        if ancestor.__module__.startswith("diffusers.") and ancestor.__name__ in _TAKEOVERS:
-            takeover = _TAKEOVERS[ancestor.__name__]
-            if takeover and type(pipe).decode_latents is not vars(ancestor)["decode_latents"]:
+        if ancestor.__module__.startswith("diffusers.") and ancestor.__name__ in _PIPELINES:
+            frames_of = _PIPELINES[ancestor.__name__]
+            if frames_of and type(pipe).decode_latents is not vars(ancestor)["decode_latents"]:
                 raise ValueError(
                     f"{type(pipe).__name__} has a decode_latents of its own, which an upgrade "
                     "would replace: put temporal_vae.to_diffusers(vae) into it as its vae"
                 )
-            return takeover
+            return frames_of
     raise ValueError(
-        f"cannot upgrade a {type(pipe).__name__}: only {', '.join(_TAKEOVERS)}; another pipeline "
+        f"cannot upgrade a {type(pipe).__name__}: only {', '.join(_PIPELINES)}; another pipeline "
         "may work with temporal_vae.to_diffusers(vae) as its vae"
     )
 
@@ -204,7 +207,7 @@ def _takeover(pipe: Any) -> Callable[..., Tensor] | None:
 
 
 def _with_weights_of(stock: Any) -> TemporalVAE:
-    """Our model around the very parameters of one of diffusers' VAEs."""
+    """Our model, made of the parameters of one of diffusers' VAEs."""
     name = type(stock).__name__
     if name not in (diffusers_names.IMAGE_CLASS, diffusers_names.SVD_CLASS):
         raise ValueError(
@@ -228,20 +231,20 @@ def _with_weights_of(stock: Any) -> TemporalVAE:
             f"the weights of the pipeline's {name} are not those of its class; adapters, fused "
             f"projections and quantisation have to be taken off first: {wrong[:4]}"
         )
-    for key, parameter in wanted.items():  # loading would thaw what is frozen
+    for key, parameter in wanted.items():  # what is loaded takes this flag from what it replaces
         parameter.requires_grad_(given[key].requires_grad)
-    # The parameters themselves, not only their storage: to() on either module moves both.
+    # the same parameter objects, not only the same storage: to() on either module moves both
     model.load_state_dict(given, assign=True)
     return model.train(stock.training)
 
 
 def _refuse_hooks(pipe: Any) -> None:
-    """Raise `ValueError` where hooks on layers move weights, since our walks do not call them."""
+    """Raise `ValueError` if hooks on layers move the weights: our walks do not call such hooks."""
     if pipe.hf_device_map is not None:
         raise ValueError("the pipeline has a device map: call pipe.reset_device_map() first")
     layers = list(pipe.vae.modules()) if isinstance(pipe.vae, nn.Module) else []
     if pipe.__dict__.get("_all_hooks"):
-        layers = layers[1:]  # the one of enable_model_cpu_offload stands on the whole VAE
+        layers = layers[1:]  # the hook of enable_model_cpu_offload is on the VAE as a whole
     if any(hasattr(layer, hook) for layer in layers for hook in ("_hf_hook", "_diffusers_hook")):
         raise ValueError(
             "the pipeline's VAE is offloaded by layers: take enable_model_cpu_offload instead of "
@@ -251,7 +254,7 @@ def _refuse_hooks(pipe: Any) -> None:
 
 @contextlib.contextmanager
 def _without_hooks(pipe: Any) -> Iterator[None]:
-    """The hooks of enable_model_cpu_offload off while a module is changed, then on all again."""
+    """Without the hooks of enable_model_cpu_offload while a module is changed; then with them."""
     offloaded = bool(pipe.__dict__.get("_all_hooks"))
     if offloaded:
         pipe.remove_all_hooks()

@@ -1,7 +1,8 @@
-"""`DiffusersTemporalVAE`: a `TemporalVAE` that diffusers takes for one of its own VAEs.
+"""`DiffusersTemporalVAE`: a `TemporalVAE` with the interface of diffusers' own VAEs.
 
-Letters as in model.py. diffusers folds the frames of clips into the batch: N = B*T images
-(N, C, H, W) with pixels in [-1, 1], and latents (N, L, H/f, W/f) that are not scaled.
+diffusers folds the frames of clips into the batch: N = B*T images (N, C, H, W) with pixels in
+[-1, 1], and latents (N, L, H/f, W/f) that are not multiplied by the scaling factor. B is the number
+of clips, T that of frames, L that of latent channels, f the downsample factor.
 """
 
 from __future__ import annotations
@@ -23,27 +24,27 @@ from temporal_vae.walks.peak import Operation
 from temporal_vae.walks.plan import Plan
 
 FORCE_UPCAST = False
-"""Whether pipelines are to run a float16 model in float32, as diffusers' own VAEs ask, which
-overflow in the wide layers of SDXL's and SVD's. Ours does not: it carries its stream scaled."""
+"""Whether pipelines shall run a float16 model in float32. Those of diffusers ask for it, since the
+VAEs of SDXL and SVD overflow in their wide layers. Ours scales the residual stream instead."""
 
 
 class DiffusersTemporalVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """A drop-in for diffusers' `AutoencoderKL` and `AutoencoderKLTemporalDecoder`.
 
-    Made by `temporal_vae.to_diffusers`. `vae` is the `TemporalVAE` that does the work; it shares
-    every weight, so moving or converting one does it to both. `config` has what pipelines read.
+    Made by `temporal_vae.to_diffusers`. `vae` is the `TemporalVAE` that does the work. Both share
+    their weights, so moving or converting one does it to both. `config` has what pipelines read.
 
-    Pipelines save and load it, where the program that loads has imported `temporal_vae`: diffusers
-    imports no library because a file names it.
+    Pipelines save it, and load it if the program has imported `temporal_vae`: diffusers does not
+    import a library only because a file names it.
 
     Args:
         model: the fields of a `TemporalVAEConfig`.
-        force_upcast: whether pipelines are to run a float16 model in float32 where they can.
+        force_upcast: whether pipelines shall run a float16 model in float32.
     """
 
-    # the name in a saved pipeline: of a module that is there once the library is imported
+    # a saved pipeline names this module, and diffusers looks the class up in it
     __module__ = "temporal_vae"
-    _supports_group_offloading = False  # its hooks stand on layers, which our walks do not call
+    _supports_group_offloading = False  # it needs hooks on layers, which our walks do not call
 
     vae: TemporalVAE
 
@@ -55,7 +56,7 @@ class DiffusersTemporalVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     @classmethod
     def around(cls, vae: TemporalVAE, force_upcast: bool = FORCE_UPCAST) -> DiffusersTemporalVAE:
-        """The drop-in of a model, which it holds, not copies."""
+        """The drop-in for a model, which is held, not copied."""
         with torch.device("meta"):
             module: DiffusersTemporalVAE = cls(
                 model=vae.config.to_dict(), force_upcast=force_upcast
@@ -65,37 +66,37 @@ class DiffusersTemporalVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return module
 
     def _hold(self, vae: TemporalVAE) -> None:
-        # The two lines are its submodules, so tensors have the names of our own files. The model
-        # itself stays out of the module tree, where it would name every tensor a second time.
+        # Encoder and decoder are the submodules, so that tensors have the names of our own files.
+        # The model is set past nn.Module, which would name every tensor a second time.
         self.encoder, self.decoder = vae.encoder, vae.decoder
         object.__setattr__(self, "vae", vae)
         self.memory: int | str | None = None
-        """A budget as of `TemporalVAE.plan`, or "auto"; None leaves it to the setters of `vae`."""
+        """A budget for `TemporalVAE.plan`, or "auto"; None for what `vae` itself is set to."""
 
     @property
     def config(self) -> FrozenDict:
-        """What was given, and its values under diffusers' names."""
+        """The arguments of the constructor, and their values under diffusers' names."""
         return FrozenDict({**_their_names(self.vae.config), **self._internal_dict})
 
     @property
     def quant_conv(self) -> nn.Module | None:
-        """The convolution on the moments: pipelines ask for its dtype."""
+        """The convolution on the moments; pipelines look at its dtype."""
         return self.vae.encoder.quant_conv
 
     @property
     def post_quant_conv(self) -> nn.Module | None:
-        """The convolution on the latent: pipelines ask for its dtype."""
+        """The convolution on the latent; pipelines look at its dtype."""
         return self.vae.decoder.post_quant_conv
 
     @apply_forward_hook  # type: ignore[untyped-decorator]
     def encode(self, x: Tensor, return_dict: bool = True, num_frames: int = 1) -> Any:
-        """Pixels (N, C, H, W) -> `.latent_dist` over latents (N, L, H/f, W/f), as diffusers' own.
+        """Pixels (N, C, H, W) -> `.latent_dist`, a distribution of latents (N, L, H/f, W/f).
 
-        Its `sample(generator)` draws what diffusers draws. `num_frames` consecutive frames are a
-        clip, where the encoder looks at other frames.
+        Its `sample(generator)` draws the same noise as diffusers' VAEs. `num_frames` consecutive
+        frames are one clip, which matters only if the encoder looks at other frames.
 
-        Raises `ValueError` as `TemporalVAE.encode`, for a wrong `num_frames`, and for a budget that
-        cannot be met, naming the least.
+        Raises `ValueError` as `TemporalVAE.encode` does, for frames that `num_frames` does not
+        divide, and for a budget that is too small, naming the least.
         """
         clips = self._clips(self._own(x), num_frames, self.vae.encode_reach)
         plan = self._plan("encode", clips)
@@ -113,15 +114,15 @@ class DiffusersTemporalVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
     ) -> Any:
         """Latents (N, L, h, w) -> `.sample`, pixels (N, C, f*h, f*w), not clamped.
 
-        `num_frames` consecutive frames are a clip; nothing is drawn from `generator`, which some
-        pipelines pass. Raises as `encode`.
+        `num_frames` consecutive frames are one clip. `generator`, which some pipelines pass, is not
+        used. Raises as `encode` does.
         """
         z = self._own(z)
         clips = self._clips(z, num_frames, self.vae.decode_reach)
         plan = self._plan("decode", clips)
         if torch.is_grad_enabled():
             pixels = self.vae.decode(clips, layout="BTCHW", plan=plan).flatten(0, 1)
-        else:  # frame by frame to its place: the result is there only once
+        else:  # each frame is written to its place, so that there is no second copy of the result
             f, (n, _, h, w) = self.vae.downsample_factor, z.shape
             pixels = z.new_empty(n, self.vae.input_channels, f * h, f * w)
             into = pixels.unflatten(0, clips.shape[:2])
@@ -142,7 +143,7 @@ class DiffusersTemporalVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return self.decode(z, num_frames=num_frames, return_dict=return_dict)
 
     def enable_slicing(self) -> None:
-        """Walk clips one by one from now on; the result stays the same."""
+        """Walk clips one by one from now on, with the same result."""
         self.vae.set_slicing_enabled(True)
 
     def disable_slicing(self) -> None:
@@ -150,12 +151,14 @@ class DiffusersTemporalVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.vae.set_slicing_enabled(False)
 
     def enable_tiling(self, *_: Any, **__: Any) -> None:
-        """Walk with the least memory from now on; the result stays the same, so sizes of tiles,
-        which diffusers' VAEs take here, mean nothing."""
+        """Walk with the least memory from now on, with the same result.
+
+        Arguments are ignored: there are no tiles whose sizes they could give.
+        """
         self.vae.set_tiling_enabled(True)
 
     def disable_tiling(self) -> None:
-        """Walk as before `enable_tiling` again."""
+        """Walk as before `enable_tiling`."""
         self.vae.set_tiling_enabled(False)
 
     def _clips(self, frames: Tensor, num_frames: int, reach: int | None) -> Tensor:
@@ -176,17 +179,17 @@ class DiffusersTemporalVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 f"num_frames must be above 0 and divide the {count} frames, got {num_frames!r}"
             )
         if reach == 0 and not self.vae.slicing_enabled:
-            num_frames = count  # frames do not see each other: one clip has the better plans
+            num_frames = count  # no frame depends on another: one clip has the better plans
         clips: Tensor = frames.unflatten(0, (-1, num_frames))
         return clips
 
     def _own(self, x: Tensor) -> Tensor:
-        """In the dtype of the weights: where pipelines upcast a VAE they see to that themselves."""
+        """In the dtype of the weights, unless under autocast."""
         mixed = torch.is_autocast_enabled(x.device.type)
         return x.to(self.dtype) if x.is_floating_point() and not mixed else x
 
     def _plan(self, operation: Operation, clips: Tensor) -> Plan | None:
-        """How to walk clips (B, T, C, H, W); None leaves it to the setters of `vae`."""
+        """How to walk clips (B, T, C, H, W); None for what `vae` itself is set to."""
         if self.memory is None or self.vae.tiling_enabled:
             return None
         budget = affordable(self.memory, self.device)
@@ -196,21 +199,21 @@ class DiffusersTemporalVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(cls, *args: Any, **options: Any) -> Any:
-        """As of every `ModelMixin`."""
+        """Like `from_pretrained` of any `ModelMixin`."""
         loaded = super().from_pretrained(*args, **options)
         module: DiffusersTemporalVAE = loaded[0] if isinstance(loaded, tuple) else loaded
         for line in (module.encoder, module.decoder):
-            line.fit_scales()  # the weights were set one by one, which they could not see
+            line.fit_scales()  # from_pretrained set the weights one by one, unseen by the layers
         return loaded
 
 
 def _no_memory_wanted() -> bool:
-    """Whether shapes alone are wanted, to be filled from a file: accelerate's way to say so."""
+    """Whether new modules are on the meta device: accelerate does that to load weights later."""
     return nn.Linear(1, 1, bias=False).weight.is_meta
 
 
 def _their_names(config: TemporalVAEConfig) -> dict[str, Any]:
-    """The values of a configuration that pipelines read, under diffusers' names."""
+    """What pipelines read of a configuration, under diffusers' names."""
     return {
         "in_channels": config.input_channels,
         "out_channels": config.input_channels,

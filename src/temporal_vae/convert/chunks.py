@@ -23,11 +23,11 @@ from temporal_vae.convert.memory import (
 )
 from temporal_vae.geometry import Padding, spans
 from temporal_vae.model import TemporalVAE
-from temporal_vae.video import Bytes, Frame, Image, pad_frames, to_bytes, to_pixels
+from temporal_vae.video import Frame, Image, Uint8Frames, pad_frames, to_bytes, to_pixels
 from temporal_vae.walks.plan import Plan
 from temporal_vae.walks.streamed import Stream
 
-NO_FRAMES: Bytes = np.empty((0, 1, 1, 3), np.uint8)
+NO_FRAMES: Uint8Frames = np.empty((0, 1, 1, 3), np.uint8)
 
 
 def clip_length(model: TemporalVAE, asked: int | Literal["all"] | None) -> int | None:
@@ -40,7 +40,7 @@ def clip_length(model: TemporalVAE, asked: int | Literal["all"] | None) -> int |
     return asked or (None if streams else model.config.clip_frames)
 
 
-def pieces_of(frames: Iterator[Frame], length: int, stamps: deque[int]) -> Iterator[Bytes]:
+def pieces_of(frames: Iterator[Frame], length: int, stamps: deque[int]) -> Iterator[Uint8Frames]:
     """uint8 (n, H, W, 3) of up to `length` frames; their timestamps are put into `stamps`."""
     while piece := list(islice(frames, length)):
         stamps.extend(frame.pts for frame in piece)
@@ -138,7 +138,7 @@ def _joined(latents: Iterator[Tensor | None]) -> Iterator[Tensor | None]:
 
 @torch.no_grad()
 def _encode_pieces(
-    pieces: Iterator[Bytes], model: TemporalVAE, stream: Stream
+    pieces: Iterator[Uint8Frames], model: TemporalVAE, stream: Stream
 ) -> Iterator[Tensor | None]:
     """What a stream gives of each piece, None where that is nothing yet, so that progress shows."""
     for piece in pieces:
@@ -198,7 +198,7 @@ def encode_walk(
 
 @torch.no_grad()
 def _encode_clips(
-    clips: Iterator[Bytes],
+    clips: Iterator[Uint8Frames],
     model: TemporalVAE,
     budget: int | Literal["least"] | None,
     generator: torch.Generator | None,
@@ -257,6 +257,6 @@ def _decode_clips(
             yield to_bytes(frames, depth)
 
 
-def _padded_pixels(frames: Bytes, model: TemporalVAE) -> Tensor:
+def _padded_pixels(frames: Uint8Frames, model: TemporalVAE) -> Tensor:
     video = to_pixels(pad_frames(frames, model.downsample_factor))
     return video.to(model.device, model.dtype)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file
 
-from temporal_vae.video import Bytes, pad_frames
+from temporal_vae.video import Uint8Frames, pad_frames
 
 BLOCK = 8
 Floats = npt.NDArray[np.float32]
@@ -34,7 +34,7 @@ class LinearBaseline:
         return cls(**load_file(str(file)))
 
     @classmethod
-    def fit(cls, frames: Sequence[Bytes], numbers: int) -> LinearBaseline:
+    def fit(cls, frames: Sequence[Uint8Frames], numbers: int) -> LinearBaseline:
         """The leading `numbers` components of all blocks of `frames`, each uint8 (T, H, W, 3)."""
         count, total = 0, np.zeros(BLOCK * BLOCK * 3)
         products = np.zeros((total.size, total.size))
@@ -47,7 +47,7 @@ class LinearBaseline:
         basis = vectors[:, ::-1][:, :numbers].T
         return cls(mean.astype(np.float32), np.ascontiguousarray(basis.astype(np.float32)))
 
-    def __call__(self, frames: Bytes) -> Bytes:
+    def __call__(self, frames: Uint8Frames) -> Uint8Frames:
         """Project every block of uint8 (T, H, W, 3) and go back; edges repeat to whole blocks."""
         _, height, width, _ = frames.shape
         blocks = _to_blocks(pad_frames(frames, BLOCK)).astype(np.float32) - self.mean
@@ -55,14 +55,14 @@ class LinearBaseline:
         return _from_blocks(back.round().clip(0, 255).astype(np.uint8))[:, :height, :width]
 
 
-def _to_blocks(frames: Bytes) -> npt.NDArray[np.uint8]:
+def _to_blocks(frames: Uint8Frames) -> npt.NDArray[np.uint8]:
     """(T, H, W, 3) -> (T, H/8, W/8, 192)."""
     t, h, w, c = frames.shape
     cut = frames.reshape(t, h // BLOCK, BLOCK, w // BLOCK, BLOCK, c)
     return cut.transpose(0, 1, 3, 2, 4, 5).reshape(t, h // BLOCK, w // BLOCK, -1)
 
 
-def _from_blocks(blocks: Bytes) -> Bytes:
+def _from_blocks(blocks: Uint8Frames) -> Uint8Frames:
     t, h, w, _ = blocks.shape
     cut = blocks.reshape(t, h, w, BLOCK, BLOCK, 3).transpose(0, 1, 3, 2, 4, 5)
     return np.ascontiguousarray(cut.reshape(t, h * BLOCK, w * BLOCK, 3))

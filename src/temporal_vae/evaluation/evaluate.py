@@ -11,10 +11,10 @@ import numpy as np
 from temporal_vae.evaluation.baseline import BLOCK, LinearBaseline
 from temporal_vae.evaluation.metrics import Scores, score
 from temporal_vae.model import TemporalVAE
-from temporal_vae.video import Bytes, pad_frames, read_clip, to_bytes, to_pixels
+from temporal_vae.video import Uint8Frames, pad_frames, read_clip, to_bytes, to_pixels
 
 
-def reconstruct_frames(frames: Bytes, model: TemporalVAE) -> Bytes:
+def reconstruct_frames(frames: Uint8Frames, model: TemporalVAE) -> Uint8Frames:
     """One clip, uint8 (T, H, W, 3) of any size, through the model and back to the same size."""
     _, height, width, _ = frames.shape
     video = to_pixels(pad_frames(frames, model.downsample_factor))
@@ -32,7 +32,7 @@ class Row:
 
 def evaluate(
     files: Sequence[Path],
-    codec: Callable[[Bytes], Bytes] | TemporalVAE,
+    codec: Callable[[Uint8Frames], Uint8Frames] | TemporalVAE,
     frames: int = 32,
     width: int = 256,
 ) -> Iterator[Row]:

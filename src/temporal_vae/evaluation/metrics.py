@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from temporal_vae.video import Bytes
+from temporal_vae.video import Uint8Frames
 
 PSNR_CEILING = 100.0
 """Decibels given to a frame that comes back exactly, so that means stay finite."""
@@ -28,7 +28,7 @@ class Scores:
     """RMS error of the differences between neighbouring frames, in 8-bit units; see `flicker`."""
 
 
-def score(original: Bytes, reconstruction: Bytes) -> Scores:
+def score(original: Uint8Frames, reconstruction: Uint8Frames) -> Scores:
     """All measures of one clip. Raises `ValueError` when the shapes differ."""
     return Scores(
         psnr=psnr(original, reconstruction),
@@ -37,7 +37,7 @@ def score(original: Bytes, reconstruction: Bytes) -> Scores:
     )
 
 
-def psnr(original: Bytes, reconstruction: Bytes) -> float:
+def psnr(original: Uint8Frames, reconstruction: Uint8Frames) -> float:
     """Peak signal-to-noise ratio in dB: per frame over H, W and RGB, then the mean over frames."""
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
@@ -48,7 +48,7 @@ def psnr(original: Bytes, reconstruction: Bytes) -> float:
     return float(values.clamp(max=PSNR_CEILING).mean())
 
 
-def ssim(original: Bytes, reconstruction: Bytes) -> float:
+def ssim(original: Uint8Frames, reconstruction: Uint8Frames) -> float:
     """Structural similarity per frame, then the mean over frames; frame by frame in memory."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
@@ -60,7 +60,7 @@ def ssim(original: Bytes, reconstruction: Bytes) -> float:
     return float(torch.stack([torch.as_tensor(value) for value in values]).mean())
 
 
-def flicker(original: Bytes, reconstruction: Bytes) -> float:
+def flicker(original: Uint8Frames, reconstruction: Uint8Frames) -> float:
     """RMS over the clip of (change of the reconstruction - change of the original), 8-bit units.
 
     A constant error gives 0, however large: only what moves that should not counts. 0 for a single
@@ -73,7 +73,7 @@ def flicker(original: Bytes, reconstruction: Bytes) -> float:
     return float((error[1:] - error[:-1]).square().mean().sqrt())
 
 
-def _frames(original: Bytes, reconstruction: Bytes) -> tuple[Tensor, Tensor]:
+def _frames(original: Uint8Frames, reconstruction: Uint8Frames) -> tuple[Tensor, Tensor]:
     """Both as float (T, 3, H, W) in [0, 255]."""
     if original.shape != reconstruction.shape:
         raise ValueError(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from temporal_vae.video import Bytes
+from temporal_vae.video import Uint8Frames
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -16,13 +16,17 @@ MARGIN = 12
 CAPTION = 30
 
 
-def amplified_difference(original: Bytes, reconstruction: Bytes, gain: float) -> Bytes:
+def amplified_difference(
+    original: Uint8Frames, reconstruction: Uint8Frames, gain: float
+) -> Uint8Frames:
     """|reconstruction - original| * gain, clipped to 255; the shape of its inputs."""
     error = np.abs(reconstruction.astype(np.float32) - original.astype(np.float32))
     return (error * gain).clip(0, 255).astype(np.uint8)
 
 
-def time_slice(frames: Bytes, column: int | None = None, width: int | None = None) -> Bytes:
+def time_slice(
+    frames: Uint8Frames, column: int | None = None, width: int | None = None
+) -> Uint8Frames:
     """One pixel column over time, (H, width, 3): time runs to the right, flicker shows as stripes.
 
     The middle column unless `column` says otherwise; each instant is as many pixels wide as fits.
@@ -35,7 +39,7 @@ def time_slice(frames: Bytes, column: int | None = None, width: int | None = Non
 
 
 def comparison(
-    original: Bytes, reconstruction: Bytes, title: str, gain: float = 8.0
+    original: Uint8Frames, reconstruction: Uint8Frames, title: str, gain: float = 8.0
 ) -> Image.Image:
     """Middle frame and time slice of a clip: original, reconstruction, amplified difference."""
     middle, width = len(original) // 2, original.shape[2]
@@ -59,7 +63,7 @@ def save(picture: Image.Image, path: str | os.PathLike[str]) -> None:
     picture.save(path, format="PNG")
 
 
-def _sheet(rows: list[list[Bytes]], captions: list[list[str]], title: str) -> Image.Image:
+def _sheet(rows: list[list[Uint8Frames]], captions: list[list[str]], title: str) -> Image.Image:
     """Panels of one size in rows, a caption above each, a title above all."""
     from PIL import Image, ImageDraw, ImageFont
 

@@ -1,1 +1,1 @@
-"""Training of the bundled weights."""
+"""Training of the bundled weights: `data` makes batches of clips, `loop` trains by a recipe."""

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from temporal_vae.video import Bytes, read_clip, to_pixels
+from temporal_vae.video import Uint8Frames, read_clip, to_pixels
 
 
 def load_clips(
     files: Sequence[Path], widths: Sequence[int], progress: Callable[[str], None]
-) -> list[Bytes]:
+) -> list[Uint8Frames]:
     """Every clip at every width, uint8 (T, H, W, 3)."""
     clips = []
     for file in files:
@@ -25,19 +25,19 @@ def load_clips(
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
-    """Size of a batch: samples, frames a sample, and the side of the square crop in pixels."""
+class BatchShape:
+    """Samples of a batch, frames of a sample, and the side of the square crop in pixels."""
 
     samples: int
     frames: int
     crop: int
 
 
-def draw_batch(clips: Sequence[Bytes], shape: Shape, rng: np.random.Generator) -> Tensor:
+def draw_batch(clips: Sequence[Uint8Frames], shape: BatchShape, rng: np.random.Generator) -> Tensor:
     """A random batch in [-1, 1], (samples, 3, frames, crop, crop).
 
-    One sample in sixteen is a synthetic fade between two flat colours: real clips hold few, and a
-    model that has not seen them colours them.
+    One sample in sixteen is a synthetic fade between two flat colours. Real clips have few of them,
+    and a model that was not trained on them gives them other colours.
     """
     samples = [
         _fade(shape, rng) if rng.random() < 1 / 16 else _augment(_crop(clips, shape, rng), rng)
@@ -46,7 +46,7 @@ def draw_batch(clips: Sequence[Bytes], shape: Shape, rng: np.random.Generator) -
     return torch.cat([to_pixels(sample) for sample in samples])
 
 
-def _fade(shape: Shape, rng: np.random.Generator) -> Bytes:
+def _fade(shape: BatchShape, rng: np.random.Generator) -> Uint8Frames:
     start, stop = rng.uniform(0, 255, (2, 3)) if rng.random() < 0.5 else rng.uniform(0, 255, (2, 1))
     if rng.random() < 0.5:
         start, stop = np.round(start / 255) * 255, np.round(stop / 255) * 255
@@ -56,7 +56,7 @@ def _fade(shape: Shape, rng: np.random.Generator) -> Bytes:
     return np.round(frames).astype(np.uint8)
 
 
-def _crop(clips: Sequence[Bytes], shape: Shape, rng: np.random.Generator) -> Bytes:
+def _crop(clips: Sequence[Uint8Frames], shape: BatchShape, rng: np.random.Generator) -> Uint8Frames:
     fitting = [clip for clip in clips if min(clip.shape[1:3]) >= shape.crop]
     clip = fitting[rng.integers(len(fitting))]
     frames = min(shape.frames, len(clip))
@@ -68,8 +68,8 @@ def _crop(clips: Sequence[Bytes], shape: Shape, rng: np.random.Generator) -> Byt
     return np.concatenate([cut, cut[-1:].repeat(short, axis=0)]) if short else cut
 
 
-def _augment(frames: Bytes, rng: np.random.Generator) -> Bytes:
-    """Flips, turns, and now and then other colours; the same for every frame of the clip."""
+def _augment(frames: Uint8Frames, rng: np.random.Generator) -> Uint8Frames:
+    """Random flips, transpositions and changes of colour, the same for all frames of the clip."""
     if rng.random() < 0.5:
         frames = frames[:, :, ::-1]
     if rng.random() < 0.25:

@@ -1,10 +1,10 @@
-"""A training loop to read from top to bottom.
+"""A training loop, to be read from top to bottom.
 
     python -m temporal_vae.training.loop RECIPE --clips FOLDER --out FOLDER [--start MODEL]
 
-A recipe is a TOML file of stages that follow one another; each lasts a stated number of minutes, so
-the learning rate falls to its end on any machine. The weights are written every `save_minutes` in
-float32; at the end the latent scale is measured, and they are written in bfloat16.
+A recipe is a TOML file of stages that follow one another. Each lasts a stated number of minutes, so
+that its schedule of the learning rate is complete on any machine. The weights are written every
+`save_minutes` in float32; at the end the latent scale is measured, and they are saved in bfloat16.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,19 +24,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from temporal_vae import TemporalVAE, TemporalVAEConfig, losses
-from temporal_vae.training.data import Shape, draw_batch, load_clips
-from temporal_vae.video import Bytes
+from temporal_vae.training.data import BatchShape, draw_batch, load_clips
+from temporal_vae.video import Uint8Frames
 
 COLOUR_WEIGHT = 0.15
+"""Weight of the error of mean colours beside that of pixels; see `reconstruction_terms`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """One part of a recipe: what is trained, on batches of which shapes, for how long."""
+    """One part of a recipe: what is trained, on batches of which shapes, for how long.
+
+    Each batch has one of `shapes`, drawn with the probabilities `chances`. Without `temporal` only
+    the spatial layers are used and trained, as an image VAE. `final_rate` is a fraction of
+    `learning_rate`.
+    """
 
     name: str
     minutes: float
-    shapes: tuple[Shape, ...]
+    shapes: tuple[BatchShape, ...]
     chances: tuple[float, ...]
     temporal: bool
     learning_rate: float
@@ -45,22 +52,21 @@ class Stage:
 
     @classmethod
     def from_toml(cls, table: dict[str, object]) -> Stage:
-        """A stage from its table; `batches` is a list of [chance, samples, frames, crop]."""
+        """A stage from a recipe's table, in which `batches` are [chance, samples, frames, crop]."""
         values = dict(table)
         batches = values.pop("batches")
         assert isinstance(batches, list)
         return cls(
-            shapes=tuple(Shape(*batch[1:]) for batch in batches),
+            shapes=tuple(BatchShape(*batch[1:]) for batch in batches),
             chances=tuple(batch[0] for batch in batches),
             **values,  # type: ignore[arg-type]
         )
 
 
 class Optimizers:
-    """Muon for the matrices inside the network, AdamW for its ends, its norms and its biases.
+    """Muon for weights inside the network, AdamW for first and last layers, norms and biases.
 
-    torch's Muon takes matrices only, so it is given (out, rest) views of the convolutions, which
-    share their storage.
+    torch's Muon takes matrices only, so it is given (out, rest) views of the convolutions' weights.
     """
 
     def __init__(self, model: nn.Module, rate: float):
@@ -79,7 +85,7 @@ class Optimizers:
         self._adam = torch.optim.AdamW(self._others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
 
     def step(self, rate: float) -> None:
-        """One update at this learning rate; gradients are consumed."""
+        """One update at this learning rate; the gradients are then gone."""
         for optimizer in (self._muon, self._adam):
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -93,15 +99,16 @@ class Optimizers:
 
 
 def reconstruction_terms(reconstruction: Tensor, video: Tensor) -> dict[str, Tensor]:
-    """Mean log of each frame's squared error, so that every frame counts in decibels alike.
+    """Losses of (B, C, T, H, W): the mean log of each frame's squared error, in two resolutions.
 
-    The same of the frames shrunk eight times: a cell's mean colour. Without it a small model spends
-    its few latent channels on edges, and turns green into brown.
+    By the logarithm a decibel counts the same in every frame. The second resolution is an eighth,
+    at which the error is that of mean colours: without it a small model spends its few latent
+    channels on edges, and turns green into brown. "error" is the mean squared error, for progress.
     """
     difference = reconstruction - video
     error = difference.square().mean(dim=(1, 3, 4))  # (B, T)
     colour = F.avg_pool3d(difference, (1, 8, 8)).square().mean(dim=(1, 3, 4))
-    # the floors are 36 and 46 dB: a frame that good is not worth another's loss
+    # the added constants are PSNRs of 36 and 46 dB: beyond them a frame hardly counts any more
     return {
         "reconstruction/log_error": (error + 1e-3).log().mean(),
         "reconstruction/log_colour": (colour + 1e-4).log().mean(),
@@ -112,7 +119,7 @@ def reconstruction_terms(reconstruction: Tensor, video: Tensor) -> dict[str, Ten
 def train_step(
     model: TemporalVAE, optimizers: Optimizers, video: Tensor, kl_weight: float, rate: float
 ) -> dict[str, float]:
-    """One update on a batch (B, 3, T, H, W) in [-1, 1]."""
+    """One update on a batch (B, 3, T, H, W) in [-1, 1]; returns the losses."""
     with torch.autocast(video.device.type, torch.bfloat16):
         reconstruction, posterior = model(video)
     terms = reconstruction_terms(reconstruction.float(), video)
@@ -129,16 +136,16 @@ def train_step(
 
 
 def learning_rate(stage: Stage, progress: float, step: int) -> float:
-    """Warm-up over the first steps, then half a cosine down to `final_rate` of the whole."""
+    """Warm-up over the first steps, and a half cosine over `progress`, 0 to 1, of the stage."""
     cosine = 0.5 + 0.5 * math.cos(math.pi * min(progress, 1.0))
-    shape = stage.final_rate + (1 - stage.final_rate) * cosine
-    return stage.learning_rate * min(1.0, (step + 1) / stage.warmup_steps) * shape
+    decay = stage.final_rate + (1 - stage.final_rate) * cosine
+    return stage.learning_rate * min(1.0, (step + 1) / stage.warmup_steps) * decay
 
 
 def run_stage(
-    stage: Stage, model: TemporalVAE, clips: Sequence[Bytes], rng: np.random.Generator
+    stage: Stage, model: TemporalVAE, clips: Sequence[Uint8Frames], rng: np.random.Generator
 ) -> Iterator[str]:
-    """Train `model` in place; yields a line of progress about every half minute."""
+    """Train `model` in place; yields a line about the progress twice a minute."""
     optimizers = Optimizers(model, stage.learning_rate)
     start = said = time.monotonic()
     step, errors = 0, []
@@ -160,11 +167,13 @@ def run_stage(
 
 
 @torch.no_grad()
-def latent_scale(model: TemporalVAE, clips: Sequence[Bytes], rng: np.random.Generator) -> float:
-    """1 / the deviation of the posterior's samples over random clips, to four digits."""
+def latent_scale(
+    model: TemporalVAE, clips: Sequence[Uint8Frames], rng: np.random.Generator
+) -> float:
+    """1 / the standard deviation of latent samples of random clips, to four decimal places."""
     crop = min(64, *(min(clip.shape[1:3]) // 8 * 8 for clip in clips))
     latents = [
-        model.encode(draw_batch(clips, Shape(2, 8, crop), rng).to(model.device)).flatten()
+        model.encode(draw_batch(clips, BatchShape(2, 8, crop), rng).to(model.device)).flatten()
         for _ in range(32)
     ]
     return round(1 / float(torch.cat(latents).std()), 4)
@@ -181,8 +190,28 @@ def image_twin(model: TemporalVAE) -> TemporalVAE:
     return twin
 
 
+def train(
+    recipe: dict[str, Any],
+    model: TemporalVAE,
+    clips: Sequence[Uint8Frames],
+    rng: np.random.Generator,
+    out: Path,
+) -> None:
+    """Train stage after stage, and write the weights to `out` now and then."""
+    saved = time.monotonic()
+    for table in recipe.get("stage", []):
+        stage = Stage.from_toml(table)
+        part = model if stage.temporal else image_twin(model)
+        for line in run_stage(stage, part, clips, rng):
+            print(line, flush=True)
+            if time.monotonic() - saved > 60 * recipe["save_minutes"]:
+                saved = time.monotonic()
+                model.save_pretrained(out)
+        model.save_pretrained(out)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Read the recipe, train stage after stage, write the weights."""
+    """Read the recipe and the clips, train, measure the latent scale, write the weights."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--clips", type=Path, required=True, help="folder of .mp4 files")
@@ -200,21 +229,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     clips = load_clips(files, data["widths"], lambda name: print(f"reading {name}", flush=True))
     if options.start:
-        model = TemporalVAE.from_pretrained(options.start)
+        model, rng = TemporalVAE.from_pretrained(options.start), np.random.default_rng()
     else:
         model = TemporalVAE.from_config(TemporalVAEConfig.tiny(), seed=seed)
-    model.to(options.device)
-    rng = np.random.default_rng(seed if not options.start else None)
-    saved = time.monotonic()
-    for table in recipe.get("stage", []):
-        stage = Stage.from_toml(table)
-        part = model if stage.temporal else image_twin(model)
-        for line in run_stage(stage, part, clips, rng):
-            print(line, flush=True)
-            if time.monotonic() - saved > 60 * recipe["save_minutes"]:
-                saved = time.monotonic()
-                model.save_pretrained(options.out)
-        model.save_pretrained(options.out)
+        rng = np.random.default_rng(seed)
+    train(recipe, model.to(options.device), clips, rng, options.out)
     scale = latent_scale(model, clips, rng)
     model.config = replace(model.config, latent_scale_factor=scale)
     model.to(torch.bfloat16).save_pretrained(options.out)

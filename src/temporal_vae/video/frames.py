@@ -1,37 +1,38 @@
-"""Frames and pixels, and what a video file says of itself.
+"""Frames and pixels, and what a video file says about itself.
 
-The only place that converts between frames, uint8 or uint16 (T, H, W, C) over the full range of the
-type, and pixels, (1, C, T, H, W) in [-1, 1].
+*Frames* are arrays (T, H, W, C), uint8 or uint16 over the full range of the type; *pixels* are
+tensors (1, C, T, H, W) in [-1, 1]. Only this module converts between the two.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from temporal_vae.geometry import Padding
 
-Bytes = npt.NDArray[np.uint8]
-Words = npt.NDArray[np.uint16]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Uint8Frames = npt.NDArray[np.uint8]
+Uint16Frames = npt.NDArray[np.uint16]
 Image = npt.NDArray[Any]
-"""`Bytes` or `Words`: uint8 or uint16 over the full range of the type."""
+"""One frame (H, W, C) or several (T, H, W, C): uint8 or uint16, over the full range of the type."""
 
 Raw = tuple[int, int, Fraction]
-"""Height, width and frames per second of bare rgb24."""
+"""Height, width and frames per second of headerless rgb24 video."""
 
 PIPE = "-"
-"""Stands for standard input or output in place of a file."""
+"""Given in place of a file name: standard input or standard output."""
 
 
-def is_rewound(path: str) -> bool:
-    """Whether what stands under a name can be read twice: a file, and no pipe or device."""
+def is_regular_file(path: str) -> bool:
+    """Whether a name is that of a file, which can be read twice, and not of a pipe or a device."""
     return path != PIPE and os.path.isfile(path)
 
 
@@ -41,25 +42,21 @@ class VideoError(Exception):
 
 def to_pixels(frames: Image) -> Tensor:
     """uint8 or uint16 (T, H, W, C) -> float32 (1, C, T, H, W) in [-1, 1]."""
+    import torch
+
     half = float(np.iinfo(frames.dtype).max) / 2
     video = torch.from_numpy(frames).permute(3, 0, 1, 2).unsqueeze(0).to(torch.float32)
     return video.div_(half).sub_(1)
 
 
-@overload
-def to_bytes(video: Tensor) -> Bytes: ...
-@overload
-def to_bytes(video: Tensor, depth: Literal[8]) -> Bytes: ...
-@overload
-def to_bytes(video: Tensor, depth: Literal[16]) -> Words: ...
-@overload
-def to_bytes(video: Tensor, depth: int) -> Image: ...
 def to_bytes(video: Tensor, depth: int = 8) -> Image:
     """(1, C, T, H, W) in [-1, 1] -> (T, H, W, C), rounded to nearest and clipped.
 
-    uint8 at a depth of 8 bits, uint16 over the full range at 16. Raises `ValueError` for another
-    depth, and for NaN, which would turn black in silence.
+    The result is uint8 for a depth of 8 bits and uint16 for 16. Raises `ValueError` for another
+    depth, and for NaN, which would otherwise become black without a word.
     """
+    import torch
+
     if depth not in (8, 16):
         raise ValueError(f"frames have a depth of 8 or 16 bits, got {depth}")
     if video.isnan().any():
@@ -80,10 +77,11 @@ def pad_frames(frames: Image, factor: int) -> Image:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One decoded frame and its timestamp in units of `time_base`.
+    """One decoded frame and its timestamp in units of the reader's `info.time_base`.
 
     `image` is (H, W, C) over the full range of its type: uint8 for a source of 8 bits, uint16 for a
-    deeper one. `alpha` is (H, W) of the same type where it was asked for as a plane of its own.
+    deeper one. `alpha` is (H, W) of the same type if the reader was opened with `alpha="keep"` and
+    the source has alpha, else None.
     """
 
     image: Image
@@ -93,10 +91,11 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class Colour:
-    """How the file's numbers mean colours: the codes of ISO/IEC 23091-2, as ffmpeg has them.
+    """What the numbers in a file mean, as the codes of ISO/IEC 23091-2, which ffmpeg uses too.
 
-    `matrix` and `range` (1 limited, 2 full) are what the frames are read with; `primaries` and
-    `transfer` what is tagged, 2 when nothing is.
+    `matrix` and `range` (1 limited, 2 full) are what the frames are converted with, and the last
+    two fields say whether they had to be assumed. `primaries` and `transfer` are the file's tags;
+    2 is "unspecified".
     """
 
     primaries: int = 2
@@ -109,10 +108,10 @@ class Colour:
 
 @dataclass(frozen=True, slots=True)
 class VideoInfo:
-    """What a video says of itself; `frames` and `fps` are claims, which frames may belie.
+    """What a video says about itself. A damaged file may hold another number of frames or rate.
 
-    Size and shape of pixels are those of the upright picture, before any crop or scaling; rate,
-    time base and frames those of what was asked for.
+    Width, height and pixel aspect ratio are those of the upright picture, before any crop or
+    scaling. Rate, time base and frame count are those of the frames that were asked for.
     """
 
     path: str
@@ -120,19 +119,20 @@ class VideoInfo:
     height: int
     fps: Fraction
     frames: int | None
+    """None if the file does not say."""
     end: float | None
-    """Seconds at which the last frame ends, as the container claims; None when it does not say."""
+    """Seconds at which the last frame ends, by the container; None if it does not say."""
     time_base: Fraction
     sample_aspect_ratio: Fraction | None
     codec: str
     pixel_format: str
-    notes: tuple[str, ...] = field(default=())
-    """What of the file is not carried over, a line each."""
+    notes: tuple[str, ...] = ()
+    """What of the file is assumed, changed or left out; one line each."""
     bit_depth: int = 8
     """Bits of a component in the file; above 8 frames are uint16."""
     rotation: int = 0
     """Degrees, counterclockwise, by which the stored picture was turned to stand upright."""
-    colour: Colour = field(default=Colour())
+    colour: Colour = Colour()
     alpha: bool = False
     """Whether the file has an alpha channel, opaque or not."""
     start: float = 0.0
@@ -141,23 +141,24 @@ class VideoInfo:
 
     @property
     def expected_frames(self) -> int | None:
-        """Frames the file claims to have, else its length times its rate, else None."""
+        """The stated number of frames, or else the length times the rate, or else None."""
         if self.frames is None and self.end is not None:
             return max(1, round(self.end * float(self.fps)))
         return self.frames
 
 
 FRACTION_LIMIT = 2**31 - 1
-"""The largest number that a fraction of libav is made of."""
+"""libav keeps the numerator and the denominator of a fraction in signed 32-bit integers."""
 
 
 def exact_rate(fps: float | Fraction) -> Fraction:
-    """A rate as a fraction; one within a hundredth of a per mille of n * 1000 / 1001 is that.
+    """Frames per second as a fraction: 29.97 becomes 30000/1001.
 
-    Raises `ValueError` for what is none: libav counts in fractions of numbers below 2**31.
+    So does any rate within 1/30000 of a multiple of 1000/1001. Raises `ValueError` outside
+    [1e-6, 1e6].
     """
     if not 1e-6 <= fps <= 1e6:
-        raise ValueError(f"fps must be above 0, and within a millionth and a million, got {fps}")
+        raise ValueError(f"fps must be above 0, from a millionth to a million, got {fps}")
     whole = Fraction(fps).limit_denominator(min(1_000_000, int(FRACTION_LIMIT / fps)))
     ntsc = Fraction(round(whole * 1001 / 1000) * 1000, 1001)
     if ntsc and whole.denominator != 1 and abs(whole / ntsc - 1) < Fraction(1, 30_000):
@@ -166,9 +167,9 @@ def exact_rate(fps: float | Fraction) -> Fraction:
 
 
 NOT_COPIED = " is not copied"
-"""How a note of a stream ends that a reader of frames leaves out."""
+"""How a note about a stream ends which `VideoReader` skips, and which may be copied otherwise."""
 
 
 def not_copied(kind: str, index: int) -> str:
-    """What a reader of frames says of another stream."""
+    """The note of `VideoReader` about a stream that is not the video."""
     return f"{kind} stream {index}{NOT_COPIED}"

@@ -13,35 +13,35 @@ import numpy as np
 from av.video.frame import VideoFrame
 
 from temporal_vae.video.colour import colour_of, refuse_colour
-from temporal_vae.video.frames import VideoError, VideoInfo, is_rewound
-from temporal_vae.video.read.container import MAX_PIXELS, Stamped, described
-from temporal_vae.video.read.exif import refuse_mirrored
+from temporal_vae.video.frames import VideoError, VideoInfo, is_regular_file
+from temporal_vae.video.read.container import Source, Stamped, described, refuse_size
+from temporal_vae.video.read.orientation import refuse_mirrored
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PillowImage
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
-IMAGES_PER_SECOND = Fraction(25)
-"""The rate of a folder of images, which states none."""
+DEFAULT_RATE = Fraction(25)
+"""Frames per second of a folder of images, which states no rate."""
 MILLISECOND = Fraction(1, 1000)
-SHORTEST, USUAL = 10, 100
-"""Milliseconds: browsers show an image of at most the one for the other, and so does libav."""
+SHORTEST, REPLACEMENT = 10, 100
+"""Browsers and libav show a frame of at most 10 ms for 100 ms instead."""
 
 
-class ImageFolder:
+class ImageFolder(Source):
     """The images of a folder, in the natural order of their names, at a rate of `fps`."""
 
     opaque_until_seen = True
 
     def __init__(self, path: str, fps: Fraction | None):
-        self.path, entries = path, sorted(Path(path).iterdir(), key=lambda p: natural(p.name))
+        entries = sorted(Path(path).iterdir(), key=lambda p: natural_order(p.name))
         visible = [entry for entry in entries if not entry.name.startswith(".")]
         self._files = [entry for entry in visible if entry.suffix.lower() in SUFFIXES]
         if not self._files:
             raise VideoError(f"{path}: the folder holds no images ({', '.join(SUFFIXES)})")
         head, codec = _image(self._files[0])
         self._size = head.width, head.height
-        rate = fps or IMAGES_PER_SECOND
+        rate = fps or DEFAULT_RATE
         notes = []
         if fps is None:
             notes.append(f"images state no rate: taken as {rate} frames per second (fps sets it)")
@@ -67,16 +67,9 @@ class ImageFolder:
                 )
             yield frame, index
 
-    def notes(self, complete: bool) -> Iterator[str]:
-        """See `Source`."""
-        return iter(())
 
-    def close(self) -> None:
-        """See `Source`."""
-
-
-class AnimatedWebP:
-    """The frames of a WebP animation, which libav does not decode, through Pillow."""
+class AnimatedWebP(Source):
+    """The frames of a WebP animation through Pillow, since libav does not decode it."""
 
     opaque_until_seen = True
 
@@ -85,36 +78,31 @@ class AnimatedWebP:
         head = _webp_frame(picture, 0, path)
         frames: int = picture.n_frames  # type: ignore[attr-defined]
         picture.load()
-        stood = _duration(picture)
         self.info = described(
             head,
             VideoInfo(
                 path=path, width=head.width, height=head.height,
-                fps=(1 / (stood * MILLISECOND)).limit_denominator(1001),
+                fps=(1 / (_duration(picture) * MILLISECOND)).limit_denominator(1001),
                 frames=frames, end=None, time_base=MILLISECOND, sample_aspect_ratio=None,
                 codec="webp", pixel_format=head.format.name,
             ),
         )  # fmt: skip
 
     def frames(self, start: int) -> Iterator[Stamped]:
-        """See `Source`: a frame is drawn upon those before it, so all are."""
+        """See `Source`; all frames come, as each is drawn over those before it."""
         pts = 0
         for index in range(self.info.frames or 0):
             yield _webp_frame(self._picture, index, self.path), pts
             pts += _duration(self._picture)
 
-    def notes(self, complete: bool) -> Iterator[str]:
-        """See `Source`."""
-        return iter(())
-
     def close(self) -> None:
-        """Close the file."""
+        """See `Source`."""
         self._picture.close()
 
 
 def is_animated_webp(path: str) -> bool:
-    """Whether a file is a WebP with more than a still in it."""
-    if not is_rewound(path):
+    """Whether a file is a WebP with more than one frame."""
+    if not is_regular_file(path):
         return False
     with open(path, "rb") as file:
         head = file.read(21)
@@ -139,14 +127,13 @@ def open_webp(path: str) -> AnimatedWebP:
         ) from error
     try:
         picture = Image.open(path)
-        if picture.width * picture.height > MAX_PIXELS:
-            raise VideoError(f"{path}: frames of {picture.width}x{picture.height} are too large")
+        refuse_size(picture.width, picture.height, path)
         return AnimatedWebP(path, picture)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise VideoError(f"{path}: not a WebP that can be read ({error})") from error
 
 
-def natural(name: str) -> list[tuple[int, int | str]]:
+def natural_order(name: str) -> list[tuple[int, int | str]]:
     """A key that sorts frame2 before frame10."""
     parts = re.split(r"(\d+)", name.lower())
     return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts if part]
@@ -159,8 +146,7 @@ def _image(file: Path) -> tuple[VideoFrame, str]:
             stream = next(iter(container.streams.video), None)
             if stream is None or stream.codec_context is None:
                 raise VideoError(f"{file}: holds no picture")
-            if stream.width * stream.height > MAX_PIXELS:
-                raise VideoError(f"{file}: {stream.width}x{stream.height} is too large")
+            refuse_size(stream.width, stream.height, str(file))
             frame = next(container.decode(stream), None)
             codec = stream.codec_context.name
     except (av.error.FFmpegError, OSError, ValueError) as error:
@@ -182,5 +168,6 @@ def _webp_frame(picture: PillowImage, index: int, path: str) -> VideoFrame:
 
 
 def _duration(picture: PillowImage) -> int:
-    stood = int(picture.info.get("duration", USUAL))
-    return stood if stood > SHORTEST else USUAL
+    """Milliseconds that the current frame is shown."""
+    stated = int(picture.info.get("duration", REPLACEMENT))
+    return stated if stated > SHORTEST else REPLACEMENT

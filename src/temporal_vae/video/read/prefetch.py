@@ -1,4 +1,4 @@
-"""Work done ahead in a thread, and the memory that goes round in it."""
+"""Items made ahead in a thread, and arrays whose memory is used again."""
 
 from __future__ import annotations
 
@@ -15,20 +15,19 @@ import numpy.typing as npt
 
 T = TypeVar("T")
 
-PATIENCE = 0.1
-"""Seconds between two looks whether the reader has gone."""
+POLL_SECONDS = 0.1
+"""How often a thread that waits looks whether the prefetcher was closed."""
 
 
-class Ahead(Generic[T]):
-    """Iterate over `items` made in a thread, at most `depth` of them waiting.
+class Prefetcher(Generic[T]):
+    """Iterate over `items`, which a thread makes ahead; at most `depth` of them wait.
 
-    An exception of the maker is raised where its item would have come. `close` ends the thread; it
-    returns False if the thread is stuck, as in reading a pipe that nobody writes.
+    An exception in the thread is raised where its item would have come.
     """
 
     def __init__(self, items: Iterator[T], depth: int):
         self._queue: Queue[tuple[T | None, BaseException | None]] = Queue(depth)
-        self._left = threading.Event()
+        self._closed = threading.Event()
         self._thread = threading.Thread(
             target=self._make, args=(items,), name="video decoder", daemon=True
         )
@@ -37,24 +36,24 @@ class Ahead(Generic[T]):
     def _make(self, items: Iterator[T]) -> None:
         try:
             for item in items:
-                if not self._put((item, None)):
+                if not self._put(item, None):
                     return
-            self._put((None, None))
-        except BaseException as error:  # the reader is to have it, whatever it is
-            self._put((None, error))
+            self._put(None, None)
+        except BaseException as error:  # whatever it is, it is raised again for the consumer
+            self._put(None, error)
 
-    def _put(self, entry: tuple[T | None, BaseException | None]) -> bool:
-        while not self._left.is_set():
+    def _put(self, item: T | None, error: BaseException | None) -> bool:
+        while not self._closed.is_set():
             with suppress(Full):
-                self._queue.put(entry, timeout=PATIENCE)
+                self._queue.put((item, error), timeout=POLL_SECONDS)
                 return True
         return False
 
     def __iter__(self) -> Iterator[T]:
-        while not self._left.is_set():
+        while not self._closed.is_set():
             try:
-                item, error = self._queue.get(timeout=PATIENCE)
-            except Empty:  # the maker is slow, or another thread has closed this
+                item, error = self._queue.get(timeout=POLL_SECONDS)
+            except Empty:  # the thread is slow, or `close` has emptied the queue
                 continue
             if error is not None:
                 raise error
@@ -63,8 +62,11 @@ class Ahead(Generic[T]):
             yield item
 
     def close(self, seconds: float = 5.0) -> bool:
-        """Let the thread end, and wait for it; whether it has ended."""
-        self._left.set()
+        """Tell the thread to end, and wait for it that long.
+
+        Returns False if it has not ended, as when it waits for a pipe that nobody writes to.
+        """
+        self._closed.set()
         with suppress(Empty):
             while True:
                 self._queue.get_nowait()
@@ -73,10 +75,10 @@ class Ahead(Generic[T]):
 
 
 class Recycler:
-    """Arrays in the memory of those that are gone, of which at most `kept` bytes wait.
+    """Makes arrays in the memory of arrays that are gone; it keeps at most `kept` bytes for that.
 
-    Fresh memory for every frame comes from the system page by page, which can take as long as the
-    decoding.
+    The system hands out new memory page by page, which for large frames can take as long as
+    decoding them.
     """
 
     def __init__(self, kept: int):
@@ -84,14 +86,11 @@ class Recycler:
         self._free: list[bytearray] = []
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-        """As `numpy.empty`: nobody else has this memory until all views of the array are gone."""
+        """Like `numpy.empty`. The memory is used again once all views of the array are gone."""
         size = math.prod(shape) * np.dtype(dtype).itemsize
         memory = bytearray()
-        while len(memory) != size:  # what waits of another size is of no more use
-            try:
-                memory = self._free.pop()
-            except IndexError:
-                memory = bytearray(size)
+        while len(memory) != size:  # memory of another size is let go
+            memory = self._free.pop() if self._free else bytearray(size)
         owner = np.frombuffer(memory, dtype)
         weakref.finalize(owner, self._take_back, memory).atexit = False
         return owner.reshape(shape)

@@ -1,17 +1,19 @@
-"""Which frames of a video, and which part of them."""
+"""What is asked of a reader: which frames, which part of them, at what rate."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, TypedDict, TypeVar
 
 from temporal_vae.video.frames import Raw, VideoError, exact_rate
 
-LONGEST_HOLD = 600
-"""Seconds that one frame may stand while a rate is made even: a longer gap is a damaged stamp."""
+LONGEST_GAP = 600
+"""Seconds between two frames; a longer gap is a damaged timestamp, and is not filled."""
+LARGEST_SIDE = 1 << 15
+"""Pixels."""
 
 Size = tuple[int, int]
 Crop = tuple[int, int, int, int] | Literal["centre"]
@@ -20,7 +22,7 @@ T = TypeVar("T")
 
 
 class Options(TypedDict, total=False):
-    """What may be asked of a reader, by keyword; see `Selection`."""
+    """Keyword arguments of `VideoReader` and `load_video`; see `Selection`."""
 
     start: float | Fraction
     frames: int | None
@@ -35,20 +37,25 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    """Which frames, and which part of them.
+    """Which frames of a video to give, which part of the picture, and in what form.
 
-    `start` is in seconds from the first frame; the first frame that comes is the first that begins
-    then or later. Of those, `stride` keeps every n-th, or `fps` makes the rate even: at each
-    instant the frame on screen then, repeated or left out as needed; a folder of images takes
-    `fps` for its own rate. `frames` is the most that come.
+    `start` is in seconds from the first frame; frames that begin before it are left out. `stride`
+    keeps every n-th of the others, or `fps` makes the rate even: at each instant comes the frame
+    that is shown then, so that frames are repeated or left out as needed. For a folder of images
+    `fps` is its rate. `frames` is the most that come.
+
     `crop`, (top, left, height, width) of the upright picture, is cut out first; "centre" is the
-    largest part of the shape of `size` in the middle. Then the picture is scaled to `size`,
-    (height, width), or to `width`, the height to the nearest multiple of `multiple` that keeps its
-    shape.
+    largest part in the middle that has the shape of `size`. Then the picture is scaled to `size`,
+    (height, width), or to `width`, with the height to the nearest multiple of `multiple` that keeps
+    its shape.
+
     `channels` is 1 (grey), 3 (RGB) or 4 (RGB and alpha). `alpha` says what becomes of an alpha
-    channel that has no place among them: "keep" gives it as `Frame.alpha`, "drop" lets it go.
-    `raw`, (height, width, frames per second), says of a source that it is bare rgb24.
-    Raises `ValueError` for what cannot be.
+    channel if `channels` is not 4: "keep" gives it as `Frame.alpha`, "drop" leaves it out, None
+    refuses it.
+
+    `raw`, (height, width, frames per second), says that the source is headerless rgb24.
+
+    Raises `ValueError` for values out of range, or that contradict each other.
     """
 
     start: float | Fraction = 0
@@ -80,11 +87,13 @@ class Selection:
             raise ValueError("size and width both say how large: give one of them")
         if self.raw is not None:
             height, width, rate = self.raw
-            if min(height, width) < 1 or max(height, width) > 1 << 15 or not rate > 0:
+            if min(height, width) < 1 or max(height, width) > LARGEST_SIDE or not rate > 0:
                 raise ValueError(f"raw is (height, width, frames per second), got {self.raw}")
         sides = (*(self.size or ()), self.width or 1, self.multiple)
-        if min(sides) < 1 or max(sides) > 1 << 15:
-            raise ValueError(f"a size must be 1 to 32768 pixels: {self.size or self.width}")
+        if min(sides) < 1 or max(sides) > LARGEST_SIDE:
+            raise ValueError(
+                f"a size must be 1 to {LARGEST_SIDE} pixels: {self.size or self.width}"
+            )
         if self.crop == "centre" and self.size is None:
             raise ValueError("crop='centre' needs the size whose shape is cut out")
         if self.crop is not None and self.crop != "centre" and min(self.crop[2:]) < 1:
@@ -92,15 +101,18 @@ class Selection:
 
     @property
     def rate(self) -> Fraction | None:
-        """`fps` as a fraction: 29.97 is 30000/1001, as it is meant."""
+        """`fps` as an exact fraction; see `exact_rate`."""
         return None if self.fps is None else exact_rate(self.fps)
 
     def start_ticks(self, time_base: Fraction) -> int:
-        """`start` in ticks, up to the next; a microsecond is nothing."""
+        """`start` in units of a time base, rounded up; up to a microsecond more is rounded down."""
         return max(0, math.ceil((Fraction(self.start) - Fraction(1, 10**6)) / time_base))
 
     def cut(self, height: int, width: int, path: str) -> tuple[int, int, int, int] | None:
-        """The part to cut out of a picture. Raises `VideoError` when it does not lie inside."""
+        """`crop` as (top, left, height, width) of a picture of this size.
+
+        Raises `VideoError` if it does not lie inside.
+        """
         if self.crop is None:
             return None
         if self.crop == "centre":
@@ -118,7 +130,7 @@ class Selection:
         return self.crop
 
     def scaled(self, height: int, width: int) -> Size:
-        """The size that a picture, or the part cut out of it, comes in."""
+        """The size to which a picture, or the part cut out of it, is scaled."""
         if self.size is not None:
             return self.size
         if self.width is None:
@@ -134,37 +146,44 @@ def finest(a: Fraction, b: Fraction) -> Fraction:
 
 
 def even(
-    stamped: Iterator[tuple[T, int]],
+    stamped: Iterable[tuple[T, int]],
     time_base: Fraction,
     rate: Fraction,
     ticks: Fraction,
     path: str,
 ) -> Iterator[tuple[T, int]]:
-    """Frames at an even rate, stamped in `ticks`: at each instant the frame on screen then.
+    """Frames at an even rate: at each instant the one that is shown then.
 
-    The last frame stands as long as the one before it, or for 1 / rate when it is alone.
+    `stamped` has timestamps in units of `time_base`, the result in units of `ticks`. Raises
+    `VideoError` for a gap of more than `LONGEST_GAP`, which is a damaged timestamp.
     """
-    held: tuple[T, int] | None = None
-    first, shown, stood = Fraction(0), 0, 1 / rate
+    first, count = None, 0
+    for frame, begin, end in _shown(stamped, time_base, 1 / rate, path):
+        first = begin if first is None else first
+        while (at := first + count / rate) < end:
+            count += 1
+            yield frame, int(at / ticks)
 
-    def instants(until: Fraction) -> Iterator[tuple[T, int]]:
-        nonlocal shown
-        while held is not None and (at := first + shown / rate) < until:
-            shown += 1
-            yield held[0], int(at / ticks)
 
+def _shown(
+    stamped: Iterable[tuple[T, int]], time_base: Fraction, alone: Fraction, path: str
+) -> Iterator[tuple[T, Fraction, Fraction]]:
+    """Frames and the seconds from when until when each is shown.
+
+    The last frame is shown as long as the one before it, or for `alone` if there is no other.
+    """
+    held: tuple[T, Fraction] | None = None
+    length = alone
     for frame, pts in stamped:
         now = pts * time_base
-        if held is None:
-            first = now
-        else:
-            stood = now - held[1] * time_base
-            if stood > LONGEST_HOLD:
+        if held is not None:
+            length = now - held[1]
+            if length > LONGEST_GAP:
                 raise VideoError(
-                    f"{path}: {float(stood):.0f} s without a frame, from "
-                    f"{float(held[1] * time_base):.3f} s: a gap too long to fill"
+                    f"{path}: {float(length):.0f} s without a frame, from {float(held[1]):.3f} s: "
+                    "a gap too long to fill"
                 )
-            yield from instants(now)
-        held = frame, pts
+            yield *held, now
+        held = frame, now
     if held is not None:
-        yield from instants(held[1] * time_base + stood)
+        yield *held, held[1] + length

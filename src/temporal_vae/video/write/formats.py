@@ -1,4 +1,4 @@
-"""What videos are written as: codecs, the containers that hold them, and how deep they are."""
+"""What videos are written as: codecs, the containers that hold them, and their bit depths."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 from temporal_vae.video.frames import PIPE, VideoError
 
 SMALLEST_H265 = 64
-"""Pixels of the shortest side: below, libx265 as PyAV bundles it writes past its buffers."""
+"""Pixels of the shorter side; for smaller frames PyAV's libx265 writes past its buffers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Format:
-    """How a video is written; None leaves it to the name of the file.
+    """How a video is written; what is None follows from the name of the file.
 
-    `codec` is h264, h265, vp9, ffv1 (lossless), png (a folder of images), y4m or rgb (no codec at
-    all). `depth` is the bits of a component, 8 unless told. `quality` is the rate factor of a lossy
-    codec, the lower the better: 0 to 51, of VP9 to 63.
+    `codec` is h264, h265, vp9, ffv1 (lossless), png (a folder of images), y4m (raw YUV) or rgb (raw
+    RGB). `depth` is the bits of a component, 8 by default. `quality` is the rate factor (CRF) of a
+    lossy codec: from 0, the best, to 51, or to 63 for VP9.
     """
 
     codec: str | None = None
@@ -28,14 +28,17 @@ class Format:
 
 @dataclass(frozen=True, slots=True)
 class Codec:
-    """What one can do. `alpha` are the depths at which it takes RGBA."""
+    """What a codec can do."""
 
     title: str
     depths: tuple[int, ...]
     encoder: str | None = None
+    """libav's name of it, for a codec in one of libav's containers; else None."""
     quality: float | None = None
+    """The default; None for a lossless codec."""
     worst: int = 51
     alpha: tuple[int, ...] = ()
+    """The depths at which it takes alpha."""
 
     @property
     def subsampled(self) -> bool:
@@ -43,32 +46,33 @@ class Codec:
         return self.quality is not None
 
 
-DEEP = (8, 10, 12, 14, 16)
 CODECS = {
     "h264": Codec("H.264", (8, 10), "libx264", 14),
     "h265": Codec("H.265", (8, 10), "libx265", 14),
     "vp9": Codec("VP9", (8,), "libvpx-vp9", 18, worst=63),
-    "ffv1": Codec("FFV1, lossless RGB", DEEP, "ffv1", alpha=(8, 10, 12, 16)),
-    "png": Codec("PNG images", (8, 16), "png", alpha=(8, 16)),
+    "ffv1": Codec("FFV1, lossless RGB", (8, 10, 12, 14, 16), "ffv1", alpha=(8, 10, 12, 16)),
+    "png": Codec("PNG images", (8, 16), alpha=(8, 16)),
     "y4m": Codec("raw YUV", (8, 10, 12, 16)),
     "rgb": Codec("raw RGB without a header", (8, 16)),
 }
-HELD = {
+FOLDER = ""
+"""In place of a suffix: a name without one is that of a folder."""
+CODECS_BY_SUFFIX = {
     ".mp4": ("h264", "h265"),
     ".mov": ("h264", "h265"),
     ".mkv": ("ffv1", "h264", "h265", "vp9"),
     ".webm": ("vp9",),
     ".y4m": ("y4m",),
     ".rgb": ("rgb",),
-    "": ("png",),
+    FOLDER: ("png",),
     PIPE: ("ffv1", "h264", "h265", "vp9", "y4m", "rgb"),
 }
-"""By suffix what a file may hold, first what it holds unless told; "" is a folder."""
+"""What a file may hold; the first is the default."""
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
-    """A format with nothing left open."""
+class ChosenFormat:
+    """A `Format` in which everything is decided. `suffix` may be `FOLDER` or `PIPE`."""
 
     name: str
     suffix: str
@@ -82,21 +86,20 @@ class Chosen:
 
     @property
     def in_container(self) -> bool:
-        """Whether libav's containers hold it, with timestamps and tags."""
-        return self.name not in ("png", "y4m", "rgb")
+        """Whether one of libav's containers holds it, with timestamps and colour tags."""
+        return self.codec.encoder is not None
 
     def check(self, height: int, width: int, channels: int) -> None:
-        """Raise `VideoError` for frames that it cannot hold."""
+        """Raise `VideoError` for frames that this format cannot hold."""
         if channels not in (1, 3, 4):
             raise VideoError(f"frames have 1 (grey), 3 (RGB) or 4 (RGBA) channels, not {channels}")
-        if channels == 4 and self.codec.alpha and self.depth not in self.codec.alpha:
-            depths = ", ".join(map(str, self.codec.alpha))
-            raise VideoError(f"alpha is written with {depths} bits, not {self.depth}")
         if channels == 4 and not self.codec.alpha:
             raise VideoError(
                 f"{self.codec.title} is not written with alpha: take .mkv (FFV1), a folder of PNG, "
                 "or drop the fourth channel"
             )
+        if channels == 4 and self.depth not in self.codec.alpha:
+            raise VideoError(f"alpha is written with {_bits(self.codec.alpha)}, not {self.depth}")
         if self.name == "h265" and min(height, width) < SMALLEST_H265:
             raise VideoError(
                 f"H.265 is written from {SMALLEST_H265}x{SMALLEST_H265} on, not {width}x{height}: "
@@ -104,34 +107,39 @@ class Chosen:
             )
 
 
-def choose(path: str | os.PathLike[str], format: Format | None = None) -> Chosen:
-    """What is written under a name. Raises `VideoError` for what cannot be."""
-    format = format or Format()
-    name = os.fspath(path)
+def choose(path: str | os.PathLike[str], format: Format | None = None) -> ChosenFormat:
+    """What is written under a name. Raises `VideoError` for what the name does not allow."""
+    format, name = format or Format(), os.fspath(path)
     suffix = PIPE if name == PIPE else Path(name).suffix.lower()
-    if suffix not in HELD:
-        raise VideoError(f"cannot write {name}: the name must end in {_known()}")
-    codec = HELD[suffix][0] if format.codec is None else format.codec
-    if codec not in CODECS:
-        raise VideoError(f"no codec {codec!r}: there are {', '.join(CODECS)}")
-    if codec not in HELD[suffix]:
-        where = {PIPE: "a pipe", "": "a folder, as a name without a suffix is,"}.get(suffix, suffix)
-        others = [_place(s) for s, held in HELD.items() if codec in held]
+    if suffix not in CODECS_BY_SUFFIX:
+        raise VideoError(f"cannot write {name}: the name must end in {_known_suffixes()}")
+    key = CODECS_BY_SUFFIX[suffix][0] if format.codec is None else format.codec
+    if key not in CODECS:
+        raise VideoError(f"no codec {key!r}: there are {', '.join(CODECS)}")
+    if key not in CODECS_BY_SUFFIX[suffix]:
+        where = {PIPE: "a pipe", FOLDER: "a folder, as a name without a suffix is,"}
+        others = [_place(other) for other, held in CODECS_BY_SUFFIX.items() if key in held]
         raise VideoError(
-            f"cannot write {name}: {where} holds {' or '.join(HELD[suffix])}, and {codec} is "
-            f"written to {', '.join(others)}"
+            f"cannot write {name}: {where.get(suffix, suffix)} holds "
+            f"{' or '.join(CODECS_BY_SUFFIX[suffix])}, and {key} is written to {', '.join(others)}"
         )
-    able = CODECS[codec]
+    codec = CODECS[key]
     depth = 8 if format.depth is None else format.depth
-    if depth not in able.depths:
-        depths = ", ".join(map(str, able.depths))
-        raise VideoError(f"{able.title} is written with {depths} bits, not {depth}{_deeper(depth)}")
-    quality = able.quality if format.quality is None else format.quality
-    if format.quality is not None and able.quality is None:
-        raise VideoError(f"{able.title} loses nothing: it has no quality to choose")
-    if quality is not None and not 0 <= quality <= able.worst:
-        raise VideoError(f"quality of {able.title} is 0 (best) to {able.worst}, not {quality:g}")
-    return Chosen(codec, suffix, depth, quality)
+    if depth not in codec.depths:
+        able = [name for name, other in CODECS.items() if depth in other.depths]
+        hint = f": take {' or '.join(able)}" if able else ""
+        raise VideoError(f"{codec.title} is written with {_bits(codec.depths)}, not {depth}{hint}")
+    return ChosenFormat(key, suffix, depth, _quality(format.quality, codec))
+
+
+def _quality(wanted: float | None, codec: Codec) -> float | None:
+    if wanted is None:
+        return codec.quality
+    if codec.quality is None:
+        raise VideoError(f"{codec.title} loses nothing: it has no quality to choose")
+    if not 0 <= wanted <= codec.worst:
+        raise VideoError(f"quality of {codec.title} is 0 (best) to {codec.worst}, not {wanted:g}")
+    return wanted
 
 
 def depth_for(path: str | os.PathLike[str], format: Format, bits: int) -> int:
@@ -143,26 +151,27 @@ def depth_for(path: str | os.PathLike[str], format: Format, bits: int) -> int:
 
 
 def depth_notes(path: str | os.PathLike[str], format: Format, bits: int) -> list[str]:
-    """A line where `depth_for` keeps fewer bits than a source has, which nobody asked for."""
-    depth, title = depth_for(path, format, bits), choose(path, format).codec.title
+    """A line if `depth_for` keeps fewer bits than a source has, though nobody asked for that."""
+    depth = depth_for(path, format, bits)
     if format.depth is not None or depth >= bits:
         return []
+    title = choose(path, format).codec.title
     return [f"its {bits} bits are written as {depth}, the most that {title} is written with"]
 
 
+def _bits(depths: tuple[int, ...]) -> str:
+    return f"{', '.join(map(str, depths))} bits"
+
+
 def _place(suffix: str) -> str:
-    return {PIPE: "- (a pipe)", "": "a folder (a name without a suffix)"}.get(suffix, suffix)
+    names = {PIPE: "- (a pipe)", FOLDER: "a folder (a name without a suffix)"}
+    return names.get(suffix, suffix)
 
 
-def _known() -> str:
+def _known_suffixes() -> str:
     names = [
         f"{suffix} ({', '.join(CODECS[codec].title for codec in held)})"
-        for suffix, held in HELD.items()
-        if suffix not in (PIPE, "")
+        for suffix, held in CODECS_BY_SUFFIX.items()
+        if suffix not in (PIPE, FOLDER)
     ]
     return f"{', '.join(names)}, or be that of a folder without a suffix ({CODECS['png'].title})"
-
-
-def _deeper(depth: int) -> str:
-    able = [name for name, codec in CODECS.items() if depth in codec.depths]
-    return f": take {' or '.join(able)}" if able else ""

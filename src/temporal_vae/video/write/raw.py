@@ -1,4 +1,4 @@
-"""Frames without a container: images in a folder, y4m, and bare RGB."""
+"""Frames without a container: PNG images in a folder, y4m, and headerless RGB."""
 
 from __future__ import annotations
 
@@ -13,81 +13,83 @@ from av.video.codeccontext import VideoCodecContext
 
 from temporal_vae.files.streams import write_all
 from temporal_vae.video.colour import LIMITED, MATRICES, tag_notes
-from temporal_vae.video.frames import PIPE, Colour, Image
-from temporal_vae.video.write.formats import Chosen
-from temporal_vae.video.write.to_yuv import Layout
+from temporal_vae.video.frames import PIPE, Image
+from temporal_vae.video.write.output import Output, Target
 
 
-class ImageFiles:
-    """PNG images in a folder that exists, 000001.png and on."""
+class ImageFolderWriter(Output):
+    """PNG images 000001.png, 000002.png, ... in a folder that exists."""
 
-    def __init__(self, path: str, layout: Layout):
-        self._folder, self._layout, self._count = Path(path), layout, 0
+    def __init__(self, target: Target):
+        self._target, self._count = target, 0
 
-    def write(self, image: Image) -> None:
-        """The next image."""
+    def write(self, image: Image, pts: int) -> None:
+        """See `Output`; the timestamp is not kept."""
         self._count += 1
+        layout = self._target.layout
         encoder = CodecContext.create("png", "w")
         assert isinstance(encoder, VideoCodecContext)
-        encoder.height, encoder.width, _ = self._layout.shape
-        encoder.pix_fmt, encoder.time_base = self._layout.pixel_format, Fraction(1)
+        encoder.height, encoder.width, _ = layout.shape
+        encoder.pix_fmt, encoder.time_base = layout.pixel_format, Fraction(1)
         encoder.thread_count = 1
-        frame = self._layout.frame(image)
-        # an image without tags is sRGB to every program, which is how video on a screen looks
+        frame = layout.frame(image)
+        # programs take an image without tags for sRGB, which is how they show video too
         frame.color_primaries = frame.color_trc = 2
         packets = [*encoder.encode(frame), *encoder.encode(None)]
-        with (self._folder / f"{self._count:06d}.png").open("wb") as file:
+        with (Path(self._target.path) / f"{self._count:06d}.png").open("wb") as file:
             for packet in packets:
                 write_all(file, bytes(packet))
 
-    def close(self) -> None:
-        """Nothing is open."""
+    def close(self, complete: bool) -> None:
+        """See `Output`; nothing is open between two images."""
+
+    def notes(self) -> list[str]:
+        """See `Output`."""
+        return tag_notes(self._target.layout.colour)
 
 
-class RawFile:
-    """The numbers of each frame, for y4m with a header; to a file or standard output."""
+class RawWriter(Output):
+    """The numbers of each frame, for y4m after a header; to a file or standard output."""
 
-    def __init__(
-        self, path: str, chosen: Chosen, layout: Layout, fps: Fraction, aspect: Fraction | None
-    ):
-        self._layout = layout
-        # a copy of standard output, which stays open when this is closed
-        out: str | int = os.dup(sys.stdout.fileno()) if path == PIPE else path
+    def __init__(self, target: Target):
+        self._target = target
+        # a copy of standard output, so that closing this leaves the original open
+        out: str | int = os.dup(sys.stdout.fileno()) if target.path == PIPE else target.path
         self._file: BinaryIO = open(out, "wb")  # noqa: SIM115
-        self._before = b""
-        if chosen.name == "y4m":
-            self._before = b"FRAME\n"
-            write_all(self._file, _y4m_header(layout, fps, aspect or Fraction(1)))
+        self._frame_header = b"FRAME\n" if target.format.name == "y4m" else b""
+        if target.format.name == "y4m":
+            write_all(self._file, _y4m_header(target))
 
-    def write(self, image: Image) -> None:
-        """The next frame."""
-        write_all(self._file, self._before)
-        for plane in self._layout.planes(image):
+    def write(self, image: Image, pts: int) -> None:
+        """See `Output`; the timestamp is not kept."""
+        write_all(self._file, self._frame_header)
+        for plane in self._target.layout.planes(image):
             write_all(self._file, plane.astype(plane.dtype.newbyteorder("<")).tobytes())
 
-    def close(self) -> None:
-        """Hand on what is buffered."""
+    def close(self, complete: bool) -> None:
+        """See `Output`."""
         self._file.close()
 
+    def notes(self) -> list[str]:
+        """See `Output`."""
+        layout = self._target.layout
+        height, width, _ = layout.shape
+        notes = tag_notes(layout.colour)
+        if self._target.format.name == "rgb":
+            notes.append(
+                "bare RGB says nothing of itself: read it with ffmpeg -f rawvideo "
+                f"-pix_fmt {layout.pixel_format} -s {width}x{height} -r {self._target.fps}"
+            )
+        elif layout.yuv is not None:
+            notes.append(
+                f"y4m does not tell its matrix: {MATRICES[layout.colour.matrix]}, as players take "
+                "for its size"
+            )
+        return notes
 
-def untold(chosen: Chosen, layout: Layout, fps: Fraction, colour: Colour | None) -> list[str]:
-    """What a reader will not find in a file, a line each."""
-    height, width, _ = layout.shape
-    notes = tag_notes(colour or Colour())
-    if chosen.name == "rgb":
-        notes.append(
-            "bare RGB says nothing of itself: read it with ffmpeg -f rawvideo "
-            f"-pix_fmt {layout.pixel_format} -s {width}x{height} -r {fps}"
-        )
-    if chosen.name == "y4m" and layout.yuv is not None:
-        notes.append(
-            f"y4m does not tell its matrix: {MATRICES[layout.colour.matrix]}, as players take for "
-            "its size"
-        )
-    return notes
 
-
-def _y4m_header(layout: Layout, fps: Fraction, aspect: Fraction) -> bytes:
+def _y4m_header(target: Target) -> bytes:
+    layout, fps, aspect = target.layout, target.fps, target.sample_aspect_ratio or Fraction(1)
     height, width, channels = layout.shape
     deep = "" if layout.depth == 8 else str(layout.depth)
     space = f"mono{deep}" if channels == 1 else f"444p{deep}" if deep else "444"

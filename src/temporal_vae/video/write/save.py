@@ -1,25 +1,29 @@
-"""Tensors to video files."""
+"""`save_video`: a tensor to a video file."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from fractions import Fraction
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from temporal_vae.files.atomic import atomic_folder, atomic_path
 from temporal_vae.video.frames import PIPE, Colour, VideoInfo, exact_rate, to_bytes
 from temporal_vae.video.write.formats import Format, choose, depth_for, depth_notes
 from temporal_vae.video.write.writer import VideoWriter
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 @contextmanager
 def writable(target: str | os.PathLike[str], format: Format | None = None) -> Iterator[str]:
-    """Where to write: what takes the target's name at the end, file or folder, or "-".
+    """A temporary path to write to, which takes the name of `target` when the block ends.
 
-    Raises `VideoError` for what cannot be written, `OSError` where the place does not take it.
+    It is a file or a folder, as the format asks; "-" stays "-". Raises `VideoError` for a name or
+    format that cannot be written, and `OSError` where no file can be made in that place.
     """
     if os.fspath(target) == PIPE:
         yield PIPE
@@ -48,16 +52,45 @@ def save_video(
 
     The name chooses: .mp4 and .mov (H.264), .mkv (FFV1, lossless), .webm (VP9), .y4m, .rgb, a name
     without a suffix for a folder of PNG; `codec`, `depth` and `quality` as in `Format`. C is 1 for
-    grey, 3 for RGB, 4 for RGB and alpha where the file can have it. Values beyond the range are
+    grey, 3 for RGB, 4 for RGB and alpha where the file can have it. Values out of range are
     clipped.
 
-    `info`, as `load_video` gives it, is where rate, colours, shape of pixels and depth come from
-    that are not given; without it `fps` is needed. `timestamps` are in units of `time_base`, which
-    is 1 / fps unless given; frames are evenly spaced where there are none.
+    Rate, colours, pixel aspect ratio and depth are those of `info`, as `load_video` gives it, where
+    they are not given; without `info`, `fps` is needed. `timestamps` are in units of `time_base`,
+    which is 1 / fps by default; without them frames are evenly spaced.
 
-    Returns what the file does not keep, a line each. Raises `ValueError` for another shape, whole
-    numbers and a rate that is none, and `VideoError` for what cannot be written.
+    Returns what the file does not keep, one line each. Raises `ValueError` for a tensor of another
+    shape or of integers, a rate out of range or timestamps that are not one for each frame, and
+    `VideoError` for what cannot be written.
     """
+    clip = _checked_clip(video)
+    channels, frames, height, width = clip.shape
+    rate = _rate(fps, info)
+    base = time_base or 1 / rate
+    if timestamps is None:
+        timestamps = [round(index / rate / base) for index in range(frames)]
+    if len(timestamps) != frames:
+        raise ValueError(f"{frames} frames need as many timestamps, got {len(timestamps)}")
+    format, bits, ratio = Format(codec=codec, depth=depth, quality=quality), 8, None
+    if info is not None:
+        colour, bits = colour or info.colour, info.bit_depth
+        if (height, width) == (info.height, info.width):
+            ratio = info.sample_aspect_ratio
+    lost = depth_notes(path, format, bits)
+    format = replace(format, depth=depth_for(path, format, bits))
+    sizes = (height, width, rate, base, ratio)
+    with (
+        writable(path, format) as partial,
+        VideoWriter(partial, *sizes, channels=channels, format=format, colour=colour) as writer,
+    ):
+        for index, stamp in enumerate(timestamps):
+            frame = clip[None, :, index : index + 1]
+            writer.write(to_bytes(frame, 8 if format.depth == 8 else 16)[0], stamp)
+    return (*lost, *writer.notes)
+
+
+def _checked_clip(video: Tensor) -> Tensor:
+    """(1, C, T, H, W) or (C, T, H, W) -> (C, T, H, W), of floats."""
     clip = video if video.ndim == 5 else video[None]
     if clip.ndim != 5 or len(clip) != 1 or 0 in clip.shape:
         raise ValueError(
@@ -69,30 +102,12 @@ def save_video(
             f"a video is in [-1, 1], not in {str(clip.dtype).removeprefix('torch.')}: bytes are "
             "frames.float() / 127.5 - 1"
         )
-    _, channels, frames, height, width = clip.shape
-    if fps is None and info is None:
+    return clip[0]
+
+
+def _rate(fps: float | Fraction | None, info: VideoInfo | None) -> Fraction:
+    if fps is not None:
+        return exact_rate(fps)
+    if info is None:
         raise ValueError("fps says how fast the frames follow: give it, or an info that does")
-    rate = exact_rate(fps) if fps is not None else info.fps if info is not None else Fraction(1)
-    if timestamps is not None and len(timestamps) != frames:
-        raise ValueError(f"{frames} frames need as many timestamps, got {len(timestamps)}")
-    base = time_base or 1 / rate
-    if timestamps is None:
-        timestamps = [round(index / rate / base) for index in range(frames)]
-    wanted = Format(codec=codec, depth=depth, quality=quality)
-    source = 8 if info is None else info.bit_depth
-    bits, lost = depth_for(path, wanted, source), depth_notes(path, wanted, source)
-    format = Format(codec=codec, depth=bits, quality=quality)
-    ratio = None
-    if info is not None:
-        colour = colour or info.colour
-        same = (height, width) == (info.height, info.width)
-        ratio = info.sample_aspect_ratio if same else None
-    shape = (height, width, rate, base, ratio)
-    with (
-        writable(path, format) as partial,
-        VideoWriter(partial, *shape, channels=channels, format=format, colour=colour) as writer,
-    ):
-        for index, stamp in enumerate(timestamps):
-            image = to_bytes(clip[:, :, index : index + 1], 8 if bits == 8 else 16)[0]
-            writer.write(image, stamp)
-    return (*lost, *writer.notes)
+    return info.fps
