@@ -9,14 +9,15 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from temporal_vae.geometry import Padding
+
+if TYPE_CHECKING:  # torch takes seconds to import: only the functions that need it do
+    from torch import Tensor
 
 Bytes = npt.NDArray[np.uint8]
 Words = npt.NDArray[np.uint16]
@@ -41,6 +42,8 @@ class VideoError(Exception):
 
 def to_pixels(frames: Image) -> Tensor:
     """uint8 or uint16 (T, H, W, C) -> float32 (1, C, T, H, W) in [-1, 1]."""
+    import torch
+
     half = float(np.iinfo(frames.dtype).max) / 2
     video = torch.from_numpy(frames).permute(3, 0, 1, 2).unsqueeze(0).to(torch.float32)
     return video.div_(half).sub_(1)
@@ -60,6 +63,8 @@ def to_bytes(video: Tensor, depth: int = 8) -> Image:
     uint8 at a depth of 8 bits, uint16 over the full range at 16. Raises `ValueError` for another
     depth, and for NaN, which would turn black in silence.
     """
+    import torch
+
     if depth not in (8, 16):
         raise ValueError(f"frames have a depth of 8 or 16 bits, got {depth}")
     if video.isnan().any():

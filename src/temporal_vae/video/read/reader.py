@@ -8,13 +8,11 @@ from dataclasses import replace
 from fractions import Fraction
 from itertools import islice
 from types import TracebackType
-from typing import Self, Unpack
+from typing import TYPE_CHECKING, Self, Unpack
 
 import av
 import numpy as np
-import torch
 from av.video.frame import VideoFrame
-from torch import Tensor
 
 from temporal_vae.video.frames import FRACTION_LIMIT, Frame, Image, VideoError, VideoInfo, to_pixels
 from temporal_vae.video.read.container import Source, VideoFile
@@ -22,6 +20,10 @@ from temporal_vae.video.read.images import is_animated_webp, open_folder, open_w
 from temporal_vae.video.read.prefetch import Ahead
 from temporal_vae.video.read.selection import Options, Selection, even, finest
 from temporal_vae.video.read.to_rgb import ALPHA_LOST, Converter, Shape
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 AHEAD_FRAMES = 4
 """Frames that wait, converted, for the reader."""
@@ -227,21 +229,24 @@ def load_video(
     *,
     width: int | None = None,
     multiple: int = 1,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     **options: Unpack[Options],
 ) -> tuple[Tensor, VideoInfo]:
     """A video as a tensor (1, C, T, H, W) in [-1, 1], and what its file says of itself.
 
+    The tensor is float32 unless `dtype` is given.
     The whole clip lies in memory: `start`, `frames`, `stride`, `fps`, `size`, `crop`, `channels`
     and `alpha` choose less of it, as in `VideoReader`, whose notes end up in the info's.
 
     Raises `ValueError` for alpha that is to be kept, unless `channels` gives it a place.
     """
+    import torch
+
     if options.get("alpha") == "keep" and options.get("channels") != 4:
         raise ValueError(
             "alpha='keep' is a plane beside each frame, for which a tensor has no place: "
             "channels=4 gives it as the fourth channel"
         )
     with VideoReader(path, width, multiple, **options) as video:
-        parts = [to_pixels(frame.image[None]).to(dtype) for frame in video]
+        parts = [to_pixels(frame.image[None]).to(dtype or torch.float32) for frame in video]
         return torch.cat(parts, 2), replace(video.info, notes=tuple(video.notes))

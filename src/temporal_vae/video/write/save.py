@@ -6,13 +6,15 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from temporal_vae.files.atomic import atomic_folder, atomic_path
 from temporal_vae.video.frames import PIPE, Colour, VideoInfo, exact_rate, to_bytes
 from temporal_vae.video.write.formats import Format, choose, depth_for, depth_notes
 from temporal_vae.video.write.writer import VideoWriter
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextmanager
