@@ -67,12 +67,10 @@ _NAMES_BY_MODULE = {
 
 
 def __getattr__(name: str) -> typing.Any:
-    """Import a public name from its module, and keep it here for the next time."""
+    """A public name, from its module, which is imported at the first use."""
     for module, names in _NAMES_BY_MODULE.items():
         if name in names:
-            value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
-            globals()[name] = value
-            return value
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
