@@ -21,7 +21,7 @@ import torch
 from flat_memory import make_video, peak
 
 from temporal_vae import TemporalVAE
-from temporal_vae.cli import options
+from temporal_vae.cli.options import ModelOptions
 from temporal_vae.convert import encode as encoding
 from temporal_vae.latents import LatentWriter
 from temporal_vae.video import Frame, VideoReader
@@ -56,7 +56,7 @@ READ, WRITE = VideoReader.__iter__, LatentWriter.write
 
 def measure(source: Path, target: Path) -> None:
     """Print the shares of time and the size."""
-    model, record = options.load_model("tiny", torch.float32, options.choose_device("auto"))
+    model, record = ModelOptions().load_with_record()
     clock, how = Clock(), encoding.Encoding(dtype=torch.bfloat16)
     with (
         mock.patch.object(VideoReader, "__iter__", lambda reader: clock.timed_reading(reader)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import pickle
 from collections.abc import Callable
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
@@ -488,7 +489,13 @@ def test_public_names_are_the_documented_ones() -> None:
         assert f"`{name}`" in readme, f"README does not name {name}"
     public = {
         name
-        for name, value in vars(temporal_vae).items()
-        if not name.startswith("_") and not isinstance(value, ModuleType)
+        for name in dir(temporal_vae)
+        if not name.startswith("_") and not isinstance(getattr(temporal_vae, name), ModuleType)
     }
     assert public == set(temporal_vae.__all__)
+    starred: dict[str, object] = {}
+    exec("from temporal_vae import *", starred)
+    assert starred.keys() - {"__builtins__"} == public
+    assert pickle.loads(pickle.dumps(temporal_vae.TemporalVAEConfig)) is TemporalVAEConfig
+    with pytest.raises(AttributeError, match="no attribute 'TemporalVEA'"):
+        _ = temporal_vae.TemporalVEA

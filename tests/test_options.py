@@ -20,7 +20,7 @@ from test_video import noise, smooth, write
 
 from temporal_vae import LatentFile, LatentInfo, TemporalVAE, read_latents
 from temporal_vae.cli.inputs import VIDEO_SUFFIXES, find_inputs
-from temporal_vae.cli.options import cut, rate, reader_options, seconds, sides
+from temporal_vae.cli.options import FrameOptions, cut, rate, seconds, sides
 from temporal_vae.convert import decode as decoding
 from temporal_vae.convert import encode as encoding
 from temporal_vae.convert import reconstruct as reconstructing
@@ -181,10 +181,7 @@ def test_words_are_read() -> None:
     assert [rate(t) for t in ("24", "12.5", "30000/1001")] == [24, 12.5, Fraction(30000, 1001)]
     assert sides("640x360") == (360, 640)
     assert cut("10x20+3+4") == (4, 3, 20, 10)
-    nothing: dict[str, Any] = dict.fromkeys(
-        ("start", "frames", "stride", "fps", "size", "crop", "alpha")
-    )
-    assert reader_options(**nothing) == {}
+    assert FrameOptions().selected() == {}
     for wrong in ("-1", "1:2:3:4", "1e3", "", "٣"):
         with pytest.raises(ValueError, match="--start takes"):
             seconds(wrong)

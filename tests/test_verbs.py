@@ -453,7 +453,7 @@ def test_several_folders_of_images_go_into_a_new_one(tmp_path: Path) -> None:
 def test_what_is_said_of_a_pipe_stays_out_of_it(
     capsys: pytest.CaptureFixture[str], how: tuple[bool, bool, bool]
 ) -> None:
-    report.Voice(*how).tell(Path("-"), (ends.Summary(3, 1.0, None, ()), {"what": "video"}))
+    report.MessageOptions(*how).tell(Path("-"), (ends.Summary(3, 1.0, None, ()), {"what": "video"}))
     said = capsys.readouterr()
     assert said.out == "" and "frames" in said.err
 

@@ -1,22 +1,30 @@
-"""Temporal-aware variational autoencoders for video diffusion."""
+"""Temporal-aware variational autoencoders for video diffusion.
 
-from temporal_vae.adapters.diffusers import to_diffusers, upgrade
-from temporal_vae.config import TemporalVAEConfig
-from temporal_vae.files.streams import CheckpointError
-from temporal_vae.latents import (
-    LatentDistribution,
-    LatentFile,
-    LatentFileError,
-    LatentInfo,
-    ModelRecord,
-    read_latents,
-    write_latents,
-)
-from temporal_vae.latents.latent_channels import ChannelImportance
-from temporal_vae.metadata import ModelMetadata
-from temporal_vae.model import TemporalVAE
-from temporal_vae.video import VideoInfo, load_video, save_video
-from temporal_vae.walks.plan import Plan
+Importing the package takes milliseconds: each public name, and torch with it, is imported when it
+is first used.
+"""
+
+import importlib
+import typing
+
+if typing.TYPE_CHECKING:
+    from temporal_vae.adapters.diffusers import to_diffusers, upgrade
+    from temporal_vae.config import TemporalVAEConfig
+    from temporal_vae.files.streams import CheckpointError
+    from temporal_vae.latents import (
+        LatentDistribution,
+        LatentFile,
+        LatentFileError,
+        LatentInfo,
+        ModelRecord,
+        read_latents,
+        write_latents,
+    )
+    from temporal_vae.latents.latent_channels import ChannelImportance
+    from temporal_vae.metadata import ModelMetadata
+    from temporal_vae.model import TemporalVAE
+    from temporal_vae.video import VideoInfo, load_video, save_video
+    from temporal_vae.walks.plan import Plan
 
 __all__ = [
     "ChannelImportance",
@@ -39,13 +47,32 @@ __all__ = [
     "write_latents",
 ]
 
-
-def __getattr__(name: str):  # type: ignore[no-untyped-def]
+_NAMES_BY_MODULE = {
+    "adapters.diffusers": ("to_diffusers", "upgrade"),
     # A saved pipeline names its VAE as ["temporal_vae", "DiffusersTemporalVAE"]; diffusers looks
-    # that up here, and beside it the base class that says how to load it. Neither is imported
-    # before.
-    if name in ("DiffusersTemporalVAE", "ModelMixin"):
-        from temporal_vae.adapters import drop_in
+    # that up here, and beside it the base class that says how to load it.
+    "adapters.drop_in": ("DiffusersTemporalVAE", "ModelMixin"),
+    "config": ("TemporalVAEConfig",),
+    "files.streams": ("CheckpointError",),
+    "latents": (
+        "LatentDistribution", "LatentFile", "LatentFileError", "LatentInfo", "ModelRecord",
+        "read_latents", "write_latents",
+    ),
+    "latents.latent_channels": ("ChannelImportance",),
+    "metadata": ("ModelMetadata",),
+    "model": ("TemporalVAE",),
+    "video": ("VideoInfo", "load_video", "save_video"),
+    "walks.plan": ("Plan",),
+}  # fmt: skip
 
-        return getattr(drop_in, name)
+
+def __getattr__(name: str) -> typing.Any:
+    """A public name, from its module, which is imported at the first use."""
+    for module, names in _NAMES_BY_MODULE.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *globals()})

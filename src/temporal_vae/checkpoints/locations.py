@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
 CONFIG_FILE = "config.json"
@@ -18,6 +19,12 @@ class Folder:
     where: str
     names: frozenset[str]
     path: Callable[[str], Path]
+
+
+def builtin_names() -> list[str]:
+    """Names of the models inside the package."""
+    root = resources.files("temporal_vae") / "weights"
+    return sorted(entry.name for entry in root.iterdir() if (entry / CONFIG_FILE).is_file())
 
 
 def local(folder: Path) -> Folder:

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from temporal_vae.checkpoints import diffusers_names, locations, single_file
+from temporal_vae.checkpoints.locations import builtin_names as builtin_names
 from temporal_vae.config import TemporalVAEConfig
 from temporal_vae.files.atomic import atomic_path
 from temporal_vae.files.streams import CheckpointError
@@ -74,12 +75,6 @@ class Stored:
     where: str
     config: TemporalVAEConfig
     entries: Mapping[str, Entry]
-
-
-def builtin_names() -> list[str]:
-    """Names of the models inside the package."""
-    root = resources.files("temporal_vae") / "weights"
-    return sorted(entry.name for entry in root.iterdir() if (entry / CONFIG_FILE).is_file())
 
 
 # ---------------------------------------------------------------------------------------------

@@ -9,17 +9,15 @@ import json
 import os
 import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, fields
 from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
-
-from temporal_vae.checkpoints import locations, pretrained
+from temporal_vae.checkpoints import locations
 from temporal_vae.cli import options
-from temporal_vae.latents import LatentFile, LatentStatistics, holds_latents
-from temporal_vae.video import VideoReader
+from temporal_vae.video import PIPE, VideoError, VideoReader
 from temporal_vae.video.frames import NOT_COPIED
 
 Rows = dict[str, object]
@@ -39,10 +37,12 @@ def describe(thing: str) -> Rows:
     Raises `ValueError` for what is none of them, or damaged; `VideoError` for a damaged video.
     """
     path = Path(thing)
-    if thing in pretrained.builtin_names() or (path / locations.CONFIG_FILE).is_file():
+    if thing in locations.builtin_names() or (path / locations.CONFIG_FILE).is_file():
         return describe_model(thing)
     if not path.exists():
         raise ValueError(f"{thing}: neither a model nor a file")
+    from temporal_vae.latents import holds_latents
+
     if holds_latents(path):
         return describe_latents(thing)
     if path.suffix == ".safetensors":
@@ -52,18 +52,23 @@ def describe(thing: str) -> Rows:
 
 def describe_installation() -> Rows:
     """Versions, device and built-in models."""
+    import torch
+
     return {
         "temporal-video-vae": version("temporal-video-vae"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "device": options.choose_device("auto"),
-        "built-in models": ", ".join(pretrained.builtin_names()),
+        "built-in models": ", ".join(locations.builtin_names()),
     }
 
 
 def describe_model(name: str) -> Rows:
     """Its configuration, size, reach, and the hashes that files of latents are compared by."""
-    vae, record = options.load_model(name, torch.float32, torch.device("cpu"))
+    from temporal_vae.model import TemporalVAE
+
+    vae = TemporalVAE.from_pretrained(name)
+    record = vae.latent_record()
     return {
         "what": "model",
         **{f.name: getattr(vae.config, f.name) for f in fields(vae.config)},
@@ -107,6 +112,8 @@ def describe_video(path: str) -> Rows:
 
 def describe_latents(path: str) -> Rows:
     """The whole header, and what follows from it."""
+    from temporal_vae.latents import LatentFile
+
     with LatentFile(path) as file:
         info, size = file.info, os.path.getsize(path)
         stamps = file.timestamps(0, 1) + file.timestamps(info.frames - 1, 1)
@@ -134,9 +141,11 @@ def describe_latents(path: str) -> Rows:
     return rows | {f"colour {name}": value for name, value in info.colour}
 
 
-def describe_statistics(statistics: LatentStatistics) -> Rows:
-    """All of it, by the names of its fields."""
-    return asdict(statistics)
+def describe_written(target: Path) -> Rows:
+    """What a video that was written says of itself: nothing in a pipe, or as bare RGB."""
+    with suppress(VideoError):
+        return {} if str(target) == PIPE else describe_video(str(target))
+    return {}
 
 
 def shown(rows: Mapping[str, object]) -> dict[str, str]:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import glob
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from temporal_vae.video import PIPE
+from temporal_vae.video.read.images import SUFFIXES as IMAGE_SUFFIXES
 from temporal_vae.video.read.images import is_animated_webp
 
 VIDEO_SUFFIXES = frozenset([
     ".3gp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg",
     ".mts", ".mxf", ".ogv", ".ts", ".webm", ".wmv", ".y4m",
 ])  # fmt: skip
-IMAGE_SUFFIXES = frozenset([".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"])
 
 Job = tuple[Path, Path]
 """A file to read and one to write."""
@@ -24,27 +25,29 @@ def find_inputs(words: Sequence[Path], suffixes: frozenset[str]) -> list[Path]:
     """The files that words name: files, folders for all in them with these suffixes, and patterns.
 
     Where videos are looked for, a folder of images stands for one clip, and so does each such
-    folder in a folder; "-" for standard input.
-    Raises `ValueError` for a word that names nothing.
+    folder in a folder; "-" for standard input. A name of nothing is given as it is: see
+    `refuse_missing`.
+    Raises `ValueError` for a folder without such files, and a pattern that no file matches.
     """
-    found: list[Path] = []
-    for word in words:
-        if str(word) == PIPE or word.is_file():
-            found.append(word)
-        elif word.is_dir():
-            inside = _inside(word, suffixes)
-            if not inside:
-                raise ValueError(f"{word}{os.sep} holds none of {', '.join(sorted(suffixes))}")
-            found += inside
-        elif glob.has_magic(str(word)) and not word.exists():
-            matches = sorted(Path(match) for match in glob.glob(str(word), recursive=True))
-            if not matches:
-                raise ValueError(f"no file matches {word}")
-            for match in matches:
-                found += [match] if match.is_file() else _inside(match, suffixes)
-        else:
-            found.append(word)  # whoever opens it says what is wrong
-    return found
+    return [path for word in words for path in _named(word, suffixes)]
+
+
+def refuse_missing(paths: Sequence[Path]) -> None:
+    """Raise `ValueError` for a path that does not exist, with the words of those who would open it.
+
+    They need torch, and this does not: a mistyped name is told at once.
+    """
+    for path in paths:
+        if str(path) != PIPE and not path.exists():
+            raise ValueError(f"{path}: no such file")
+
+
+def refuse_terminal(source: Path, target: Path) -> None:
+    """Raise `ValueError` for standard input or output that is no pipe or file, but a terminal."""
+    if str(source) == PIPE and sys.stdin.isatty():
+        raise ValueError("- reads a video that is piped in, and this is a terminal: ffmpeg ... |")
+    if str(target) == PIPE and sys.stdout.isatty():
+        raise ValueError("- writes a video for another program, and this is a terminal: | ffplay -")
 
 
 def plan_jobs(
@@ -54,11 +57,13 @@ def plan_jobs(
 
     The target is a folder where it is one, or where there are several inputs or a folder of them;
     it is made. Raises `ValueError` before where two inputs would be written to one file, or a file
-    exists unless `overwrite`; and for a suffix without its dot.
+    exists unless `overwrite`; for a single input that does not exist, and a suffix without its dot.
     """
     if suffix and suffix[0] != ".":
         raise ValueError(f"a suffix begins with a dot, as .{suffix} does: got {suffix!r}")
     inputs = find_inputs(words, suffixes)
+    if len(inputs) == 1:  # of several, one that is missing does not keep the others
+        refuse_missing(inputs)
     many = len(inputs) > 1 or any(word.is_dir() and word not in inputs for word in words)
     if not (many or target.is_dir()):
         return [(inputs[0], target)]
@@ -76,6 +81,25 @@ def plan_jobs(
         taken[out] = path
     target.mkdir(parents=True, exist_ok=True)
     return jobs
+
+
+def _named(word: Path, suffixes: frozenset[str]) -> list[Path]:
+    """What one of the words names."""
+    if word.is_dir() and str(word) != PIPE:
+        inside = _inside(word, suffixes)
+        if not inside:
+            raise ValueError(f"{word}{os.sep} holds none of {', '.join(sorted(suffixes))}")
+        return inside
+    if word.exists() or not glob.has_magic(str(word)):
+        return [word]
+    matches = [Path(match) for match in sorted(glob.glob(str(word), recursive=True))]
+    if not matches:
+        raise ValueError(f"no file matches {word}")
+    return [
+        path
+        for match in matches
+        for path in (_inside(match, suffixes) if match.is_dir() else [match])
+    ]
 
 
 def _inside(folder: Path, suffixes: frozenset[str]) -> list[Path]:

@@ -1,4 +1,8 @@
-"""The command `tvae`."""
+"""The command `tvae`.
+
+A verb first does what needs no model: it reads its options and looks for its files. Only then does
+it import torch, which takes seconds; so help and mistakes come at once.
+"""
 
 from __future__ import annotations
 
@@ -6,245 +10,232 @@ import io
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Literal
+from typing import Annotated, NoReturn
 
-import torch
 import typer
 
-from temporal_vae import TemporalVAE
+from temporal_vae.cli import inputs, options
+from temporal_vae.cli.groups import with_groups
 from temporal_vae.cli.info import (
-    Rows,
     describe,
     describe_installation,
     describe_latents,
-    describe_statistics,
-    describe_video,
+    describe_written,
 )
-from temporal_vae.cli.inputs import VIDEO_SUFFIXES, Job, find_inputs, plan_jobs
-from temporal_vae.cli.options import (
-    AlphaWord,
-    AnyModel,
-    ClipFrames,
-    Codec,
-    Crop,
-    Depth,
-    Device,
-    Dtype,
-    Fps,
-    Frames,
-    Json,
-    LatentDtype,
-    LatentSources,
-    LatentTarget,
-    Memory,
-    Model,
-    NamedModel,
-    Overwrite,
-    Quality,
-    Quiet,
-    RawWord,
-    Sample,
-    Scaled,
-    Seed,
-    Size,
-    Sources,
-    Start,
-    Stride,
-    Suffix,
-    Target,
-    Thing,
-    Verbose,
-    choose_device,
-    choose_dtype,
-    load_model,
-    reader_options,
-)
-from temporal_vae.cli.report import Meter, Result, Voice, say_error, show_rows
-from temporal_vae.convert import decode as decoding
-from temporal_vae.convert import encode as encoding
-from temporal_vae.convert import ends
-from temporal_vae.convert import reconstruct as reconstructing
-from temporal_vae.latents import SUFFIX, latent_statistics
-from temporal_vae.video import PIPE, Format, VideoError, check_suffix
-from temporal_vae.walks import heap
+from temporal_vae.cli.report import MessageOptions, Meter, Result, say_error, show_rows
+from temporal_vae.files.safetensors import SUFFIX
+from temporal_vae.video import VideoError, check_suffix
 
-command = typer.Typer(
-    help="Temporal VAEs for video: pixels to latents and back.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+LATENTS = frozenset([SUFFIX])
+
+Sources = Annotated[list[Path], typer.Argument(
+    metavar="IN", help="Videos, images, folders of either (a folder of images is one clip), "
+    "patterns such as '*.mp4'; - for a pipe.",
+)]  # fmt: skip
+LatentSources = Annotated[list[Path], typer.Argument(
+    metavar="LATENTS", help="Files of latents, folders of them, or patterns.",
+)]  # fmt: skip
+VideoTarget = Annotated[Path, typer.Argument(
+    metavar="OUT", help="Video to write: .mp4, .mov, .mkv (lossless), .webm, .y4m or .rgb; a name "
+    "without a suffix for a folder of PNG images; - for a pipe (.mkv). For several inputs, a "
+    "folder.",
+)]  # fmt: skip
+LatentTarget = Annotated[Path, typer.Argument(
+    metavar="LATENTS", help="File to write, .safetensors. For several inputs, a folder.",
+)]  # fmt: skip
+Json = Annotated[bool, typer.Option(
+    "--json", metavar="", help="Print one line of JSON instead of a table.",
+)]  # fmt: skip
+
+command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@command.callback(invoke_without_command=True)
+def start(
+    context: typer.Context,
+    show_version: Annotated[
+        bool, typer.Option("--version", metavar="", help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Turn videos into the latents of a temporal VAE, and latents into videos."""
+    if show_version:
+        typer.echo(f"tvae {version('temporal-video-vae')}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(2)
 
 
 @command.command()
+@with_groups
 def reconstruct(
     sources: Sources,
-    target: Target,
-    model: Model = "tiny",
-    device: Device = "auto",
-    dtype: Dtype = "float32",
-    clip_frames: ClipFrames = None,
-    memory: Memory = None,
-    start: Start = None,
-    frames: Frames = None,
-    stride: Stride = None,
-    fps: Fps = None,
-    size: Size = None,
-    crop: Crop = None,
-    alpha: AlphaWord = None,
-    raw: RawWord = None,
-    codec: Codec = None,
-    depth: Depth = None,
-    quality: Quality = None,
-    suffix: Suffix = ".mp4",
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    as_json: Json = False,
+    target: VideoTarget,
+    model: options.ModelOptions,
+    frames: options.FrameOptions,
+    output: options.VideoFileOptions,
+    messages: MessageOptions,
 ) -> None:
-    """Encode videos to the posterior mean, decode it, and write the results; - is a pipe."""
-    options = reader_options(start=start, frames=frames, stride=stride, fps=fps, size=size,
-                             crop=crop, alpha=alpha, raw=raw)  # fmt: skip
-    voice = Voice(quiet, verbose, as_json)
-    jobs = plan_jobs(sources, target, VIDEO_SUFFIXES, suffix, overwrite)
-    for source, out in jobs:
-        _refuse_terminal(source, out)
-    format = Format(codec=codec, depth=depth, quality=quality)
+    """Encode videos and decode them again, to see what a model keeps of them.
+
+    Examples:
+      tvae reconstruct in.mp4 out.mp4
+      tvae reconstruct in.mov out.mkv --dtype bfloat16 --memory 2GiB
+      tvae reconstruct clips/ out/ --suffix .mkv
+    """
+    selected, format = frames.selected(), output.format()
+    jobs = inputs.plan_jobs(sources, target, inputs.VIDEO_SUFFIXES, output.suffix, output.overwrite)
+    inputs.refuse_terminal(*jobs[0])
     check_suffix(jobs[0][1], format)
-    length = _clip_length(clip_frames)
-    vae = TemporalVAE.from_pretrained(
-        model, dtype=choose_dtype(dtype), device=choose_device(device)
-    )
+    _keep_freed_memory()
+    from temporal_vae.convert import reconstruct as reconstructing
+
+    vae = model.load()
 
     def work(source: Path, out: Path, index: int, meter: Meter) -> Result:
-        done = reconstructing.reconstruct(source, out, vae, length, meter, memory, options, format,
-                               overwrite=overwrite)  # fmt: skip
-        return done, _written(out)
+        done = reconstructing.reconstruct(
+            source, out, vae, frames.clip_frames, meter, model.memory, selected, format,
+            overwrite=output.overwrite,
+        )  # fmt: skip
+        return done, describe_written(out)
 
-    _work("reconstructing", jobs, work, voice)
+    _work("reconstructing", jobs, work, messages)
 
 
 @command.command()
+@with_groups
 def encode(
     sources: Sources,
     target: LatentTarget,
-    model: Model = "tiny",
-    device: Device = "auto",
-    dtype: Dtype = "float32",
-    clip_frames: ClipFrames = None,
-    memory: Memory = None,
-    sample: Sample = False,
-    seed: Seed = None,
-    latent_dtype: LatentDtype = None,
-    scaled: Scaled = False,
-    start: Start = None,
-    frames: Frames = None,
-    stride: Stride = None,
-    fps: Fps = None,
-    size: Size = None,
-    crop: Crop = None,
-    alpha: AlphaWord = None,
-    raw: RawWord = None,
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    as_json: Json = False,
+    model: options.ModelOptions,
+    latents: options.EncodeOptions,
+    frames: options.FrameOptions,
+    output: options.FileOptions,
+    messages: MessageOptions,
 ) -> None:
-    """Encode videos to files of latents, which `decode`, and any reader of safetensors, reads."""
-    options = reader_options(start=start, frames=frames, stride=stride, fps=fps, size=size,
-                             crop=crop, alpha=alpha, raw=raw)  # fmt: skip
-    stored = None if latent_dtype is None else choose_dtype(latent_dtype)
-    length = _clip_length(clip_frames)
-    how = encoding.Encoding(sample=sample, seed=seed, dtype=stored, scaled=scaled,
-                       clip_frames=length, memory=memory)  # fmt: skip
-    jobs = plan_jobs(sources, target, VIDEO_SUFFIXES, SUFFIX, overwrite)
-    vae, record = load_model(model, choose_dtype(dtype), choose_device(device))
+    """Encode videos to files of latents, for `tvae decode` and for training diffusion models.
+
+    Examples:
+      tvae encode in.mp4 clip.safetensors
+      tvae encode clips/ latents/ --latent-dtype bfloat16
+      tvae encode in.mp4 clip.safetensors --start 1:02.5 --frames 49 --size 256x256 --crop centre
+    """
+    selected = frames.selected()
+    jobs = inputs.plan_jobs(sources, target, inputs.VIDEO_SUFFIXES, SUFFIX, output.overwrite)
+    _keep_freed_memory()
+    from temporal_vae.convert import encode as encoding
+    from temporal_vae.convert.ends import Summary
+
+    stored = None if latents.latent_dtype is None else options.choose_dtype(latents.latent_dtype)
+    how = encoding.Encoding(sample=latents.sample, seed=latents.seed, dtype=stored,
+                            scaled=latents.scaled, clip_frames=frames.clip_frames,
+                            memory=model.memory)  # fmt: skip
+    vae, record = model.load_with_record()
 
     def work(source: Path, out: Path, index: int, meter: Meter) -> Result:
-        its = how if seed is None else replace(how, seed=seed + index)  # no two share their noise
+        its = replace(how, seed=latents.seed_of(index))
         done = encoding.encode(
-            source, out, vae, record, its, options=options, overwrite=overwrite, progress=meter
-        )
-        summary = ends.Summary(done.info.frames, done.seconds, done.info.clip_frames, done.notes)
+            source, out, vae, record, its, options=selected, overwrite=output.overwrite,
+            progress=meter,
+        )  # fmt: skip
+        summary = Summary(done.info.frames, done.seconds, done.info.clip_frames, done.notes)
         return summary, describe_latents(str(out))
 
-    _work("encoding", jobs, work, Voice(quiet, verbose, as_json))
+    _work("encoding", jobs, work, messages)
 
 
 @command.command()
+@with_groups
 def decode(
     sources: LatentSources,
-    target: Target,
-    model: NamedModel = None,
-    device: Device = "auto",
-    dtype: Dtype = "float32",
-    memory: Memory = None,
-    sample: Sample = False,
-    seed: Seed = None,
-    any_model: AnyModel = False,
-    alpha: AlphaWord = None,
-    codec: Codec = None,
-    depth: Depth = None,
-    quality: Quality = None,
-    suffix: Suffix = ".mp4",
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    as_json: Json = False,
+    target: VideoTarget,
+    model: options.ModelOptions,
+    latents: options.DecodeOptions,
+    output: options.VideoFileOptions,
+    messages: MessageOptions,
 ) -> None:
-    """Decode files of latents to videos of the same frame count, size and timestamps."""
-    jobs = plan_jobs(sources, target, frozenset([SUFFIX]), suffix, overwrite)
-    _refuse_terminal(Path(), target)
-    format = Format(codec=codec, depth=depth, quality=quality)
-    check_suffix(jobs[0][1], format)
-    name = model or decoding.model_of(jobs[0][0])
-    vae, record = load_model(name, choose_dtype(dtype), choose_device(device))
+    """Decode files of latents to videos of the frames, size and timestamps that were encoded.
+
+    Examples:
+      tvae decode clip.safetensors out.mp4
+      tvae decode latents/ videos/ --suffix .mkv
+      tvae decode clip.safetensors out.mov --codec h265 --depth 10 --quality 18
+    """
+    jobs = inputs.plan_jobs(sources, target, LATENTS, output.suffix, output.overwrite)
+    inputs.refuse_terminal(*jobs[0])
+    check_suffix(jobs[0][1], output.format())
+    _keep_freed_memory()
+    from temporal_vae.convert import decode as decoding
+
+    vae, record = model.load_with_record(model.model or decoding.model_of(jobs[0][0]))
 
     def work(source: Path, out: Path, index: int, meter: Meter) -> Result:
-        its = None if seed is None else seed + index
         done = decoding.decode(
-            source, out, vae, record, sample=sample, seed=its, any_model=any_model, alpha=alpha,
-            format=format, memory=memory, overwrite=overwrite, progress=meter,
+            source, out, vae, record, sample=latents.sample, seed=latents.seed_of(index),
+            any_model=latents.any_model, alpha=latents.alpha, format=output.format(),
+            memory=model.memory, overwrite=output.overwrite, progress=meter,
         )  # fmt: skip
-        return done, _written(out)
+        return done, describe_written(out)
 
-    _work("decoding", jobs, work, Voice(quiet, verbose, as_json))
+    _work("decoding", jobs, work, messages)
 
 
 @command.command()
-def info(thing: Thing = None, as_json: Json = False) -> None:
-    """Describe a model, a video or latents; without any, this installation."""
+def info(
+    thing: Annotated[
+        str | None, typer.Argument(metavar="THING", help="A model, a video or a file of latents.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Describe a model, a video or a file of latents; without any, this installation.
+
+    Examples:
+      tvae info
+      tvae info tiny
+      tvae info clip.safetensors --json
+    """
     show_rows(describe_installation() if thing is None else describe(thing), as_json)
 
 
 @command.command()
-def stats(sources: LatentSources, any_model: AnyModel = False, as_json: Json = False) -> None:
-    """Mean and deviation of each channel, and the scale and shift that follow, for latents."""
-    files = find_inputs(sources, frozenset([SUFFIX]))
+def stats(
+    sources: LatentSources,
+    any_model: Annotated[
+        bool, typer.Option("--any-model", metavar="", help="Take latents of several encoders.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure the mean and deviation of latents, and the scale and shift to unit variance.
+
+    Examples:
+      tvae stats latents/
+      tvae stats 'latents/*.safetensors' --json
+    """
+    files = inputs.find_inputs(sources, LATENTS)
+    inputs.refuse_missing(files)
+    from temporal_vae.latents import latent_statistics
+
     with Meter("reading") as meter:
         found = latent_statistics(files, meter, any_model)
-    show_rows(describe_statistics(found), as_json)
-
-
-def _written(target: Path) -> Rows:
-    with suppress(VideoError):  # of a pipe nothing can be read, and bare RGB says nothing of itself
-        return {} if str(target) == PIPE else describe_video(str(target))
-    return {}
+    show_rows(asdict(found), as_json)
 
 
 def _work(
-    title: str, jobs: list[Job], work: Callable[[Path, Path, int, Meter], Result], voice: Voice
+    title: str,
+    jobs: list[inputs.Job],
+    work: Callable[[Path, Path, int, Meter], Result],
+    messages: MessageOptions,
 ) -> None:
-    """Job after job; of several one that fails is said and passed over, and the status tells."""
+    """Do all jobs. One of several that fails is told and passed over, and in the end raised."""
     failed = 0
     for index, (source, target) in enumerate(jobs):
         name = title if len(jobs) == 1 else f"{title} {source.name} ({index + 1} of {len(jobs)})"
         try:
-            with Meter(name, quiet=voice.quiet) as meter:
+            with Meter(name, quiet=messages.quiet) as meter:
                 result = work(source, target, index, meter)
         except (VideoError, ValueError, OSError) as error:
             if len(jobs) == 1:
@@ -252,31 +243,20 @@ def _work(
             failed += 1
             say_error(str(error))
         else:
-            voice.tell(target, result)
+            messages.tell(target, result)
     if failed:
         raise ValueError(f"{failed} of {len(jobs)} failed")
 
 
-def _refuse_terminal(source: Path, target: Path) -> None:
-    if str(source) == PIPE and sys.stdin.isatty():
-        raise ValueError("- reads a video that is piped in, and this is a terminal: ffmpeg ... |")
-    if str(target) == PIPE and sys.stdout.isatty():
-        raise ValueError("- writes a video for another program, and this is a terminal: | ffplay -")
+def _keep_freed_memory() -> None:
+    """Have this process keep the memory that it frees, before it makes its first tensor."""
+    from temporal_vae.walks import heap
 
-
-def _clip_length(text: str | None) -> int | Literal["all"] | None:
-    if text is None:
-        return None
-    if text == "all":
-        return "all"
-    if not text.isdecimal() or int(text) == 0:
-        raise ValueError(f"--clip-frames must be a number of frames or 'all', got {text!r}")
-    return int(text)
+    heap.keep_freed()
 
 
 def main() -> None:
-    """Run the command; a mistake of the user is one line and exit status 1."""
-    heap.keep_freed()
+    """Run the command. A mistake of the user is one line on stderr, and exit status 1 or 2."""
     for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
@@ -285,18 +265,29 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        command()
+        status = command(prog_name="tvae", standalone_mode=False)
+    except typer.TyperException as error:  # of the command line: what typer cannot make sense of
+        context = getattr(error, "ctx", None)
+        verb = "tvae" if context is None else context.command_path
+        _fail(f"{error.format_message()} (see {verb} --help)", error.exit_code)
     except (VideoError, ValueError, OSError) as error:
         _fail(str(error))
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
             raise
         _fail("out of memory: give --memory a bound, or take --dtype bfloat16")
+    sys.exit(status)
 
 
-def _fail(message: str) -> None:
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
+def _fail(message: str, status: int = 1) -> NoReturn:
     say_error(message)
-    sys.exit(1)
+    sys.exit(status)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

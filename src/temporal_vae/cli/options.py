@@ -1,20 +1,35 @@
-"""What is typed for the options of a reader, as values."""
+"""The options that verbs share, in groups: what the help says of them, and their values.
+
+torch is imported only by the functions that need it, so that mistakes are told without it.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
-import torch
-import typer
+from temporal_vae.checkpoints import locations
+from temporal_vae.cli.groups import OptionGroup, option
+from temporal_vae.video import Alpha, Format, Options, Raw, Selection
 
-from temporal_vae.checkpoints import pretrained
-from temporal_vae.latents import ModelRecord
-from temporal_vae.model import TemporalVAE
-from temporal_vae.video import Options, Raw, Selection
+if TYPE_CHECKING:
+    import torch
+
+    from temporal_vae.latents import ModelRecord
+    from temporal_vae.model import TemporalVAE
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def device_name(text: str) -> str:
+    """The text, if it has the form of a device's name."""
+    if text.split(":")[0] not in ("auto", "cpu", "cuda", "mps"):
+        raise ValueError(f"device must be auto, cpu, cuda, cuda:N or mps, got {text!r}")
+    return text
 
 
 def choose_device(name: str) -> torch.device:
@@ -22,9 +37,9 @@ def choose_device(name: str) -> torch.device:
 
     Raises `ValueError` for a device that is not there.
     """
-    if name.split(":")[0] not in ("auto", "cpu", "cuda", "mps"):
-        raise ValueError(f"device must be auto, cpu, cuda, cuda:N or mps, got {name!r}")
-    if name == "auto":
+    import torch
+
+    if device_name(name) == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -36,144 +51,18 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def dtype_name(text: str) -> str:
+    """The text, if it is one of `DTYPES`."""
+    if text not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {text!r}")
+    return text
+
+
 def choose_dtype(name: str) -> torch.dtype:
-    """float32, bfloat16, float16 or float64. Raises `ValueError` for another name."""
-    dtypes = {str(d).removeprefix("torch."): d for d in _DTYPES}
-    if name not in dtypes:
-        raise ValueError(f"dtype must be one of {', '.join(dtypes)}, got {name!r}")
-    return dtypes[name]
+    """The dtype of one of the names in `DTYPES`. Raises `ValueError` for another name."""
+    import torch
 
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def load_model(
-    name: str, dtype: torch.dtype, device: torch.device
-) -> tuple[TemporalVAE, ModelRecord]:
-    """A model in a dtype, and what files record of it: of the weights before they were rounded."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    model = TemporalVAE.from_pretrained(name, dtype=wide)
-    is_path = name not in pretrained.builtin_names() and os.path.exists(name)
-    record = model.latent_record(Path(name).resolve().name if is_path else name)
-    return model.to(device=device, dtype=dtype), record
-
-
-Target = Annotated[
-    Path,
-    typer.Argument(
-        metavar="OUT",
-        help="Video to write: .mp4, .mov, .mkv (lossless), .webm, .y4m, .rgb; a name without a "
-        "suffix for a folder of PNG; - for a pipe (.mkv).",
-    ),
-]
-Codec = Annotated[
-    str | None, typer.Option(help="h264, h265, vp9, ffv1, png, y4m or rgb, where OUT holds it.")
-]
-Depth = Annotated[
-    int | None, typer.Option(help="Bits of a component; as many as the source if none.")
-]
-Quality = Annotated[
-    float | None, typer.Option(help="Rate factor of a lossy codec: 0 is best, 51 worst.")
-]
-Model = Annotated[str, typer.Option(help="Built-in name, or folder of a saved model.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")]
-ClipFrames = Annotated[
-    str | None,
-    typer.Option(metavar="N|all", help="Cut the video into clips of N frames, or take it as one."),
-]
-Memory = Annotated[
-    str | None,
-    typer.Option(metavar="SIZE|auto", help="Bound of the memory over the weights: 2GiB, least."),
-]
-Start = Annotated[str | None, typer.Option(metavar="TIME", help="Begin there: seconds, or 1:02.5.")]
-Frames = Annotated[int | None, typer.Option(help="The most frames to take.")]
-Stride = Annotated[int | None, typer.Option(help="Take every n-th frame.")]
-Fps = Annotated[
-    str | None,
-    typer.Option(metavar="RATE", help="Take an even rate, such as 24 or 30000/1001; of images."),
-]
-Size = Annotated[str | None, typer.Option(metavar="WxH", help="Scale to WIDTHxHEIGHT.")]
-Crop = Annotated[
-    str | None,
-    typer.Option(metavar="WxH+X+Y", help="Cut out first; or centre, the shape of --size."),
-]
-RawWord = Annotated[
-    str | None,
-    typer.Option("--raw", metavar="WxH@FPS", help="IN is bare rgb24 of this size and rate."),
-]
-AlphaWord = Annotated[
-    Literal["keep", "drop"] | None,
-    typer.Option("--alpha", help="keep an alpha channel (a model of 4 channels), or drop it."),
-]
-Thing = Annotated[
-    str | None, typer.Argument(metavar="[MODEL|FILE]", help="A model, a video, or latents.")
-]
-Sources = Annotated[
-    list[Path],
-    typer.Argument(metavar="IN...", help="Videos, images, folders, patterns; - from a pipe."),
-]
-LatentSources = Annotated[
-    list[Path],
-    typer.Argument(metavar="LATENTS...", help="Files of latents, folders of them, patterns."),
-]
-LatentTarget = Annotated[
-    Path,
-    typer.Argument(
-        metavar="LATENTS", help="File to write, .safetensors; a folder for several videos."
-    ),
-]
-NamedModel = Annotated[
-    str | None, typer.Option("--model", help="As for encode; the built-in one that they name.")
-]
-Sample = Annotated[bool, typer.Option("--sample", help="Draw from the posterior.")]
-Seed = Annotated[
-    int | None, typer.Option(help="Of the samples; the n-th of several files takes n more.")
-]
-LatentDtype = Annotated[
-    str | None, typer.Option(help="Of the file: float32, bfloat16 or float16; the model's if none.")
-]
-Scaled = Annotated[
-    bool, typer.Option("--scaled", help="Store latents scaled for diffusion; the file records it.")
-]
-AnyModel = Annotated[
-    bool, typer.Option("--any-model", help="Take latents of another encoder's weights too.")
-]
-Suffix = Annotated[str, typer.Option(help="What several files end in, as one OUT would.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Say nothing but errors.")]
-Verbose = Annotated[bool, typer.Option("--verbose", help="Say what the written file holds.")]
-Json = Annotated[bool, typer.Option("--json", help="A line of JSON for each file, on stdout.")]
-
-
-def reader_options(
-    *,
-    start: str | None,
-    frames: int | None,
-    stride: int | None,
-    fps: str | None,
-    size: str | None,
-    crop: str | None,
-    alpha: str | None,
-    raw: str | None = None,
-) -> Options:
-    """Those that were given, checked against each other; see `Selection`.
-
-    Raises `ValueError` for what cannot be read, or cannot be.
-    """
-    found = {
-        "start": None if start is None else seconds(start),
-        "frames": frames,
-        "stride": stride,
-        "fps": None if fps is None else rate(fps),
-        "size": None if size is None else sides(size),
-        "crop": None if crop is None else cut(crop),
-        "alpha": alpha,
-        "raw": None if raw is None else bare(raw),
-    }
-    options = cast(Options, {name: value for name, value in found.items() if value is not None})
-    Selection(**options)
-    return options
+    return cast("torch.dtype", getattr(torch, dtype_name(name)))
 
 
 def seconds(text: str) -> Fraction:
@@ -222,3 +111,167 @@ def cut(text: str) -> str | tuple[int, int, int, int]:
         )
     width, height, left, top = map(int, parts.groups())
     return top, left, height, width
+
+
+def clip_length(text: str) -> int | Literal["all"]:
+    """Frames of a clip, or "all"."""
+    if text == "all":
+        return "all"
+    if not text.isdecimal() or int(text) == 0:
+        raise ValueError(f"--clip-frames must be a number of frames or 'all', got {text!r}")
+    return int(text)
+
+
+@dataclass(frozen=True)
+class ModelOptions(OptionGroup):
+    """Which model, and how it is run."""
+
+    panel = "Model and memory"
+    model: str | None = option(
+        None, "NAME", "A built-in name, the folder or .safetensors file of a saved model, or "
+        "owner/name on the Hugging Face Hub. Default: tiny; for decode, the built-in model that "
+        "the latents name.")  # fmt: skip
+    device: str = option(
+        "auto", "NAME", "Where to compute: cpu, cuda, cuda:1 (the second GPU), mps (Apple), or "
+        "auto, the default: a GPU if there is one.", device_name)  # fmt: skip
+    dtype: str = option(
+        "float32", "TYPE", "Numbers to compute with: float32, bfloat16, float16 or float64. Those "
+        "of 16 bits take half the memory and are less exact. Default: float32.",
+        dtype_name)  # fmt: skip
+    memory: str | None = option(
+        None, "SIZE", "Memory the model may use on top of its weights, for example 2GiB; 'auto' "
+        "for most of what is free, 'least' for as little as possible. Never changes the picture. "
+        "Default: no limit.")  # fmt: skip
+
+    def load(self) -> TemporalVAE:
+        """The model, "tiny" if none is named. Raises as `TemporalVAE.from_pretrained`."""
+        from temporal_vae.model import TemporalVAE
+
+        dtype, device = choose_dtype(self.dtype), choose_device(self.device)
+        return TemporalVAE.from_pretrained(self.model or "tiny", dtype=dtype, device=device)
+
+    def load_with_record(self, default: str = "tiny") -> tuple[TemporalVAE, ModelRecord]:
+        """The model, `default` if none is named, and what files of latents record of it.
+
+        The record has the hashes of the weights before `dtype` rounds them.
+        """
+        from temporal_vae.model import TemporalVAE
+
+        dtype, device = choose_dtype(self.dtype), choose_device(self.device)
+        name, wide = self.model or default, dtype if dtype.itemsize > 4 else None
+        model = TemporalVAE.from_pretrained(name, dtype=wide)
+        is_path = name not in locations.builtin_names() and os.path.exists(name)
+        record = model.latent_record(Path(name).resolve().name if is_path else name)
+        return model.to(device=device, dtype=dtype), record
+
+
+@dataclass(frozen=True)
+class FrameOptions(OptionGroup):
+    """Which frames of a video, and which part of them."""
+
+    panel = "Which frames"
+    start: Fraction | None = option(
+        None, "TIME", "Begin at this time: seconds (2.5), or minutes and seconds (1:02.5).", seconds
+    )
+    frames: int | None = option(None, "NUMBER", "Take at most this many frames.")
+    stride: int | None = option(None, "NUMBER", "Take every second frame (2), every third (3), ...")
+    fps: Fraction | None = option(
+        None, "RATE", "Repeat or leave out frames to have this many in a second, such as 24 or "
+        "30000/1001. For a folder of images: the rate it is meant to have. Default: the rate of "
+        "the video, 25 for images.", rate)  # fmt: skip
+    crop: str | tuple[int, int, int, int] | None = option(
+        None, "WxH+X+Y", "Cut out W by H pixels, X from the left and Y from the top, such as "
+        "640x360+0+60; or 'centre': the largest part in the middle with the shape of --size.",
+        cut)  # fmt: skip
+    size: tuple[int, int] | None = option(
+        None, "WxH", "Scale to this width and height, such as 640x360, after any --crop.", sides
+    )
+    alpha: Alpha | None = option(
+        None, "keep|drop", "Keep the alpha channel (for models of 4 channels), or drop it. Without "
+        "this option, a video whose alpha would be lost is refused.")  # fmt: skip
+    raw: Raw | None = option(
+        None, "WxH@RATE", "IN is bare 8-bit RGB without a header (ffmpeg's rawvideo in rgb24) of "
+        "this size and rate, such as 640x360@25.", bare)  # fmt: skip
+    clip_frames: int | Literal["all"] | None = option(
+        None, "NUMBER|all", "Cut the video into clips of this many frames, which know nothing of "
+        "each other; 'all' takes it as one clip. Default: one clip, or clips of the length that "
+        "the model was made for if it has one (SVD).", clip_length)  # fmt: skip
+
+    def selected(self) -> Options:
+        """What a reader is asked for. Raises `ValueError` where options exclude each other."""
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "clip_frames"}
+        options = cast(Options, {name: value for name, value in given.items() if value is not None})
+        Selection(**options)
+        return options
+
+
+@dataclass(frozen=True)
+class FileOptions(OptionGroup):
+    """How files are written."""
+
+    panel = "Output"
+    overwrite: bool = option(False, "", "Replace files that exist.")
+
+
+@dataclass(frozen=True)
+class VideoFileOptions(FileOptions):
+    """How videos are written."""
+
+    codec: str | None = option(
+        None, "NAME", "h264, h265, vp9, ffv1 (lossless), png, y4m or rgb, if OUT can hold it. "
+        "Default: by the suffix of OUT.")  # fmt: skip
+    depth: int | None = option(
+        None, "BITS", "Bits of each colour component: 8, 10, 12, 14 or 16, if the codec has them. "
+        "Default: enough for those of the source.")  # fmt: skip
+    quality: float | None = option(
+        None, "NUMBER", "Quality of a lossy codec: 0 is the best, 51 (VP9: 63) the worst."
+    )
+    suffix: str = option(
+        ".mp4", ".SUFFIX", "Suffix of the files in OUT when it is a folder; '' for PNG images. "
+        "Default: .mp4.")  # fmt: skip
+
+    def format(self) -> Format:
+        """How a video is written, as its writer takes it."""
+        return Format(codec=self.codec, depth=self.depth, quality=self.quality)
+
+
+@dataclass(frozen=True)
+class LatentOptions(OptionGroup):
+    """Which of the latents that are likely for a video."""
+
+    panel = "Latents"
+    sample: bool = option(
+        False, "", "Draw random latents from the distribution that the encoder gives. Without this "
+        "option encode stores the distribution, mean and variance, and decode takes the mean."
+    )  # fmt: skip
+    seed: int | None = option(
+        None, "NUMBER", "Random seed of --sample, to draw the same latents again. Each of several "
+        "files takes the next number.")  # fmt: skip
+
+    def seed_of(self, index: int) -> int | None:
+        """The seed of the file at this index: no two files share their noise."""
+        return None if self.seed is None else self.seed + index
+
+
+@dataclass(frozen=True)
+class EncodeOptions(LatentOptions):
+    """Which latents are stored, and how."""
+
+    latent_dtype: str | None = option(
+        None, "TYPE", "Numbers to store: float32, bfloat16 or float16. Default: those of --dtype.",
+        dtype_name)  # fmt: skip
+    scaled: bool = option(
+        False, "", "Store latents scaled to unit variance, as diffusion models take them. The file "
+        "records it, and decode undoes it.")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DecodeOptions(LatentOptions):
+    """Which latents are decoded, and what is kept of the picture."""
+
+    any_model: bool = option(
+        False, "", "Decode latents of another encoder too, if both have one latent space."
+    )
+    alpha: Alpha | None = option(
+        None, "keep|drop", "Keep or drop the alpha channel that a model of 4 channels gives."
+    )

@@ -5,30 +5,34 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from temporal_vae.cli.groups import OptionGroup, option
 from temporal_vae.cli.info import Rows, shown, to_json
-from temporal_vae.convert import ends
 from temporal_vae.video import PIPE
+
+if TYPE_CHECKING:
+    from temporal_vae.convert.ends import Summary
 
 err = Console(stderr=True, highlight=False)
 out = Console(highlight=False)
 
-
-Result = tuple[ends.Summary, Rows]
+Result = tuple["Summary", Rows]
 """What was done, and what there is to say of the file that was written."""
 
 
 @dataclass(frozen=True)
-class Voice:
+class MessageOptions(OptionGroup):
     """How much a command says."""
 
-    quiet: bool
-    verbose: bool
-    as_json: bool
+    panel = "Messages"
+    quiet: bool = option(False, "", "Print nothing but errors.")
+    verbose: bool = option(False, "", "Print also what the written file holds.")
+    json: bool = option(False, "", "Print one line of JSON for each file.")
 
     def __post_init__(self) -> None:
         if self.quiet and self.verbose:
@@ -43,7 +47,7 @@ class Voice:
         for note in () if self.quiet else done.notes:
             err.print(f"tvae: note: {note}", markup=False, soft_wrap=True)
         console = err if str(target) == PIPE else out
-        if self.as_json:
+        if self.json:
             # last, as a file may not state how many frames it has
             known: Rows = {"frames": done.frames, "seconds": done.seconds,
                            "clip_frames": done.clip_frames, "notes": done.notes}  # fmt: skip

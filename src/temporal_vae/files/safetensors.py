@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 from temporal_vae.files.streams import CheckpointError, read_into, write_all
 
+SUFFIX = ".safetensors"
 HEADER_LIMIT = 4 * 2**20
 """Bytes of a header at most: tens of thousands of tensors. Parsed, it may take 20 times as much."""
 SIZES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1}

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from temporal_vae.files.atomic import atomic_path
+from temporal_vae.files.safetensors import SUFFIX
 from temporal_vae.geometry import spans
 from temporal_vae.latents.distribution import LatentDistribution
 from temporal_vae.latents.header import alignment, pack, room_for
 from temporal_vae.latents.info import MOST_STAMP, LatentFileError, LatentInfo, ModelRecord
 from temporal_vae.video.frames import exact_rate
 
-SUFFIX = ".safetensors"
 WRITE_FRAMES = 64
 
 
