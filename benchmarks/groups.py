@@ -18,7 +18,8 @@ from itertools import product
 import torch
 
 from temporal_vae import TemporalVAE
-from temporal_vae.walks import heap, streamed
+from temporal_vae.cli import allocator
+from temporal_vae.walks import streamed
 from temporal_vae.walks.stages import Bounds
 
 PIECE = 16
@@ -32,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=4)
     options = parser.parse_args()
-    heap.keep_freed()  # as the command does
+    allocator.settle(None)  # as the command does
     model = TemporalVAE.from_pretrained("tiny")
     threads = torch.get_num_threads()
     print(f"{datetime.date.today()}  torch {torch.__version__}, {threads} threads, tiny, 256x144")

@@ -21,9 +21,9 @@ import torch
 from flat_memory import make_video, peak
 
 from temporal_vae import TemporalVAE
+from temporal_vae.cli import allocator
 from temporal_vae.convert import chunks, memory
 from temporal_vae.video import Uint8Frames
-from temporal_vae.walks import heap
 from temporal_vae.walks.budget import parse_budget
 
 HEIGHT, WIDTH = 144, 256
@@ -39,7 +39,7 @@ def streamed(model: TemporalVAE, frames: Uint8Frames, plans: memory.StreamPlans)
 
 def speeds(budget: str, repeats: int, frames: int) -> tuple[float, float]:
     """Median frames a second: streamed and whole."""
-    heap.keep_freed()  # as the command does
+    allocator.settle(None)  # as the command does
     model = TemporalVAE.from_pretrained("tiny")
     limit = parse_budget(budget)
     assert isinstance(limit, int)

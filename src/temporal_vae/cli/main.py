@@ -18,7 +18,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from temporal_vae.cli import inputs, options
+from temporal_vae.cli import allocator, inputs, options
 from temporal_vae.cli.groups import with_groups
 from temporal_vae.cli.info import (
     describe,
@@ -91,7 +91,7 @@ def reconstruct(
     jobs = inputs.plan_jobs(sources, target, inputs.VIDEO_SUFFIXES, output.suffix, output.overwrite)
     inputs.refuse_terminal(*jobs[0])
     check_suffix(jobs[0][1], format)
-    _keep_freed_memory()
+    allocator.settle(model.memory)
     from temporal_vae.convert import reconstruct as reconstructing
 
     vae = model.load()
@@ -126,7 +126,7 @@ def encode(
     """
     selected = frames.selected()
     jobs = inputs.plan_jobs(sources, target, inputs.VIDEO_SUFFIXES, SUFFIX, output.overwrite)
-    _keep_freed_memory()
+    allocator.settle(model.memory)
     from temporal_vae.convert import encode as encoding
     from temporal_vae.convert.ends import Summary
 
@@ -168,7 +168,7 @@ def decode(
     jobs = inputs.plan_jobs(sources, target, LATENTS, output.suffix, output.overwrite)
     inputs.refuse_terminal(*jobs[0])
     check_suffix(jobs[0][1], output.format())
-    _keep_freed_memory()
+    allocator.settle(model.memory)
     from temporal_vae.convert import decode as decoding
 
     vae, record = model.load_with_record(model.model or decoding.model_of(jobs[0][0]))
@@ -246,13 +246,6 @@ def _work(
             messages.tell(target, result)
     if failed:
         raise ValueError(f"{failed} of {len(jobs)} failed")
-
-
-def _keep_freed_memory() -> None:
-    """Have this process keep the memory that it frees, before it makes its first tensor."""
-    from temporal_vae.walks import heap
-
-    heap.keep_freed()
 
 
 def main() -> None:
