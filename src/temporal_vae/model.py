@@ -46,9 +46,8 @@ from temporal_vae.network.initialise import initialise
 from temporal_vae.walks.budget import Budget, parse_budget
 from temporal_vae.walks.peak import Offload, Operation
 from temporal_vae.walks.plan import Plan
-from temporal_vae.walks.runner import Runner, Settings, Steps
+from temporal_vae.walks.runner import Runner, Settings, Steps, Stream
 from temporal_vae.walks.streamed import State as StreamState
-from temporal_vae.walks.streamed import Stream
 
 
 class TemporalVAE(nn.Module):
@@ -713,7 +712,7 @@ class TemporalVAE(nn.Module):
         plan: Plan | None = None,
     ) -> Stream:
         """A stream to push frames into and get latents from; see `encode_step`."""
-        return self._latent_steps(sample_mode, generator, plan).stream()
+        return Stream(self._latent_steps(sample_mode, generator, plan))
 
     def moments_stream(self, plan: Plan | None = None) -> Stream:
         """A stream to push frames into and get moments from, (B, 2*L, n, h, w); see `encode_step`.
@@ -725,11 +724,11 @@ class TemporalVAE(nn.Module):
         def moments(piece: Tensor) -> Tensor:
             return torch.cat([*runner.posterior(piece)], 1)
 
-        return Steps(runner, "encode", self._door.next_frames, moments, plan).stream()
+        return Stream(Steps(runner, "encode", self._door.next_frames, moments, plan))
 
     def decode_stream(self, plan: Plan | None = None) -> Stream:
         """A stream to push latents into and get frames from; see `decode_step`."""
-        return self._frame_steps(plan).stream()
+        return Stream(self._frame_steps(plan))
 
     def _latent_steps(
         self, sample_mode: bool, generator: torch.Generator | None, plan: Plan | None

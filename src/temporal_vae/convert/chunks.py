@@ -25,7 +25,7 @@ from temporal_vae.geometry import Padding, spans
 from temporal_vae.model import TemporalVAE
 from temporal_vae.video import Frame, Image, Uint8Frames, pad_frames, to_bytes, to_pixels
 from temporal_vae.walks.plan import Plan
-from temporal_vae.walks.streamed import Stream
+from temporal_vae.walks.runner import Stream
 
 NO_FRAMES: Uint8Frames = np.empty((0, 1, 1, 3), np.uint8)
 

@@ -107,9 +107,15 @@ def _fit_after_loading(line: nn.Module, keys: object) -> None:
     cast(Line, line).fit_scales()
 
 
-def _each(modules: nn.Module) -> Iterator[Layer]:
-    """The layers in a ModuleList, which the type checker takes for any modules."""
-    return cast(Iterator[Layer], iter(cast(nn.ModuleList, modules)))
+def in_order(*parts: nn.Module | None) -> Iterator[Layer]:
+    """The layers in some parts of a line, in the order of application."""
+    for part in parts:
+        if isinstance(part, Layer):
+            yield part
+        elif isinstance(part, nn.ModuleList):
+            yield from in_order(*part)
+        elif isinstance(part, (Level, MidBlock)):
+            yield from part.layers()
 
 
 def temporal_blocks(channels: int, count: int, config: TemporalVAEConfig) -> nn.ModuleList:
@@ -142,10 +148,8 @@ class Level(nn.Module):
     def layers(self) -> Iterator[Layer]:
         """Every layer in the order of application."""
         for resnet, temporals in zip(self.resnets, self.temporals, strict=True):
-            yield cast(Layer, resnet)
-            yield from _each(temporals)
-        yield from _each(self.downsamplers)
-        yield from _each(self.upsamplers)
+            yield from in_order(resnet, temporals)
+        yield from in_order(self.downsamplers, self.upsamplers)
 
 
 class MidBlock(nn.Module):
@@ -164,16 +168,8 @@ class MidBlock(nn.Module):
 
     def layers(self) -> Iterator[Layer]:
         """Every layer in the order of application."""
-        yield cast(Layer, self.resnets[0])
-        yield from _each(self.temporals[0])
-        yield from _each(self.attentions)
-        yield from _each(self.temporal_attentions)
-        yield cast(Layer, self.resnets[1])
-        yield from _each(self.temporals[1])
-
-
-def _level(module: nn.Module) -> Level:
-    return cast(Level, module)
+        first, last = zip(self.resnets, self.temporals, strict=True)
+        return in_order(*first, self.attentions, self.temporal_attentions, *last)
 
 
 class Encoder(Line):
@@ -186,10 +182,10 @@ class Encoder(Line):
         self.conv_in = FirstConv(config.input_channels, widths[0], 3)
         self.down_blocks = nn.ModuleList()
         for before, width in pairwise((widths[0], *widths)):
-            if self.down_blocks:
-                _level(self.down_blocks[-1]).downsamplers.append(Downsample(before))
             level = Level(before, width, config.blocks_per_level, temporal, config)
             self.down_blocks.append(level)
+            if len(self.down_blocks) < len(widths):
+                level.downsamplers.append(Downsample(width))
         self.mid_block = MidBlock(widths[-1], temporal, config)
         self.conv_norm_out = FrameNormSiLU(config.groups(widths[-1]), widths[-1])
         self.conv_out = FrameConv(widths[-1], moments, 3)
@@ -202,14 +198,10 @@ class Encoder(Line):
 
     def layers(self) -> Iterator[Layer]:
         """Every layer in the order of application."""
-        yield self.conv_in
-        for level in self.down_blocks:
-            yield from _level(level).layers()
-        yield from self.mid_block.layers()
-        yield self.conv_norm_out
-        yield self.conv_out
-        if self.quant_conv is not None:
-            yield self.quant_conv
+        return in_order(
+            self.conv_in, self.down_blocks, self.mid_block, self.conv_norm_out, self.conv_out,
+            self.quant_conv,
+        )  # fmt: skip
 
 
 class Decoder(Line):
@@ -224,17 +216,14 @@ class Decoder(Line):
         self.mid_block = MidBlock(widths[0], temporal, config)
         self.up_blocks = nn.ModuleList()
         for before, width in pairwise((widths[0], *widths)):
-            if self.up_blocks:
-                _level(self.up_blocks[-1]).upsamplers.append(Upsample(before))
             level = Level(before, width, config.blocks_per_level + 1, temporal, config)
             self.up_blocks.append(level)
+            if len(self.up_blocks) < len(widths):
+                level.upsamplers.append(Upsample(width))
         self.conv_norm_out = FrameNormSiLU(config.groups(widths[-1]), widths[-1])
         self.conv_out = FrameConv(widths[-1], pixel, 3)
-        self.time_conv_out = (
-            TimeConv(pixel, config.temporal_kernel_size, config.causal_mode)
-            if config.time_conv_out
-            else None
-        )
+        kernel, causal = config.temporal_kernel_size, config.causal_mode
+        self.time_conv_out = TimeConv(pixel, kernel, causal) if config.time_conv_out else None
 
     def typical_frames(self) -> Tensor:
         """A few small frames of latents, as a diffusion model would hand them over, unscaled."""
@@ -243,13 +232,7 @@ class Decoder(Line):
 
     def layers(self) -> Iterator[Layer]:
         """Every layer in the order of application."""
-        if self.post_quant_conv is not None:
-            yield self.post_quant_conv
-        yield self.conv_in
-        yield from self.mid_block.layers()
-        for level in self.up_blocks:
-            yield from _level(level).layers()
-        yield self.conv_norm_out
-        yield self.conv_out
-        if self.time_conv_out is not None:
-            yield self.time_conv_out
+        return in_order(
+            self.post_quant_conv, self.conv_in, self.mid_block, self.up_blocks, self.conv_norm_out,
+            self.conv_out, self.time_conv_out,
+        )  # fmt: skip

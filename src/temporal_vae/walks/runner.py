@@ -8,7 +8,7 @@ here, and what `torch.compile` made of the network is kept here.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -29,7 +29,7 @@ from temporal_vae.walks.budget import Budget, check_budget
 from temporal_vae.walks.peak import Offload, Operation, PlanRequest
 from temporal_vae.walks.plan import Plan, planner
 from temporal_vae.walks.stages import shape_after
-from temporal_vae.walks.streamed import State, Stream
+from temporal_vae.walks.streamed import Held, State
 
 T = TypeVar("T")
 
@@ -321,7 +321,7 @@ class Runner:
     # Steps of a stream -----------------------------------------------------------------------
 
     def step(
-        self, operation: Operation, clip: Tensor, state: State | None, plan: Plan | None
+        self, operation: Operation, clip: Tensor, state: Held | None, plan: Plan | None
     ) -> tuple[Tensor | None, State]:
         """The next piece of a clip -> what is certain by now, not masked, and the new state.
 
@@ -340,7 +340,7 @@ class Runner:
         return once(plan) if donated else self._retried(plan, once)
 
     def finish(
-        self, operation: Operation, state: State | None, plan: Plan | None
+        self, operation: Operation, state: Held | None, plan: Plan | None
     ) -> Iterator[Tensor]:
         """What an ended stream still owes, not masked, a few frames at a time."""
         donated = isinstance(state, list)
@@ -365,11 +365,6 @@ class Runner:
         tail = memory[-1]
         size = (int(side / scale) for side in tail.shape[3:])
         return tail.new_empty(1).expand(len(tail), self._channels(operation), 1, *size)
-
-    def begin(self, operation: Operation, plan: Plan) -> State:
-        """The state before the first piece of a stream that writes over it."""
-        like = torch.empty(1, dtype=plan.dtype, device=self.device).expand(plan.shape)
-        return streamed.begin(self.line(operation), like)
 
     # Compilation -----------------------------------------------------------------------------
 
@@ -409,35 +404,96 @@ class Steps:
     """What is made of a piece of the result."""
     plan: Plan | None
 
-    def step(self, piece: Tensor, state: State | None) -> tuple[Tensor | None, State]:
+    def step(self, piece: Tensor, state: Held | None) -> tuple[Tensor | None, State]:
         """The next piece -> what is certain by now, None if nothing, and the new state."""
         y, state = self.runner.step(self.operation, self.take(piece), state, self.plan)
         return (None if y is None else self.give(y)), state
 
-    def flush(self, state: State | None) -> Iterator[Tensor]:
+    def flush(self, state: Held | None) -> Iterator[Tensor]:
         """What an ended stream still owes, in pieces."""
         return map(self.give, self.runner.finish(self.operation, state, self.plan))
 
-    def finish(self, state: State | None) -> Tensor | None:
+    def finish(self, state: Held | None) -> Tensor | None:
         """What an ended stream still owes; None if it owes nothing."""
         owed = list(self.flush(state))
         return torch.cat(owed, 2) if owed else None
 
-    def stream(self) -> Stream:
-        """A stream to push pieces into, which keeps its state itself."""
-        plan = self.plan
-        if plan is None or plan.keep_state:
-            return Stream(self.step, self.flush, self._check)
-        # a bounded walk writes over the state, so it is there before
-        state = () if plan.bounds is None else self.runner.begin(self.operation, plan)
-        return Stream(self.step, self.flush, self._check, False, state)
+    def first_state(self) -> State:
+        """The state of a stream that writes over it: there from the start, if it walks bounded."""
+        if self.plan is None or self.plan.bounds is None:
+            return ()
+        like = torch.empty(1, dtype=self.plan.dtype, device=self.runner.device)
+        return streamed.begin(self.runner.line(self.operation), like.expand(self.plan.shape))
 
-    def _check(self, piece: Tensor) -> None:
+    def check(self, piece: Tensor) -> None:
         """Raise for a piece that could not be taken."""
         clip = self.take(piece)
         self.runner.plan_for(self.operation, clip, self.plan, stream=True, donated=True)
         if self.plan is not None and self.plan.bounds is not None:
             bounded.refuse_autograd(self.runner.line(self.operation), clip)
+
+
+class Stream:
+    """One clip in pieces: push what comes, finish when it ends; or pull it through at once.
+
+    `state` is what has been remembered so far, a plain value: to go back, keep it and set it. With
+    a plan that does not keep states a step writes over the old one: less memory, and the end of the
+    stream where a step fails; a piece that cannot be taken raises before anything is written over.
+    """
+
+    def __init__(self, steps: Steps):
+        self._steps, self._ended = steps, False
+        self._keeps = steps.plan is None or steps.plan.keep_state
+        self.state: State = () if self._keeps else steps.first_state()
+
+    def push(self, piece: Tensor) -> Tensor | None:
+        """Take the next piece; give all that is certain by now, or None.
+
+        Raises `ValueError` after the end, and for a piece that does not continue the clip; the
+        state then stays what it was.
+        """
+        self._refuse_after_end()
+        if not self._keeps:
+            self._steps.check(piece)
+            self._ended = True  # until the step has made another state
+        given, self.state = self._steps.step(piece, self._donated())
+        self._ended = False
+        return given
+
+    def finish(self) -> Tensor | None:
+        """End the clip; give what is still owed, or None. Raises `ValueError` after the end."""
+        self._refuse_after_end()
+        self._ended = not self._keeps
+        owed = list(self._steps.flush(self._donated()))
+        self._ended = True
+        return torch.cat(owed, 2) if owed else None
+
+    def flush(self) -> Iterator[Tensor]:
+        """`finish`, in pieces: the further a model looks ahead, the more it still owes."""
+        self._refuse_after_end()
+        self._ended = True
+        return self._steps.flush(self._donated())
+
+    def pull(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Push all pieces and finish; gives what there is, as soon as it is."""
+        for piece in pieces:
+            if (given := self.push(piece)) is not None:
+                yield given
+        yield from self.flush()
+
+    def _donated(self) -> Held:
+        """The state to go on from: all there is of it, unless it is kept."""
+        if self._keeps:
+            return self.state
+        state, self.state = list(self.state), ()
+        return state
+
+    def _refuse_after_end(self) -> None:
+        if self._ended:
+            raise ValueError(
+                "this stream has ended, or a step of it failed: start a new one for another clip, "
+                "or keep its `state` before finishing to go on from there"
+            )
 
 
 def _behind(pieces: Iterator[Tensor], frames: int) -> Iterator[Tensor]:

@@ -8,9 +8,8 @@ network gives a frame for each it takes; a symmetric one is late by its reach, a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,77 +123,6 @@ def _joined(*pieces: Tensor | None) -> Tensor | None:
     """Pieces (B, C, n, H, W) of a clip that follow one another, as one."""
     present = [piece for piece in pieces if piece is not None]
     return torch.cat(present, 2) if len(present) > 1 else next(iter(present), None)
-
-
-class Stream:
-    """One clip in pieces: push what comes, finish when it ends; or pull it through at once.
-
-    `state` is what has been remembered so far, a plain value: to go back, keep it and set it. With
-    `keep_state` False a step writes over the old one: less memory, and the end of the stream where
-    a step fails. `check` raises for a piece that cannot be taken, before anything is written over.
-    It goes on from a `state`, if it is given one.
-    """
-
-    def __init__(
-        self,
-        step: Callable[[Tensor, Any], tuple[Tensor | None, State]],
-        owed: Callable[[Any], Iterator[Tensor]],
-        check: Callable[[Tensor], object],
-        keep_state: bool = True,
-        state: State = (),
-    ):
-        self._step, self._owed, self._check, self._keeps = step, owed, check, keep_state
-        self._ended = False
-        self.state = state
-
-    def push(self, piece: Tensor) -> Tensor | None:
-        """Take the next piece; give all that is certain by now, or None.
-
-        Raises `ValueError` after the end, and for a piece that does not continue the clip; the
-        state then stays what it was.
-        """
-        self._refuse_after_end()
-        if not self._keeps:
-            self._check(piece)
-            self._ended = True  # until the step has made another state
-        given, self.state = self._step(piece, self._donated())
-        self._ended = False
-        return given
-
-    def finish(self) -> Tensor | None:
-        """End the clip; give what is still owed, or None. Raises `ValueError` after the end."""
-        self._refuse_after_end()
-        self._ended = not self._keeps
-        owed = list(self._owed(self._donated()))
-        self._ended = True
-        return torch.cat(owed, 2) if owed else None
-
-    def flush(self) -> Iterator[Tensor]:
-        """`finish`, in pieces: the further a model looks ahead, the more it still owes."""
-        self._refuse_after_end()
-        self._ended = True
-        return self._owed(self._donated())
-
-    def pull(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Push all pieces and finish; gives what there is, as soon as it is."""
-        for piece in pieces:
-            if (given := self.push(piece)) is not None:
-                yield given
-        yield from self.flush()
-
-    def _donated(self) -> Held:
-        """The state to go on from: all there is of it, unless it is kept."""
-        if self._keeps:
-            return self.state
-        state, self.state = list(self.state), ()
-        return state
-
-    def _refuse_after_end(self) -> None:
-        if self._ended:
-            raise ValueError(
-                "this stream has ended, or a step of it failed: start a new one for another clip, "
-                "or keep its `state` before finishing to go on from there"
-            )
 
 
 def _pass_on(
