@@ -375,7 +375,7 @@ class Runner:
 
     def _compiled_step(
         self, operation: Operation
-    ) -> Callable[[Tensor, State | None], tuple[Tensor | None, State]]:
+    ) -> Callable[[Tensor, Held | None], tuple[Tensor | None, State]]:
         """A whole step of a stream, compiled if that was asked for and the model is causal."""
         line = self.line(operation)
         step = partial(streamed.step, line)
