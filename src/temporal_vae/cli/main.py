@@ -99,8 +99,7 @@ def reconstruct(
     def work(source: Path, out: Path, index: int, meter: Meter) -> Result:
         done = reconstructing.reconstruct(
             source, out, vae, frames.clip_frames, meter, model.memory, selected, format,
-            overwrite=output.overwrite,
-        )  # fmt: skip
+            overwrite=output.overwrite)  # fmt: skip
         return done, describe_written(out)
 
     _work("reconstructing", jobs, work, messages)
@@ -130,18 +129,13 @@ def encode(
     from temporal_vae.convert import encode as encoding
     from temporal_vae.convert.ends import Summary
 
-    stored = None if latents.latent_dtype is None else options.choose_dtype(latents.latent_dtype)
-    how = encoding.Encoding(sample=latents.sample, seed=latents.seed, dtype=stored,
-                            scaled=latents.scaled, clip_frames=frames.clip_frames,
-                            memory=model.memory)  # fmt: skip
+    how = latents.encoding(frames.clip_frames, model.memory)
     vae, record = model.load_with_record()
 
     def work(source: Path, out: Path, index: int, meter: Meter) -> Result:
         its = replace(how, seed=latents.seed_of(index))
-        done = encoding.encode(
-            source, out, vae, record, its, options=selected, overwrite=output.overwrite,
-            progress=meter,
-        )  # fmt: skip
+        done = encoding.encode(source, out, vae, record, its, options=selected,
+                               overwrite=output.overwrite, progress=meter)  # fmt: skip
         summary = Summary(done.info.frames, done.seconds, done.info.clip_frames, done.notes)
         return summary, describe_latents(str(out))
 
@@ -177,8 +171,7 @@ def decode(
         done = decoding.decode(
             source, out, vae, record, sample=latents.sample, seed=latents.seed_of(index),
             any_model=latents.any_model, alpha=latents.alpha, format=output.format(),
-            memory=model.memory, overwrite=output.overwrite, progress=meter,
-        )  # fmt: skip
+            memory=model.memory, overwrite=output.overwrite, progress=meter)  # fmt: skip
         return done, describe_written(out)
 
     _work("decoding", jobs, work, messages)

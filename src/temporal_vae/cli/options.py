@@ -19,6 +19,7 @@ from temporal_vae.video import Alpha, Format, Options, Raw, Selection
 if TYPE_CHECKING:
     import torch
 
+    from temporal_vae.convert.encode import Encoding
     from temporal_vae.latents import ModelRecord
     from temporal_vae.model import TemporalVAE
 
@@ -263,6 +264,14 @@ class EncodeOptions(LatentOptions):
     scaled: bool = option(
         False, "", "Store latents scaled to unit variance, as diffusion models take them. The file "
         "records it, and decode undoes it.")  # fmt: skip
+
+    def encoding(self, clip_frames: int | Literal["all"] | None, memory: str | None) -> Encoding:
+        """How videos are encoded. Raises `ValueError` for a seed without --sample."""
+        from temporal_vae.convert.encode import Encoding
+
+        dtype = None if self.latent_dtype is None else choose_dtype(self.latent_dtype)
+        return Encoding(sample=self.sample, seed=self.seed, dtype=dtype, scaled=self.scaled,
+                        clip_frames=clip_frames, memory=memory)  # fmt: skip
 
 
 @dataclass(frozen=True)
