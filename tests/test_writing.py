@@ -282,7 +282,7 @@ def test_raw_rgb_is_the_numbers(tmp_path: Path, depth: int) -> None:
     assert np.array_equal(np.fromfile(tmp_path / "a.rgb", kind).reshape(2, 9, 11, 3), [image] * 2)
     pixels = "rgb24" if depth == 8 else "rgb48le"
     assert writer.notes == [
-        "bare RGB says nothing of itself: read it with ffmpeg -f rawvideo "
+        "headerless RGB states neither size nor rate: read it with ffmpeg -f rawvideo "
         f"-pix_fmt {pixels} -s 11x9 -r 25"
     ]
 

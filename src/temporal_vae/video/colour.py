@@ -108,7 +108,7 @@ def refuse_colour(colour: Colour, path: str) -> None:
     source = shlex.quote(path)
     if colour.transfer in HDR:
         raise VideoError(
-            f"{path}: high dynamic range ({HDR[colour.transfer]}) would be squashed: convert it "
+            f"{path}: high dynamic range ({HDR[colour.transfer]}) is not read: convert it "
             f"to BT.709 first with ffmpeg -i {source} -vf {TONE_MAP} OUT.mp4"
         )
     if colour.matrix in UNREAD_MATRICES:

@@ -84,7 +84,7 @@ class Selection:
         if self.alpha not in (None, "keep", "drop"):
             raise ValueError(f"alpha must be 'keep' or 'drop', got {self.alpha!r}")
         if self.size is not None and self.width is not None:
-            raise ValueError("size and width both say how large: give one of them")
+            raise ValueError("size and width both set the size: give one of them")
         if self.raw is not None:
             height, width, rate = self.raw
             if min(height, width) < 1 or max(height, width) > LARGEST_SIDE or not rate > 0:

@@ -40,7 +40,7 @@ PACKED_FORMATS = {
 """libav's pixel formats by type and number of channels."""
 ALPHA_LOST = (
     "its alpha channel would be lost: keep it beside the picture with alpha='keep' (or as a fourth "
-    "channel with channels=4), or let it go with alpha='drop' (--alpha drop)"
+    "channel with channels=4), or leave it out with alpha='drop' (--alpha drop)"
 )
 
 
@@ -105,7 +105,8 @@ class Converter:
         spec, matrix = self._spec, self._orientation(frame)
         if depth_of(frame) > 8 and not spec.deep:
             raise VideoError(
-                f"{self._path}: frames of {depth_of(frame)} bits after frames of 8: split it there"
+                f"{self._path}: frames of {depth_of(frame)} bits after frames of 8: split the file "
+                "there"
             )
         if spec.crop is None:
             stored_size = turned_size(*spec.size, matrix)

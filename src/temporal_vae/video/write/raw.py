@@ -77,13 +77,13 @@ class RawWriter(Output):
         notes = tag_notes(layout.colour)
         if self._target.format.name == "rgb":
             notes.append(
-                "bare RGB says nothing of itself: read it with ffmpeg -f rawvideo "
+                "headerless RGB states neither size nor rate: read it with ffmpeg -f rawvideo "
                 f"-pix_fmt {layout.pixel_format} -s {width}x{height} -r {self._target.fps}"
             )
         elif layout.yuv is not None:
             notes.append(
-                f"y4m does not tell its matrix: {MATRICES[layout.colour.matrix]}, as players take "
-                "for its size"
+                f"y4m does not state its matrix: it is {MATRICES[layout.colour.matrix]}, which "
+                "players assume for this size"
             )
         return notes
 

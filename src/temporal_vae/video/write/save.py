@@ -109,5 +109,5 @@ def _rate(fps: float | Fraction | None, info: VideoInfo | None) -> Fraction:
     if fps is not None:
         return exact_rate(fps)
     if info is None:
-        raise ValueError("fps says how fast the frames follow: give it, or an info that does")
+        raise ValueError("the frame rate, fps, is missing: give it, or an info that has it")
     return info.fps

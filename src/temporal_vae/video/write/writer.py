@@ -77,7 +77,7 @@ class VideoWriter:
         self.notes += self._output.notes()
         if not self._keeps_timestamps and (self._first or not self._evenly_spaced):
             what = "start" if self._evenly_spaced else "timestamps"
-            self.notes.append(f"its {what} cannot be kept: frames stand at {self._fps} a second")
+            self.notes.append(f"its {what} cannot be kept: frames come at {self._fps} per second")
 
     def write(self, image: Image, pts: int) -> None:
         """Append one frame, uint8 or uint16 (H, W, C), at `pts` in units of the time base.
