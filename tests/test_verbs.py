@@ -41,31 +41,9 @@ from temporal_vae import (
 from temporal_vae.evaluate import reconstruct_frames
 from temporal_vae.jobs import plan_jobs
 from temporal_vae.video import VideoWriter, pad_frames, read_clip, to_pixels
-from temporal_vae.walks import heap
 from temporal_vae.walks.plan import _Alive
 
 Said = subprocess.CompletedProcess[str]
-
-
-def here(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object
-) -> Said:
-    """The command in this process, which saves it a second each time."""
-    monkeypatch.setattr(sys, "argv", ["tvae", *map(str, words)])
-    monkeypatch.setattr(heap, "keep_freed", lambda: None)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    said = capsys.readouterr()
-    return subprocess.CompletedProcess(
-        [*map(str, words)], int(end.value.code or 0), said.out, said.err
-    )
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
-    return lambda *words: here(monkeypatch, capsys, *words)
 
 
 @pytest.fixture(scope="module")
