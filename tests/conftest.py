@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, files
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
 from torch import Tensor, nn
 
 from temporal_vae import TemporalVAE
+from temporal_vae.cli import allocator, main
 from temporal_vae.convert import memory
 from temporal_vae.walks import plan
 
@@ -66,9 +72,46 @@ def awake(dtype: torch.dtype = torch.float64, seed: int = 0, **options: Any) -> 
     small: dict[str, Any] = {"base_channels": 8, "channel_multipliers": (1, 2), "seed": 0}
     model = TemporalVAE(**(small | options)).to(dtype)
     redraw(model, seed)
-    if model.config.num_temporal_layers:
+    known = str((dtype, seed, options))
+    if model.config.num_temporal_layers and known not in _AWAKE:
         assert_awake(model)
+        _AWAKE.add(known)
     return model
+
+
+_AWAKE: set[str] = set()
+"""What was asserted of a model in this process is true of the next one with these options."""
+
+
+def thinned(n: int, *axes: Iterable[object]) -> list[Any]:
+    """Cases of a grid: every n-th diagonal in the quick run, so each value of each axis; all slow.
+
+    >>> thinned(2, "ab", "xy")  # ax and by are quick
+    """
+    cells = product(*(list(enumerate(axis)) for axis in axes))
+    return [
+        pytest.param(
+            *(value for _, value in cell),
+            id="-".join(str(value) for _, value in cell),
+            marks=pytest.mark.slow if sum(i for i, _ in cell) % n else (),
+        )
+        for cell in cells
+    ]
+
+
+def drawn(few: int, many: int, **strategies: Any) -> Callable[[Callable[..., None]], Any]:
+    """`given`, with few examples in the quick run, and many in one that is slow."""
+
+    def of(body: Callable[..., None]) -> Any:
+        @pytest.mark.parametrize(
+            "examples", [few, pytest.param(many, marks=pytest.mark.slow)], ids=["few", "many"]
+        )
+        def test(examples: int) -> None:
+            settings(max_examples=examples, deadline=None)(given(**strategies)(body))()
+
+        return test
+
+    return of
 
 
 def pixels(
@@ -105,3 +148,26 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     awake(torch.float32).save_pretrained(folder)
     return folder
+
+
+def here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object
+) -> subprocess.CompletedProcess[str]:
+    """The command in this process, which saves it two seconds each time."""
+    monkeypatch.setattr(sys, "argv", ["tvae", *map(str, words)])
+    monkeypatch.setattr(allocator, "settle", lambda _: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main.main()
+    said = capsys.readouterr()
+    return subprocess.CompletedProcess(
+        [*map(str, words)], int(end.value.code or 0), said.out, said.err
+    )
+
+
+@pytest.fixture
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    return lambda *words: here(monkeypatch, capsys, *words)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import awake, difference, redraw
+from conftest import awake, difference, redraw, thinned
 from diffusers import (
     AnimateDiffPipeline,
     AutoencoderKL,
@@ -289,23 +289,24 @@ IMAGES: dict[str, Callable[[], Any]] = {
 
 
 def assert_chunks_do_nothing(pipe: Any, expected: Tensor) -> None:
+    videos = []
     for chunk in (None, 1, 2, 5):
-        mine = svd_video(pipe, decode_chunk_size=chunk)
-        assert difference(mine, expected) < TOLERANCE, f"{chunk} frames a chunk: another video"
+        videos.append(svd_video(pipe, decode_chunk_size=chunk))
+        assert difference(videos[-1], expected) < TOLERANCE, f"{chunk} frames a chunk: another one"
+    assert all(torch.equal(video, videos[0]) for video in videos)
 
 
 @pytest.mark.parametrize(
-    "memory", [None, "least", pytest.param("6GiB", marks=pytest.mark.slow), "auto"]
+    "memory",
+    [None, "least", *(pytest.param(size, marks=pytest.mark.slow) for size in ("6GiB", "auto"))],
 )
 def test_svd_is_the_stock_one_without_its_chunks(memory: str | None) -> None:
     pipe = svd_pipeline()
     one_clip = svd_video(pipe, decode_chunk_size=5)
-    for chunk in (1, 2):  # asleep, chunks would change nothing
-        assert difference(svd_video(pipe, decode_chunk_size=chunk), one_clip) > 0.01
+    # asleep, chunks would change nothing
+    assert difference(svd_video(pipe, decode_chunk_size=2), one_clip) > 0.01
     upgrade(pipe, memory)
     assert_chunks_do_nothing(pipe, one_clip)
-    videos = [svd_video(pipe, decode_chunk_size=chunk) for chunk in (1, 2, 5)]
-    assert all(torch.equal(video, videos[0]) for video in videos)
 
 
 def test_two_svd_videos_at_once_are_two_clips() -> None:
@@ -330,7 +331,7 @@ def test_the_chunk_test_sees_a_pipeline_that_cuts(monkeypatch: pytest.MonkeyPatc
         assert_chunks_do_nothing(pipe, one_clip)
 
 
-@pytest.mark.parametrize("memory", [None, "least"])
+@pytest.mark.parametrize("memory", [pytest.param(None, marks=pytest.mark.slow), "least"])
 def test_animatediff_is_the_stock_one_without_its_chunks(memory: str | None) -> None:
     pipe = animatediff_pipeline()
     stock = [animation(pipe, decode_chunk_size=chunk) for chunk in (1, 2, 5)]
@@ -354,8 +355,7 @@ def test_animatediff_with_a_video_vae_decodes_one_clip() -> None:
     assert difference(frame_by_frame, expected) > 0.01
 
 
-@pytest.mark.parametrize("kind", IMAGES)
-@pytest.mark.parametrize("memory", ["least", "6GiB"])
+@pytest.mark.parametrize(("kind", "memory"), thinned(2, IMAGES, ["least", "6GiB"]))
 def test_images_are_the_stock_ones(kind: str, memory: str) -> None:
     """Those from an image too, which sample latents: the noise is diffusers' own."""
     pipe = IMAGES[kind]()
@@ -629,8 +629,7 @@ def test_the_draw_test_sees_our_own_noise(monkeypatch: pytest.MonkeyPatch) -> No
         assert_samples_like(module, stock)
 
 
-@pytest.mark.parametrize("slicing", [False, True])
-@pytest.mark.parametrize("tiling", [False, True])
+@pytest.mark.parametrize(("slicing", "tiling"), thinned(2, [False, True], [False, True]))
 def test_every_call_of_the_drop_in_gives_the_stock_numbers(slicing: bool, tiling: bool) -> None:
     stock = theirs()
     module = to_diffusers(diffusers._with_weights_of(stock))

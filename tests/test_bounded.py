@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import awake, difference
-from hypothesis import given, settings
+from conftest import awake, difference, drawn, thinned
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -77,14 +76,14 @@ BOUNDS = [
 ]
 
 
-@pytest.mark.parametrize("layout", MODELS)
-@pytest.mark.parametrize("bounds", BOUNDS, ids=str)
+@pytest.mark.parametrize(("layout", "bounds"), thinned(2, MODELS, BOUNDS))
 def test_bounded_equals_whole(layout: str, bounds: Bounds) -> None:
     assert_bounded_equals_whole(MODELS[layout], bounds, (1, 5, (3, 4)))
 
 
-@settings(max_examples=30, deadline=None)
-@given(
+@drawn(
+    12,
+    100,
     layout=st.sampled_from(list(MODELS)),
     frames=st.integers(1, 4),
     pixels=st.integers(1, 40),

@@ -37,6 +37,7 @@ from temporal_vae.walks.budget import BudgetError
 from temporal_vae.walks.peak import Operation
 from temporal_vae.walks.tracing import LiveBytes
 
+Run = Callable[..., subprocess.CompletedProcess[str]]
 COMMAND = [sys.executable, "-c", "from temporal_vae.cli.main import main; main()"]
 
 
@@ -245,11 +246,11 @@ BAD: list[tuple[str, Callable[[Path], object], str]] = [
 
 @pytest.mark.parametrize(("make", "words"), [b[1:] for b in BAD], ids=[b[0] for b in BAD])
 def test_bad_sources(
-    tmp_path: Path, small_model: Path, make: Callable[[Path], object], words: str
+    tmp_path: Path, small_model: Path, run: Run, make: Callable[[Path], object], words: str
 ) -> None:
     source = tmp_path / "in.mp4"
     make(source)
-    result = tvae("reconstruct", source, tmp_path / "out.mp4", "--model", small_model)
+    result = run("reconstruct", source, tmp_path / "out.mp4", "--model", small_model)
     assert_one_line_error(result, words)
     assert not [p for p in tmp_path.iterdir() if p != source], "something was left behind"
 
@@ -262,9 +263,9 @@ def test_bad_sources(
         ("in.mp4/out.mkv", "is not a folder"),
     ],
 )
-def test_bad_targets(tmp_path: Path, small_model: Path, target: str, words: str) -> None:
+def test_bad_targets(tmp_path: Path, small_model: Path, run: Run, target: str, words: str) -> None:
     source = write(tmp_path / "in.mp4", smooth(3, 16, 16))
-    result = tvae("reconstruct", source, tmp_path / target, "--model", small_model)
+    result = run("reconstruct", source, tmp_path / target, "--model", small_model)
     assert_one_line_error(result, words)
     assert list(tmp_path.iterdir()) == [source]
 
@@ -279,37 +280,39 @@ def test_bad_targets(tmp_path: Path, small_model: Path, target: str, words: str)
         (("--clip-frames", "0"), "a number of frames or 'all'"),
     ],
 )
-def test_bad_options(tmp_path: Path, options: tuple[str, str], words: str) -> None:
+def test_bad_options(tmp_path: Path, run: Run, options: tuple[str, str], words: str) -> None:
     source = write(tmp_path / "in.mp4", smooth(3, 16, 16))
-    assert_one_line_error(tvae("reconstruct", source, tmp_path / "out.mp4", *options), words)
+    assert_one_line_error(run("reconstruct", source, tmp_path / "out.mp4", *options), words)
 
 
-def test_an_unwritable_folder(tmp_path: Path, small_model: Path) -> None:
+def test_an_unwritable_folder(tmp_path: Path, small_model: Path, run: Run) -> None:
     if os.geteuid() == 0:
         target = Path("/proc/out.mp4")  # root may write anywhere else
     else:
         target = tmp_path / "locked" / "out.mp4"
         target.parent.mkdir(mode=0o500)
     source = write(tmp_path / "in.mp4", smooth(3, 16, 16))
-    result = tvae("reconstruct", str(source), str(target), "--model", str(small_model))
+    result = run("reconstruct", str(source), str(target), "--model", str(small_model))
     assert_one_line_error(result, "cannot write in")
 
 
 def test_a_truncated_video_is_processed_and_the_loss_is_said(
-    tmp_path: Path, small_model: Path
+    tmp_path: Path, small_model: Path, run: Run
 ) -> None:
     path = write(
         tmp_path / "in.mkv", np.random.default_rng(0).integers(0, 255, (9, 64, 64, 3), np.uint8)
     )
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size * 2 // 3)
-    result = tvae("reconstruct", path, tmp_path / "out.mkv", "--model", small_model)
+    result = run("reconstruct", path, tmp_path / "out.mkv", "--model", small_model)
     assert result.returncode == 0, result.stderr
     assert "tvae: note: " in result.stderr and "frames end at" in result.stderr
     assert 0 < len(read_clip(tmp_path / "out.mkv")) < 9
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)]
+)
 def test_an_interruption_leaves_no_file(tmp_path: Path, small_model: Path, number: int) -> None:
     source = write(tmp_path / "in.mkv", smooth(400, 160, 160))
     target = tmp_path / "out.mp4"
@@ -334,15 +337,15 @@ def test_an_interruption_leaves_no_file(tmp_path: Path, small_model: Path, numbe
     assert target.read_text() == "old"
 
 
-def test_info(tmp_path: Path, small_model: Path) -> None:
-    here = tvae("info").stdout
+def test_info(tmp_path: Path, small_model: Path, run: Run) -> None:
+    here = run("info").stdout
     assert "tiny" in here and "torch" in here
-    model = tvae("info", small_model).stdout
+    model = run("info", small_model).stdout
     assert "parameters" in model and "base_channels" in model and "on each side" in model
     source = write(tmp_path / "in.mp4", smooth(3, 16, 18))
-    video = tvae("info", source).stdout
+    video = run("info", source).stdout
     assert "18x16" in video and "h264" in video and "yuv420p" in video
-    assert_one_line_error(tvae("info", tmp_path / "nothing"), "neither a model nor a file")
+    assert_one_line_error(run("info", tmp_path / "nothing"), "neither a model nor a file")
 
 
 def test_frames_too_close_for_the_container(tmp_path: Path, echo: Echo) -> None:
@@ -626,10 +629,10 @@ def test_no_memory_is_one_line(tmp_path: Path, small_model: Path) -> None:
     ],
 )
 def test_memory_that_cannot_be(
-    tmp_path: Path, small_model: Path, memory: str, message: str
+    tmp_path: Path, small_model: Path, run: Run, memory: str, message: str
 ) -> None:
     source = write(tmp_path / "in.mkv", smooth(3, 64, 64))
-    result = tvae(
+    result = run(
         "reconstruct", source, tmp_path / "out.mkv", "--model", small_model, "--memory", memory
     )
     assert_one_line_error(result, message)

@@ -16,7 +16,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_awake, awake, difference, pixels, redraw
+from conftest import assert_awake, awake, difference, pixels, redraw, thinned
 from torch import Tensor, nn
 
 import temporal_vae
@@ -59,8 +59,9 @@ CAUSAL = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("options", CAUSAL, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "options"), thinned(3, [torch.float64, torch.float32, torch.bfloat16], CAUSAL)
+)
 def test_the_future_never_changes_the_past(dtype: torch.dtype, options: dict[str, int]) -> None:
     assert_future_is_unseen(awake(dtype, causal_mode=True, **options))
 
@@ -190,8 +191,14 @@ def test_every_constructor_argument_changes_something(name: str) -> None:
         common = {"clip_frames": 9, "temporal_norm": "clip"}
     redrawn = name != "seed"
     changed = fingerprint(common | {name: ALTERNATIVES[name]}, redrawn)
-    assert changed != fingerprint(common, redrawn)
-    assert fingerprint(common, redrawn) == fingerprint(common, redrawn)  # it can be equal
+    plain = str((common, redrawn))
+    if plain not in PLAIN:
+        PLAIN[plain] = fingerprint(common, redrawn)
+        assert fingerprint(common, redrawn) == PLAIN[plain]  # it can be equal
+    assert changed != PLAIN[plain]
+
+
+PLAIN: dict[str, list[float]] = {}
 
 
 def test_the_alternatives_name_every_argument() -> None:

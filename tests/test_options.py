@@ -15,7 +15,7 @@ import torch
 from conftest import awake
 from test_cli import Echo, assert_one_line_error, times
 from test_reading import alpha_file, bars, encode_frames, h264, pillow, save
-from test_verbs import Said, here
+from test_verbs import Said
 from test_video import noise, smooth, write
 
 from temporal_vae import LatentFile, LatentInfo, TemporalVAE, read_latents
@@ -25,11 +25,6 @@ from temporal_vae.convert import decode as decoding
 from temporal_vae.convert import encode as encoding
 from temporal_vae.convert import reconstruct as reconstructing
 from temporal_vae.video import Image, VideoError, VideoReader, read_clip
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
-    return lambda *words: here(monkeypatch, capsys, *words)
 
 
 @pytest.fixture(scope="module")

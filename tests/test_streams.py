@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import awake, difference
-from hypothesis import given, settings
+from conftest import awake, difference, drawn, thinned
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -85,14 +84,16 @@ LAYOUTS: list[dict[str, Any]] = [
 MODELS = {str(options): awake(**options) for options in LAYOUTS}
 
 
-@pytest.mark.parametrize("layout", MODELS)
-@pytest.mark.parametrize("sizes", [[1], [5], [1] * 7, [40, 1, 1, 2], [1, 70, 9]], ids=str)
+@pytest.mark.parametrize(
+    ("layout", "sizes"), thinned(2, MODELS, [[1], [5], [1] * 7, [40, 1, 1, 2], [1, 70, 9]])
+)
 def test_pieces_equal_whole(layout: str, sizes: list[int]) -> None:
     assert_pieces_equal_whole(MODELS[layout], sizes)
 
 
-@settings(max_examples=25, deadline=None)
-@given(
+@drawn(
+    10,
+    60,
     layout=st.sampled_from(list(MODELS)),
     sizes=st.lists(st.integers(1, 9), min_size=1, max_size=9),
     batch=st.integers(1, 2),

@@ -34,7 +34,7 @@ from temporal_vae import (
     read_latents,
     write_latents,
 )
-from temporal_vae.cli import main, report
+from temporal_vae.cli import report
 from temporal_vae.cli.inputs import plan_jobs
 from temporal_vae.convert import chunks, ends
 from temporal_vae.convert import decode as decoding
@@ -45,26 +45,6 @@ from temporal_vae.video import VideoWriter, pad_frames, read_clip, to_pixels
 from temporal_vae.walks.tracing import LiveBytes
 
 Said = subprocess.CompletedProcess[str]
-
-
-def here(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object
-) -> Said:
-    """The command in this process, which saves it a second each time."""
-    monkeypatch.setattr(sys, "argv", ["tvae", *map(str, words)])
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        main.main()
-    said = capsys.readouterr()
-    return subprocess.CompletedProcess(
-        [*map(str, words)], int(end.value.code or 0), said.out, said.err
-    )
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
-    return lambda *words: here(monkeypatch, capsys, *words)
 
 
 @pytest.fixture(scope="module")

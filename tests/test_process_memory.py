@@ -1,0 +1,69 @@
+"""What a process takes stays within its plan: real processes, real pages."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import awake
+
+from temporal_vae.convert import memory
+
+PEAK = """
+import ctypes, mmap, threading, time, torch
+from temporal_vae import TemporalVAE
+model = TemporalVAE(base_channels=64).eval()
+x = torch.randn({shape})
+def anonymous_bytes():
+    _, resident, shared, *_ = open("/proc/self/statm").read().split()
+    return (int(resident) - int(shared)) * mmap.PAGESIZE
+plan = model.plan(x.shape, "{operation}", budget={budget})
+assert plan.walk == "bounded"
+ctypes.CDLL(None).malloc_trim(0)
+base, most, done = anonymous_bytes(), 0, False
+def watch():
+    global most
+    while not done:
+        most = max(most, anonymous_bytes() - base)
+        time.sleep(0.002)
+thread = threading.Thread(target=watch)
+thread.start()
+with torch.no_grad():
+    model.{operation}(x, plan=plan)
+done = True
+thread.join()
+print(plan.peak_bytes, most)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not glibc on Linux")
+@pytest.mark.parametrize(
+    ("operation", "shape", "budget"),
+    [
+        ("encode", (1, 3, 9, 320, 576), "700 * 2**20"),
+        ("encode", (1, 3, 9, 320, 576), "'least'"),
+        ("decode", (1, 4, 9, 40, 72), "800 * 2**20"),
+        ("decode", (1, 4, 9, 40, 72), "'least'"),
+    ],
+)
+def test_a_process_stays_within_its_plan(
+    operation: str, shape: tuple[int, ...], budget: str
+) -> None:
+    code = PEAK.format(operation=operation, shape=shape, budget=budget)
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    planned, measured = map(int, said.stdout.split())
+    assert measured <= planned <= 1.15 * measured
+
+
+def test_further_clips_are_within_what_the_first_one_took() -> None:
+    """Others may have taken what was free then, of the budget too."""
+    model = awake(torch.float32, base_channels=8)
+    *_, needed = memory.clip_plans(model, (1, 3, 4, 32, 32), 2**33)
+    assert needed.reserved <= needed.total < 2**28 and needed.settle(2**33) == needed.total
+    assert needed.settle("least") == "least" and needed.settle(5) == 5
+    *_, again = memory.clip_plans(model, (1, 3, 3, 32, 32), needed.total)
+    assert again.total <= needed.total
