@@ -92,7 +92,7 @@ def thinned(n: int, *axes: Iterable[object]) -> list[Any]:
     return [
         pytest.param(
             *(value for _, value in cell),
-            id="-".join(str(value) for _, value in cell),
+            id="-".join(getattr(value, "__name__", str(value)) for _, value in cell),
             marks=pytest.mark.slow if sum(i for i, _ in cell) % n else (),
         )
         for cell in cells

@@ -10,6 +10,7 @@ import pytest
 from test_adapters import svd_pipeline
 from test_checkpoints import image_vae, save_single
 from test_foreign import theirs
+from test_laws import FLOORS
 
 import temporal_vae
 from temporal_vae import model
@@ -110,3 +111,23 @@ def test_every_verb_is_in_the_readme() -> None:
     for verb in command.registered_commands:
         assert verb.callback is not None
         assert f"tvae {verb.callback.__name__}" in README
+
+
+PATH = re.compile(r"`((?:[\w.]+/)*[\w.]+/|(?:[\w.]+/)*\w+\.(?:py|md|txt|toml))`")
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md"])
+def test_a_path_that_the_map_names_is_there(page: str) -> None:
+    named = set(PATH.findall((ROOT / page).read_text()))
+    assert len(named) > 3
+    places = (ROOT, ROOT / "src" / "temporal_vae", ROOT / "docs")
+    lost = {path for path in named if not any((place / path).exists() for place in places)}
+    assert not lost, f"{page} names what is not there"
+
+
+def test_the_map_draws_every_room() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    drawing = text.split("```")[1]
+    for room in FLOORS:
+        name = f"{room}/" if (ROOT / "src" / "temporal_vae" / room).is_dir() else f"{room}.py"
+        assert re.search(rf"\b{re.escape(name)}", drawing), f"the floors lack {name}"
