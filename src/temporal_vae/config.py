@@ -72,10 +72,13 @@ class TemporalVAEConfig:
     """Clip length the model was made for; required where a norm spans the clip, else unused."""
 
     @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Self:
-        """From arguments of `TemporalVAE`, where None stands for some defaults."""
-        optional = ("channel_multipliers", "latent_scale_factor")
-        return cls(**{k: v for k, v in values.items() if v is not None or k not in optional})
+    def of(cls, arguments: Mapping[str, Any]) -> Self:
+        """From the arguments of `TemporalVAE`, where None stands for some defaults."""
+        given = {field.name: arguments[field.name] for field in fields(cls)}
+        for name in ("channel_multipliers", "latent_scale_factor"):
+            if given[name] is None:
+                del given[name]
+        return cls(**given)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "channel_multipliers", _multipliers(self.channel_multipliers))

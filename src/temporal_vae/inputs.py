@@ -129,6 +129,16 @@ def like_given(clip: Tensor, given: Tensor) -> Tensor:
     return restore(clip, given, "BCTHW")
 
 
+def check_has_values(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights that can be replaced. Raises `ValueError` for those on the meta device."""
+    if any(tensor.is_meta for tensor in weights.values()):
+        raise ValueError(
+            "the model has no values to replace, it is on the meta device: use from_file or "
+            "from_bytes, or to_empty(device=...) before"
+        )
+    return weights
+
+
 def as_clips(data: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
     """Several clips as they are; one clip as the only one."""
     return (data,) if isinstance(data, Tensor) else data

@@ -28,6 +28,7 @@ from temporal_vae.inputs import (
     Layout,
     as_clips,
     bytes_file,
+    check_has_values,
     check_moments,
     floating_dtype,
     like_given,
@@ -119,11 +120,8 @@ class TemporalVAE(nn.Module):
         time_conv_out: bool = False,
         clip_frames: int | None = None,
     ):
-        given = locals()  # every field of the configuration is an argument of the same name
         super().__init__()
-        self.config = TemporalVAEConfig.of(
-            {f.name: given[f.name] for f in fields(TemporalVAEConfig)}
-        )
+        self.config = TemporalVAEConfig.of(locals())  # its fields have the names of the arguments
         # beside the modules: the parameters of a loss are not the model's
         self.__dict__["_loss_function"] = callable_loss(loss_function)
         self._generator, self._settings = seeded_generator(seed), Settings()
@@ -141,6 +139,12 @@ class TemporalVAE(nn.Module):
         """A new model of this architecture; see the class for `loss_function` and `seed`."""
         options = {field.name: getattr(config, field.name) for field in fields(config)}
         return cls(**options, loss_function=loss_function, seed=seed)
+
+    @classmethod
+    def _on_meta(cls, config: TemporalVAEConfig, loss_function: LossFunction | None = None) -> Self:
+        """A model of shapes alone, to be filled."""
+        with torch.device("meta"):
+            return cls.from_config(config, loss_function)
 
     @classmethod
     def from_pretrained(
@@ -184,8 +188,7 @@ class TemporalVAE(nn.Module):
         source = pretrained.Source(path_or_hub_id, subfolder, revision, variant)
         stored = pretrained.open_model(source, **_given(latent_scale_factor, latent_shift_factor))
         dtype = floating_dtype(dtype)
-        with torch.device("meta"):
-            model = cls.from_config(stored.config)
+        model = cls._on_meta(stored.config)
         pretrained.check_fit(stored, model.state_dict())
         pretrained.fill(model, stored, dtype, device)
         return model
@@ -216,9 +219,7 @@ class TemporalVAE(nn.Module):
         source = pretrained.Source(path_or_hub_id, subfolder, revision, variant)
         stored = pretrained.open_model(source, **_given(latent_scale_factor, latent_shift_factor))
         config, dtype = stored.config.inflated(**temporal), floating_dtype(dtype)
-        with torch.device("meta"):
-            image = cls.from_config(stored.config)
-        pretrained.check_fit(stored, image.state_dict())
+        pretrained.check_fit(stored, cls._on_meta(stored.config).state_dict())
         model = cls.from_config(config, seed=seed).to(device=device, dtype=dtype)
         pretrained.fill(model, stored, dtype, device)
         return model
@@ -334,12 +335,7 @@ class TemporalVAE(nn.Module):
             return cls._of_record(record, loss_function, dtype, device)
 
     def _take(self, record: records.Record) -> None:
-        weights = self.state_dict()
-        if any(tensor.is_meta for tensor in weights.values()):
-            raise ValueError(
-                "the model has no values to replace, it is on the meta device: use from_file or "
-                "from_bytes, or to_empty(device=...) before"
-            )
+        weights = check_has_values(self.state_dict())
         record.check_config(self.config)
         record.check_loss(losses.loss_name(self.default_loss_function))
         self.load_state_dict(record.tensors(weights), strict=False)
@@ -355,8 +351,7 @@ class TemporalVAE(nn.Module):
         dtype = None if dtype is None else floating_dtype(dtype)
         if loss_function is None:
             record.check_loss(None)
-        with torch.device("meta"):
-            model = cls.from_config(record.config, loss_function)
+        model = cls._on_meta(record.config, loss_function)
         tensors = record.tensors(model.state_dict(), dtype, device)
         model.load_state_dict(tensors, strict=False, assign=True)
         return model
@@ -843,14 +838,16 @@ class TemporalVAE(nn.Module):
         """
         parameters.check_learning_rate(learning_rate)
         with parameters.recording(input, target) as (x, y):
-            clip = self._door.pixels(x, "input")
-            reconstruction, posterior = self._runner.reconstruct(clip, self.sample)
-            loss, prediction = self.default_loss_function, like_given(reconstruction, x)
-            terms = losses.vae_terms(loss, prediction, y, *posterior)
+            terms = self._sampled_terms(x, y)
             found = losses.finite_values(terms)
             gradients = parameters.gradients(terms["loss"], self.parameters())
         self.apply_gradients(gradients, learning_rate)
         return found
+
+    def _sampled_terms(self, x: Tensor, target: Tensor) -> dict[str, Tensor]:
+        found, posterior = self._runner.reconstruct(self._door.pixels(x, "input"), self.sample)
+        prediction = like_given(found, x)
+        return losses.vae_terms(self.default_loss_function, prediction, target, *posterior)
 
     def compute_gradients(
         self, input: Tensor, target: Tensor, loss: LossFunction | None = None
