@@ -118,14 +118,14 @@ class VideoInfo:
     width: int
     height: int
     fps: Fraction
-    frames: int | None
-    """None if the file does not say."""
-    end: float | None
-    """Seconds at which the last frame ends, by the container; None if it does not say."""
     time_base: Fraction
-    sample_aspect_ratio: Fraction | None
     codec: str
     pixel_format: str
+    frames: int | None = None
+    """None if the file does not say."""
+    end: float | None = None
+    """Seconds at which the last frame ends, by the container; None if it does not say."""
+    sample_aspect_ratio: Fraction | None = None
     notes: tuple[str, ...] = ()
     """What of the file is assumed, changed or left out; one line each."""
     bit_depth: int = 8

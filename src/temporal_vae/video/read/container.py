@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from itertools import chain
@@ -253,20 +253,20 @@ class ContainerReader(Source):
         others = [s for s in self._container.streams if s is not stream]
         notes = [not_copied(other.type, other.index) for other in others]
         notes += tag_notes(Colour(codec.color_primaries, codec.color_trc))
-        info = described(
-            head,
-            VideoInfo(
-                path=path, width=head.width, height=head.height, fps=fps,
-                frames=stream.frames or None, end=_claimed_end(self._container, stream),
-                time_base=time_base, sample_aspect_ratio=stream.sample_aspect_ratio or None,
-                codec=codec.name, pixel_format=head.format.name, notes=tuple(notes),
-                alpha=self._alpha_beside, start=float(self._origin * time_base),
-            ),
+        info = first_frame_info(
+            head, path, codec=codec.name, fps=fps, time_base=time_base,
+            frames=stream.frames or None, notes=notes,
         )  # fmt: skip
-        if not self._shift:
-            return info
-        moved = f"timestamps start at {float(first * time_base):.3f} s: moved to 0"
-        return replace(info, notes=(*info.notes, moved))
+        if self._shift:
+            moved = f"timestamps start at {float(first * time_base):.3f} s: moved to 0"
+            info = replace(info, notes=(*info.notes, moved))
+        ratio = stream.sample_aspect_ratio or None
+        if ratio is not None and self._orientation(head)[0, 0] == 0:  # turned by a quarter
+            ratio = 1 / ratio
+        return replace(
+            info, end=_claimed_end(self._container, stream), sample_aspect_ratio=ratio,
+            alpha=info.alpha or self._alpha_beside, start=float(self._origin * time_base),
+        )  # fmt: skip
 
     def notes(self, complete: bool) -> Iterator[str]:
         """See `Source`."""
@@ -295,21 +295,30 @@ class ContainerReader(Source):
             yield "the file does not state its length: frames missing at its end would not show"
 
 
-def described(head: VideoFrame, info: VideoInfo) -> VideoInfo:
-    """`info` with what the first frame adds: orientation, depth, colour, alpha, fields, notes."""
-    matrix = orientation(head, info.path)
-    height, width = turned_size(info.height, info.width, matrix)
-    ratio = info.sample_aspect_ratio
-    if ratio is not None and matrix[0, 0] == 0:
-        ratio = 1 / ratio
-    colour = colour_of(head)
-    notes = [*info.notes, *colour_notes(colour, is_grey(head))]
+def first_frame_info(
+    head: VideoFrame,
+    path: str,
+    *,
+    codec: str,
+    fps: Fraction,
+    time_base: Fraction,
+    frames: int | None,
+    notes: Sequence[str] = (),
+) -> VideoInfo:
+    """What a source says, and what its first frame says; `notes` come before those of the frame.
+
+    Raises `VideoError` for a frame that is turned by other than quarter turns.
+    """
+    matrix, colour = orientation(head, path), colour_of(head)
+    height, width = turned_size(head.height, head.width, matrix)
+    notes = [*notes, *colour_notes(colour, is_grey(head))]
     if head.interlaced_frame:
         notes.append("interlaced fields are treated as one frame")
-    return replace(
-        info, width=width, height=height, sample_aspect_ratio=ratio, notes=tuple(notes),
-        bit_depth=depth_of(head), rotation=0 if (matrix == UPRIGHT).all() else head.rotation,
-        colour=colour, alpha=info.alpha or has_alpha(head), interlaced=head.interlaced_frame,
+    return VideoInfo(
+        path=path, width=width, height=height, fps=fps, time_base=time_base, codec=codec,
+        pixel_format=head.format.name, frames=frames, notes=tuple(notes), bit_depth=depth_of(head),
+        rotation=0 if (matrix == UPRIGHT).all() else head.rotation, colour=colour,
+        alpha=has_alpha(head), interlaced=head.interlaced_frame,
     )  # fmt: skip
 
 

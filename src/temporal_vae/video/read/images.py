@@ -13,8 +13,8 @@ import numpy as np
 from av.video.frame import VideoFrame
 
 from temporal_vae.video.colour import colour_of, refuse_colour
-from temporal_vae.video.frames import VideoError, VideoInfo, is_regular_file
-from temporal_vae.video.read.container import Source, Stamped, described, refuse_size
+from temporal_vae.video.frames import VideoError, is_regular_file
+from temporal_vae.video.read.container import Source, Stamped, first_frame_info, refuse_size
 from temporal_vae.video.read.orientation import refuse_mirrored
 
 if TYPE_CHECKING:
@@ -47,13 +47,9 @@ class ImageFolder(Source):
             notes.append(f"images state no rate: taken as {rate} frames per second (fps sets it)")
         if others := len(visible) - len(self._files):
             notes.append(f"{others} of {len(visible)} names in the folder are not images")
-        self.info = described(
-            head,
-            VideoInfo(
-                path=path, width=head.width, height=head.height, fps=rate,
-                frames=len(self._files), end=None, time_base=1 / rate, sample_aspect_ratio=None,
-                codec=codec, pixel_format=head.format.name, notes=tuple(notes),
-            ),
+        self.info = first_frame_info(
+            head, path, codec=codec, fps=rate, time_base=1 / rate, frames=len(self._files),
+            notes=notes,
         )  # fmt: skip
 
     def frames(self, start: int) -> Iterator[Stamped]:
@@ -78,15 +74,10 @@ class AnimatedWebP(Source):
         head = _webp_frame(picture, 0, path)
         frames: int = picture.n_frames  # type: ignore[attr-defined]
         picture.load()
-        self.info = described(
-            head,
-            VideoInfo(
-                path=path, width=head.width, height=head.height,
-                fps=(1 / (_duration(picture) * MILLISECOND)).limit_denominator(1001),
-                frames=frames, end=None, time_base=MILLISECOND, sample_aspect_ratio=None,
-                codec="webp", pixel_format=head.format.name,
-            ),
-        )  # fmt: skip
+        fps = (1 / (_duration(picture) * MILLISECOND)).limit_denominator(1001)
+        self.info = first_frame_info(
+            head, path, codec="webp", fps=fps, time_base=MILLISECOND, frames=frames
+        )
 
     def frames(self, start: int) -> Iterator[Stamped]:
         """See `Source`; all frames come, as each is drawn over those before it."""
