@@ -35,6 +35,7 @@ from temporal_vae.evaluation.metrics import psnr
 from temporal_vae.video import VideoError, VideoReader, VideoWriter, read_clip, to_bytes
 from temporal_vae.walks.budget import BudgetError
 from temporal_vae.walks.peak import Operation
+from temporal_vae.walks.runner import Stream
 from temporal_vae.walks.tracing import LiveBytes
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -59,26 +60,28 @@ def times(path: Path) -> list[float]:
         return [float(frame.pts * video.info.time_base) for frame in video]
 
 
-class Echo(TemporalVAE):
-    """A model that gives back what it gets, two pieces late: what a walk does shows by itself."""
+class EchoSteps:
+    """Steps that give back what they get, two pieces late."""
 
-    def encode_step(
-        self, frames: Tensor, state: Any = (), *_: Any, **__: Any
-    ) -> tuple[Tensor | None, Any]:
-        assert frames.shape[3] % 2 == frames.shape[4] % 2 == 0
-        waiting = (*state, frames)
+    plan = None
+
+    def step(self, piece: Tensor, state: Any) -> tuple[Tensor | None, Any]:
+        assert piece.shape[3] % 2 == piece.shape[4] % 2 == 0
+        waiting = (*state, piece)
         return (waiting[0], waiting[1:]) if len(waiting) > 2 else (None, waiting)
 
-    def _owed_latents(self, state: Any, *_: Any) -> Iterator[Tensor]:
+    def flush(self, state: Any) -> Iterator[Tensor]:
         yield from state
 
-    def decode_step(
-        self, latents: Tensor, state: Any = (), *_: Any, **__: Any
-    ) -> tuple[Tensor | None, Any]:
-        return self.encode_step(latents, state)
 
-    def _owed_frames(self, state: Any, *_: Any, **__: Any) -> Iterator[Tensor]:
-        yield from state
+class Echo(TemporalVAE):
+    """A model whose streams give back what they get: what a walk does shows by itself."""
+
+    def encode_stream(self, *_: Any, **__: Any) -> Stream:
+        return Stream(EchoSteps())  # type: ignore[arg-type]
+
+    def decode_stream(self, *_: Any, **__: Any) -> Stream:
+        return Stream(EchoSteps())  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
