@@ -23,6 +23,7 @@ import temporal_vae
 from temporal_vae import TemporalVAE, TemporalVAEConfig
 from temporal_vae.convert import chunks
 from temporal_vae.network.framewise import Framewise
+from temporal_vae.network.primitives import Norm
 from temporal_vae.network.timewise import TemporalAttention, TemporalBlock, TimeConv, Timewise
 
 ROOT = Path(__file__).parent.parent
@@ -239,7 +240,7 @@ def test_every_parameter_gets_a_gradient(options: dict[str, Any]) -> None:
 def test_law_7_sees_a_parameter_that_nothing_uses() -> None:
     model = awake()
     block = next(m for m in model.decoder.modules() if isinstance(m, TemporalBlock))
-    with mock.patch.object(block, "pixels", lambda x: x):
+    with mock.patch.object(block, "pixels", lambda x, norm: x):
         assert min(weakest_gradients(model).values()) < 1e-10
 
 
@@ -341,12 +342,12 @@ def assert_one_memory_order(options: dict[str, Any], frames: int, batch: int) ->
             own, storage = getattr(layer, name), x.untyped_storage().data_ptr()
 
             def watched(
-                view: Tensor, own: Callable[[Tensor], Tensor] = own, storage: int = storage
+                view: Tensor, norm: Norm, own: Callable[..., Tensor] = own, storage: int = storage
             ) -> Tensor:
                 assert view.untyped_storage().data_ptr() == storage, "the view is a copy"
                 _, c, h, w = view.shape
                 assert view.stride() == (h * w * c, 1, w * c, c), "the order is lost"
-                result = own(view)
+                result = own(view, norm)
                 assert result.is_contiguous(memory_format=torch.channels_last), "a copy is due"
                 return result
 

@@ -182,6 +182,7 @@ def _step_pixels(
         y = y if chunk.start else _place(x, given.shape[2], size)
         for target, part in zip((y, *after), (given, *tails), strict=False):
             _pixels(target, chunk).copy_(part)
+        del piece, kept, given, tails, part  # or they would be there during the next chunk
     return y
 
 
@@ -238,6 +239,7 @@ def _whole_clip(work: Workspace, layer: Layer, clip: Tensor) -> Tensor:
         given = layer.compute(_ready(_pixels(clip, chunk), work), apply)
         y = y if chunk.start else _place(clip, given.shape[2], clip.shape[3:])
         _pixels(y, chunk).copy_(given)
+        del given  # or it would be there during the next chunk
     return y
 
 
