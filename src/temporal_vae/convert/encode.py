@@ -10,16 +10,24 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from temporal_vae.convert.chunks import clip_length, encode_walk
-from temporal_vae.convert.ends import Progress, colour_fields, open_reader, source_checksum, timed
-from temporal_vae.convert.memory import memory_budget
+from temporal_vae.convert.ends import (
+    Progress,
+    colour_fields,
+    open_reader,
+    source_checksum,
+    timed,
+    write_pieces,
+)
+from temporal_vae.convert.memory import PiecePlanner
 from temporal_vae.files.atomic import atomic_path
 from temporal_vae.geometry import Padding
 from temporal_vae.latents import LatentInfo, LatentWriter, ModelRecord, check_target, record_fields
 from temporal_vae.model import TemporalVAE
 from temporal_vae.video import PIPE, Options, VideoReader, tag_notes
-from temporal_vae.walks.budget import Budget
+from temporal_vae.walks.budget import Budget, memory_budget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,8 +86,8 @@ def encode(
     """
     how = how or Encoding()
     check_target(target, overwrite)
-    length, budget = clip_length(model, how.clip_frames), memory_budget(how.memory, model)
-    start, done = time.monotonic(), 0
+    length, limit = clip_length(model, how.clip_frames), memory_budget(how.memory, model.device)
+    start = time.monotonic()
     generator = sample_generator(how.sample, how.seed)
     with (
         open_reader(source, model, options) as reader,
@@ -89,15 +97,16 @@ def encode(
             partial_file, _latent_info(reader, model, record, how, length, generator)
         ) as writer,
     ):
-        walk = encode_walk(timed(reader), model, length, reader.size, budget, generator)
-        for latents in walk.latents:
-            if latents is not None:
-                count = latents.shape[2]
-                stamps = [walk.stamps.popleft() for _ in range(count)]
-                writer.write(writer.unscaled.rescale(latents, how.scaled), stamps)
-                done += count
-            if progress is not None:
-                progress(done + len(walk.stamps) // 2, reader.info.expected_frames)
+        padded = Padding.to_cells(*reader.size, model.downsample_factor).padded
+        planner = PiecePlanner(model, ("encode",), padded, limit, length)
+        walk = encode_walk(timed(reader), planner, generator, moments=generator is None)
+
+        def write(latents: Tensor) -> int:
+            stamps = [walk.stamps.popleft() for _ in range(latents.shape[2])]
+            writer.write(writer.unscaled.rescale(latents, how.scaled), stamps)
+            return len(stamps)
+
+        write_pieces(walk, write, progress, reader.info.expected_frames)
         info = writer.finish(source_sha256=checksum())
         kept = tag_notes(reader.info.colour)  # which the header has
         notes = [f"{os.fspath(source)}: {note}" for note in reader.notes if note not in kept]
