@@ -565,7 +565,7 @@ def test_one_frame_is_taken_where_more_do_not_fit_after_all(
 
 
 def test_planning_takes_little_time() -> None:
-    """In a process of its own, as this one may know the plans; most of it is torch's first trace."""
+    """In a process of its own, as this one may know the plans. Most of it is the first trace."""
     code = """import time
 from temporal_vae import TemporalVAE
 from temporal_vae.convert.memory import PiecePlanner

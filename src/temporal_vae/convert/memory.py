@@ -163,7 +163,7 @@ class PiecePlanner:
         line = self.model.encoder if operation == "encode" else self.model.decoder
         layers, shape = list(line.layers()), self._shape(operation, 1)
         activation, _ = stages.arena_sizes(layers, shape, stages.Bounds())
-        numbers = activation + 2 * math.prod(stages.shape_after(layers, shape))
+        numbers = activation + math.prod(stages.shape_after(layers, shape))
         return math.ceil((1 + MARGIN) * numbers * self.model.dtype.itemsize)
 
     def _within(self, limit: Limit, frames: int, beside: Mapping[Operation, int]) -> Pieces:
