@@ -64,7 +64,8 @@ def encode_walk(
 
 
 def decode_walk(latents: Walk[Tensor], planner: PiecePlanner, depth: int = 8) -> Walk[Image]:
-    """The frames of unscaled latents (1, L, n, h, w), uint8 or in a depth of 16 bits uint16."""
+    """The frames of unscaled latents (1, L, n, h, w): uint8, or uint16 for more than 8 bits."""
+    depth = 8 if depth == 8 else 16
     if planner.clip_frames is not None:
         return Walk(_decode_clips(latents.pieces, planner, depth), latents.stamps)
     stream = planner.model.decode_stream(planner.pieces().plans.get("decode"))

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from temporal_vae.checkpoints import pretrained
-from temporal_vae.convert.chunks import Walk, decode_walk
-from temporal_vae.convert.encode import Encoding, sample_generator
-from temporal_vae.convert.ends import COLOUR_TAGS, Picture, Progress, Summary, VideoTarget
+from temporal_vae.convert import chunks, ends
+from temporal_vae.convert.encode import COLOUR_TAGS, Encoding, sample_generator
 from temporal_vae.convert.memory import PiecePlanner
 from temporal_vae.geometry import spans
 from temporal_vae.latents import LatentFile, LatentFileError, LatentInfo, ModelRecord
 from temporal_vae.model import TemporalVAE
-from temporal_vae.video import Alpha, Colour, Format
+from temporal_vae.video import Alpha, Colour, Format, VideoInfo
+from temporal_vae.video.write.to_yuv import STANDARD
 from temporal_vae.walks.budget import Budget, memory_budget
 
 
@@ -48,8 +48,8 @@ def decode(
     format: Format | None = None,
     memory: Budget = None,
     overwrite: bool = False,
-    progress: Progress | None = None,
-) -> Summary:
+    progress: ends.Progress | None = None,
+) -> ends.Summary:
     """Decode a file of latents to a video of the frame count, size and timestamps it was made of.
 
     Of moments the mean is decoded, or with `sample` a draw by `seed`. Clips are those of the file.
@@ -60,29 +60,33 @@ def decode(
     Raises `LatentFileError` for a file that is damaged, or of another model unless `any_model`;
     `VideoError` for a target that cannot be written, `ValueError` for memory that cannot do.
     """
-    output = VideoTarget.checked(target, format, model, alpha, overwrite)
+    output = ends.VideoTarget.checked(target, format, model, alpha, overwrite)
     generator = sample_generator(sample, Encoding(sample=sample, seed=seed).seed)
     start, limit = time.monotonic(), memory_budget(memory, model.device)
     with LatentFile(source) as file:
         info = file.info
         notes = _compare(file, model, record, any_model)
         clip = info.clip_frames or (None if model.decode_reach is not None else info.frames)
-        size = (info.height + info.padding_bottom, info.width + info.padding_right)
-        planner = PiecePlanner(model, ("decode",), size, limit, clip)
-        walk = decode_walk(
-            _stored(file, planner, generator), planner, output.depth(info.bit_depth or 8)
-        )
-        picture = Picture(
-            (info.height, info.width), info.fps, info.time_base, info.sample_aspect_ratio,
-            info.bit_depth or 8, colour_of(info) if info.colour else None, info.frames,
-        )  # fmt: skip
-        done, lost = output.write(walk, picture, progress)
-    return Summary.since(start, done, info.clip_frames, source, notes + lost)
+        planner = PiecePlanner(model, ("decode",), (info.height, info.width), limit, clip)
+        latents, shown = _stored(file, planner, generator), _video_info(file)
+        walk = chunks.decode_walk(latents, planner, output.depth(shown.bit_depth))
+        done, lost = output.write(walk, shown, progress)
+    return ends.Summary.since(start, done, info.clip_frames, source, notes + lost)
+
+
+def _video_info(file: LatentFile) -> VideoInfo:
+    """What a file of latents says of the video that it was made of."""
+    info = file.info
+    return VideoInfo(
+        file.path, info.width, info.height, info.fps, info.frames, None, info.time_base,
+        info.sample_aspect_ratio, codec="", pixel_format="", bit_depth=info.bit_depth or 8,
+        colour=colour_of(info) if info.colour else STANDARD,
+    )  # fmt: skip
 
 
 def _stored(
     file: LatentFile, planner: PiecePlanner, generator: torch.Generator | None
-) -> Walk[Tensor]:
+) -> chunks.Walk[Tensor]:
     """The latents of a file, in the pieces of a planner."""
     stamps: deque[int] = deque()
     model, sampled = planner.model, generator is not None
@@ -93,7 +97,7 @@ def _stored(
             latents = file.latents(first, end - first, sample_mode=sampled, generator=generator)
             yield latents.to(model.device, model.dtype)
 
-    return Walk(pieces(), stamps)
+    return chunks.Walk(pieces(), stamps)
 
 
 def colour_of(info: LatentInfo) -> Colour:

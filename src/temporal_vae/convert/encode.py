@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 import sys
@@ -12,15 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from temporal_vae.convert.chunks import clip_length, encode_walk
-from temporal_vae.convert.ends import (
-    Progress,
-    colour_fields,
-    open_reader,
-    source_checksum,
-    timed,
-    write_pieces,
-)
+from temporal_vae.convert import chunks, ends
 from temporal_vae.convert.memory import PiecePlanner
 from temporal_vae.files.atomic import atomic_path
 from temporal_vae.geometry import Padding
@@ -28,6 +21,9 @@ from temporal_vae.latents import LatentInfo, LatentWriter, ModelRecord, check_ta
 from temporal_vae.model import TemporalVAE
 from temporal_vae.video import PIPE, Options, VideoReader, tag_notes
 from temporal_vae.walks.budget import Budget, memory_budget
+
+COLOUR_TAGS = ("matrix", "primaries", "range", "transfer")
+"""Of `Colour`, that a file of latents keeps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +69,7 @@ def encode(
     *,
     options: Options | None = None,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: ends.Progress | None = None,
 ) -> Encoded:
     """Encode a video to a file of latents, in memory that does not grow with its length.
 
@@ -86,33 +82,40 @@ def encode(
     """
     how = how or Encoding()
     check_target(target, overwrite)
-    length, limit = clip_length(model, how.clip_frames), memory_budget(how.memory, model.device)
+    length, limit = (
+        chunks.clip_length(model, how.clip_frames),
+        memory_budget(how.memory, model.device),
+    )
     start = time.monotonic()
     generator = sample_generator(how.sample, how.seed)
     with (
-        open_reader(source, model, options) as reader,
-        source_checksum(source) as checksum,
-        atomic_path(target) as partial_file,
-        LatentWriter(
-            partial_file, _latent_info(reader, model, record, how, length, generator)
-        ) as writer,
+        ends.open_reader(source, model, options) as reader,
+        atomic_path(target) as path,
+        LatentWriter(path, _latent_info(reader, model, record, how, length, generator)) as writer,
     ):
-        padded = Padding.to_cells(*reader.size, model.downsample_factor).padded
-        planner = PiecePlanner(model, ("encode",), padded, limit, length)
-        walk = encode_walk(timed(reader), planner, generator, moments=generator is None)
+        planner = PiecePlanner(model, ("encode",), reader.size, limit, length)
+        walk = chunks.encode_walk(ends.timed(reader), planner, generator, moments=generator is None)
 
         def write(latents: Tensor) -> int:
             stamps = [walk.stamps.popleft() for _ in range(latents.shape[2])]
             writer.write(writer.unscaled.rescale(latents, how.scaled), stamps)
             return len(stamps)
 
-        write_pieces(walk, write, progress, reader.info.expected_frames)
-        info = writer.finish(source_sha256=checksum())
+        ends.write_pieces(walk, write, progress, reader.info.expected_frames)
+        info = writer.finish(source_sha256=_checksum(source))
         kept = tag_notes(reader.info.colour)  # which the header has
         notes = [f"{os.fspath(source)}: {note}" for note in reader.notes if note not in kept]
     if info.source_sha256 is None:
         notes.append(f"{os.fspath(source)} is no file, so it has no checksum in the latents")
     return Encoded(info, os.path.getsize(target), time.monotonic() - start, tuple(notes))
+
+
+def _checksum(source: str | os.PathLike[str]) -> str | None:
+    """SHA-256 of a file; None of what is no file."""
+    if not os.path.isfile(source):
+        return None
+    with open(source, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sample_generator(sample: bool, seed: int | None) -> torch.Generator | None:
@@ -150,7 +153,7 @@ def _latent_info(
         fps=video.fps,
         time_base=video.time_base,
         sample_aspect_ratio=reader.sample_aspect_ratio,
-        colour=colour_fields(video.colour),
+        colour=tuple((name, str(getattr(video.colour, name))) for name in COLOUR_TAGS),
         bit_depth=video.bit_depth,
         clip_frames=None if length in (None, sys.maxsize) else length,
         seed=None if generator is None else generator.initial_seed(),

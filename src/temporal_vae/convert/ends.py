@@ -2,39 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import NamedTuple
 
 import numpy as np
 
+from temporal_vae import video
 from temporal_vae.convert.chunks import T, Walk
 from temporal_vae.model import TemporalVAE
 from temporal_vae.video import (
-    PIPE,
-    Alpha,
-    Colour,
     CopiedStreams,
     Format,
-    Frame,
     Image,
     Options,
     VideoError,
+    VideoInfo,
     VideoReader,
-    VideoWriter,
-    check_suffix,
-    choose,
-    depth_for,
-    depth_notes,
-    writable,
 )
 from temporal_vae.video.frames import NOT_COPIED
 
@@ -96,31 +84,10 @@ def copied_streams(
     return CopiedStreams(source, start, shift=reader.shift - skipped, to_last_frame=ends)
 
 
-def timed(reader: VideoReader) -> Iterator[Frame]:
+def timed(reader: VideoReader) -> Iterator[video.Frame]:
     """Its frames, with timestamps that are counted from the `start` that was asked for."""
     begin = reader.begin
     return (replace(frame, pts=frame.pts - begin) for frame in reader)
-
-
-class Picture(NamedTuple):
-    """What is known of a video before its frames are written."""
-
-    size: tuple[int, int]
-    fps: Fraction
-    time_base: Fraction
-    sample_aspect_ratio: Fraction | None
-    bit_depth: int
-    colour: Colour | None
-    frames: int | None
-
-    @classmethod
-    def of(cls, reader: VideoReader) -> Picture:
-        """Of the frames that a reader gives."""
-        info = reader.info
-        return cls(
-            reader.size, info.fps, info.time_base, reader.sample_aspect_ratio, info.bit_depth,
-            info.colour, info.expected_frames,
-        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +100,7 @@ class VideoTarget:
 
     @classmethod
     def checked(
-        cls, path: Path, format: Format | None, model: TemporalVAE, alpha: Alpha | None,
+        cls, path: Path, format: Format | None, model: TemporalVAE, alpha: video.Alpha | None,
         overwrite: bool,
     ) -> VideoTarget:  # fmt: skip
         """The frames of a model as a video; `alpha` "drop" leaves out the alpha that it gives.
@@ -142,11 +109,11 @@ class VideoTarget:
         replaced though nobody said so, and where alpha would get lost in silence.
         """
         format, name = format or Format(), os.fspath(path)
-        check_suffix(path, format)
-        if not overwrite and name != PIPE and os.path.exists(path):
+        video.check_suffix(path, format)
+        if not overwrite and name != video.PIPE and os.path.exists(path):
             raise VideoError(f"{name} exists: give --overwrite to replace it")
         keeps_alpha = model.input_channels == 4 and alpha != "drop"
-        if keeps_alpha and not choose(path, format).codec.alpha:
+        if keeps_alpha and not video.choose(path, format).codec.alpha:
             raise VideoError(
                 f"{name} has no place for the alpha channel that the model gives: take .mkv (FFV1) "
                 "or a folder of PNG, or --alpha drop, which writes the colours alone"
@@ -154,43 +121,39 @@ class VideoTarget:
         return cls(path, format, 4 if keeps_alpha else 3)
 
     def depth(self, bits: int) -> int:
-        """The depth of frames, 8 or 16 bits, for a source of so many bits."""
-        return 8 if depth_for(self.path, self.format, bits) == 8 else 16
+        """Bits of the components that are written, for a source of so many."""
+        return video.depth_for(self.path, self.format, bits)
 
     def write(
-        self, walk: Walk[Image], picture: Picture, progress: Progress | None,
+        self, walk: Walk[Image], info: VideoInfo, progress: Progress | None,
         copied: CopiedStreams | None = None,
     ) -> tuple[int, list[str]]:  # fmt: skip
-        """Write frames, cropped to the picture; gives their number, and what was not carried over.
+        """Write frames, cropped to the size in `info`; gives their number, and notes on losses.
 
         The file appears whole or not at all.
         """
-        bits, (height, width), ratio = picture.bit_depth, picture.size, picture.sample_aspect_ratio
-        notes = depth_notes(self.path, self.format, bits)
-        format = replace(self.format, depth=depth_for(self.path, self.format, bits))
+        ratio, channels = info.sample_aspect_ratio, self.channels
+        format = replace(self.format, depth=self.depth(info.bit_depth))
         with (
-            writable(self.path, format) as path,
-            VideoWriter(
-                path, height, width, picture.fps, picture.time_base, ratio,
-                channels=self.channels, format=format, colour=picture.colour, copied=copied,
+            video.writable(self.path, format) as path,
+            video.VideoWriter(
+                path, info.height, info.width, info.fps, info.time_base, ratio,
+                channels=channels, format=format, colour=info.colour, copied=copied,
             ) as writer,
         ):  # fmt: skip
 
             def write(images: Image) -> int:
-                for image in self._in_channels(images):
-                    writer.write(image[:height, :width], walk.stamps.popleft())
+                grey = images.shape[3] == 1  # which is written into each channel
+                images = np.repeat(images, channels, 3) if grey else images[..., :channels]
+                for image in images:
+                    writer.write(image[: info.height, : info.width], walk.stamps.popleft())
                 return len(images)
 
-            done = write_pieces(walk, write, progress, picture.frames)
-            if ratio not in (None, 1) and not writer.keeps_aspect:
-                notes.append(f"the shape of its pixels, {ratio}, is kept in .mp4 only")
+            done = write_pieces(walk, write, progress, info.expected_frames)
+        notes = video.depth_notes(self.path, self.format, info.bit_depth)
+        if ratio not in (None, 1) and not writer.keeps_aspect:
+            notes.append(f"the shape of its pixels, {ratio}, is kept in .mp4 only")
         return done, notes + writer.notes
-
-    def _in_channels(self, images: Image) -> Image:
-        """(n, H, W, C) as a model gives them -> (n, H, W, channels) as written: grey in each."""
-        if images.shape[3] == 1:
-            return np.repeat(images, self.channels, 3)
-        return images[..., : self.channels]
 
 
 def write_pieces(
@@ -203,34 +166,3 @@ def write_pieces(
         if progress is not None:  # a frame taken in, and not given yet, is half done
             progress(done + len(walk.stamps) // 2, expected)
     return done
-
-
-COLOUR_TAGS = ("matrix", "primaries", "range", "transfer")
-"""Of `Colour`, that a file of latents keeps."""
-
-
-def colour_fields(colour: Colour) -> tuple[tuple[str, str], ...]:
-    """A source's colours as the header of its latents has them."""
-    return tuple((name, str(getattr(colour, name))) for name in COLOUR_TAGS)
-
-
-@contextmanager
-def source_checksum(source: str | os.PathLike[str]) -> Iterator[Callable[[], str | None]]:
-    """SHA-256 of a file, taken by a thread in the meantime; None of what is no file."""
-    if not os.path.isfile(source):
-        yield lambda: None
-        return
-    ended = threading.Event()
-
-    def take() -> str:
-        digest = hashlib.sha256()
-        with open(source, "rb") as file:
-            while not ended.is_set() and (block := file.read(2**20)):
-                digest.update(block)
-        return digest.hexdigest()
-
-    with ThreadPoolExecutor(1) as pool:
-        try:
-            yield pool.submit(take).result
-        finally:
-            ended.set()

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from temporal_vae.geometry import Padding
 from temporal_vae.model import TemporalVAE
 from temporal_vae.walks import budget, stages
 from temporal_vae.walks.budget import BudgetError, Limit, in_words
@@ -91,9 +92,9 @@ class Pieces:
 class PiecePlanner:
     """Plans the pieces of one video that is encoded, decoded, or both, within a limit for all.
 
-    Frames have a `size` of (height, width) in whole latent cells. With `clip_frames` each piece is
-    a clip of its own, of so many frames or fewer; otherwise the video is one clip that streams, in
-    pieces of a length that is chosen here.
+    Frames have a `size` of (height, width), padded to whole latent cells. With `clip_frames` each
+    piece is a clip of its own, of so many frames or fewer; otherwise the video is one clip that
+    streams, in pieces of a length that is chosen here.
     """
 
     model: TemporalVAE
@@ -102,6 +103,9 @@ class PiecePlanner:
     limit: Limit
     clip_frames: int | None
     _found: Pieces | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.size = Padding.to_cells(*self.size, self.model.downsample_factor).padded
 
     @property
     def piece_frames(self) -> int:

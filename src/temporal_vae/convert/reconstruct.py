@@ -4,20 +4,11 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from typing import Literal
 
-from temporal_vae.convert import chunks
-from temporal_vae.convert.ends import (
-    Picture,
-    Progress,
-    Summary,
-    VideoTarget,
-    copied_streams,
-    open_reader,
-    timed,
-)
+from temporal_vae.convert import chunks, ends
 from temporal_vae.convert.memory import PiecePlanner
-from temporal_vae.geometry import Padding
 from temporal_vae.model import TemporalVAE
 from temporal_vae.video import Format, Options, VideoError, choose, tag_notes
 from temporal_vae.walks.budget import Budget, memory_budget
@@ -28,13 +19,13 @@ def reconstruct(
     target: str | os.PathLike[str],
     model: TemporalVAE,
     clip_frames: int | Literal["all"] | None = None,
-    progress: Progress | None = None,
+    progress: ends.Progress | None = None,
     memory: Budget = None,
     options: Options | None = None,
     format: Format | None = None,
     *,
     overwrite: bool = True,
-) -> Summary:
+) -> ends.Summary:
     """Encode a video to the posterior mean, decode it, and write the result.
 
     Frame count, size and timestamps are kept: frames are padded to whole latent cells by repeating
@@ -56,21 +47,22 @@ def reconstruct(
     exist = os.path.exists(source) and os.path.exists(target)
     if exist and os.path.samefile(source, target):
         raise VideoError(f"{os.fspath(source)} would be overwritten by its reconstruction")
-    output = VideoTarget.checked(target, format, model, (options or {}).get("alpha"), overwrite)
+    options = options or {}
+    output = ends.VideoTarget.checked(target, format, model, options.get("alpha"), overwrite)
     length, limit = chunks.clip_length(model, clip_frames), memory_budget(memory, model.device)
     start = time.monotonic()
     with (
-        open_reader(source, model, options) as reader,
-        copied_streams(source, reader, options or {}) as copied,
+        ends.open_reader(source, model, options) as reader,
+        ends.copied_streams(source, reader, options) as copied,
     ):
-        info = reader.info
-        padded = Padding.to_cells(*reader.size, model.downsample_factor).padded
-        planner = PiecePlanner(model, ("encode", "decode"), padded, limit, length)
-        latents = chunks.encode_walk(timed(reader), planner)
+        (height, width), ratio = reader.size, reader.sample_aspect_ratio
+        info = replace(reader.info, height=height, width=width, sample_aspect_ratio=ratio)
+        planner = PiecePlanner(model, ("encode", "decode"), reader.size, limit, length)
+        latents = chunks.encode_walk(ends.timed(reader), planner)
         walk = chunks.decode_walk(latents, planner, output.depth(info.bit_depth))
-        done, lost = output.write(walk, Picture.of(reader), progress, copied)
+        done, lost = output.write(walk, info, progress, copied)
     settled = set() if copied is None else set(copied.settled)
     if choose(target, output.format).in_container:
         settled |= set(tag_notes(info.colour))
     notes = [note for note in reader.notes if note not in settled] + lost
-    return Summary.since(start, done, length, source, notes)
+    return ends.Summary.since(start, done, length, source, notes)
