@@ -471,7 +471,7 @@ def test_a_stream_is_planned_within_its_budget(options: dict[str, Any], length: 
     least = error.value.least
     for limit in (least, 2 * least):
         plans = planner(limit)
-        total = plans.pieces().requirement.total
+        total = plans.pieces().total
         assert all(plan.stream for plan in plans.pieces().plans.values()) and total <= limit
         with LiveBytes() as alive:
             for parameter in model.parameters():
@@ -499,7 +499,7 @@ def test_codecs_count_in_a_budget(kind: str, monkeypatch: pytest.MonkeyPatch) ->
         operations = tuple(operation for operation in both if kind not in both or kind == operation)
         clip = 4 if kind == "clip" else None
         planner = memory.PiecePlanner(model, operations, size, budget, clip)
-        return planner.pieces(clip).requirement.reserved
+        return planner.pieces(clip).reserved
 
     monkeypatch.setattr(memory, "reserve", lambda size, device: None)
     without = least()
@@ -518,7 +518,7 @@ def test_codecs_and_the_heap_are_not_of_the_memory_of_a_gpu() -> None:
             device=torch.device(device), dtype=torch.float16, input_channels=3
         )
         found = memory.Overhead.of(model, 4, (32, 48), memory.LOOKED_AHEAD)
-        return found.frames, found.requirement(10**6).total
+        return found.frames, found.total(10**6)
 
     frames, total = beside("cuda")
     assert total == 10**6 + frames and beside("cpu") > (frames, total)
@@ -545,7 +545,7 @@ def test_a_stream_asks_the_planner_few_questions(
         asked[0] = 0
         found = memory.PiecePlanner(model, operations, (128, 128), limit, None).pieces()
         assert asked[0] <= 2 * len(operations)
-        assert not isinstance(limit, int) or found.requirement.total <= limit
+        assert not isinstance(limit, int) or found.total <= limit
         assert found.frames == 1 or not any(plan.banded for plan in found.plans.values())
         lengths.append(found.frames)
     assert lengths == sorted(lengths) and lengths[0] == 1 and lengths[-1] == 32
@@ -560,7 +560,7 @@ def test_one_frame_is_taken_where_more_do_not_fit_after_all(
     monkeypatch.setattr(memory.PiecePlanner, "_within", within)
     model, limit = awake(torch.float32), 2**30
     found = memory.PiecePlanner(model, ("encode", "decode"), (32, 48), limit, None).pieces()
-    assert found.frames == 1 and 0 < found.requirement.total <= limit
+    assert found.frames == 1 and 0 < found.total <= limit
     assert {plan.walk for plan in found.plans.values()} == {"whole"}
 
 

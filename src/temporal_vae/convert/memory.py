@@ -35,14 +35,6 @@ LOOKED_AHEAD = 60
 """Frames that an encoder of videos holds at a time, to look ahead."""
 
 
-class Requirement(NamedTuple):
-    """Bytes that a walk takes with all that is beside it."""
-
-    reserved: int
-    """To reserve before it begins: without the codecs."""
-    total: int
-
-
 class Overhead(NamedTuple):
     """What the command takes beside the walk of a piece."""
 
@@ -53,16 +45,18 @@ class Overhead(NamedTuple):
     heap_percent: int
     """Percent of the walk and the frames that the allocator loses."""
 
-    def requirement(self, walk: int) -> Requirement:
-        """What a walk of so many bytes takes in all."""
+    def reserved(self, walk: int) -> int:
+        """Bytes to reserve for a walk of so many: all but the codecs."""
         size = walk + self.frames
-        reserved = size + -(-size * self.heap_percent // 100)
-        return Requirement(reserved, reserved + self.codecs)
+        return size + -(-size * self.heap_percent // 100)
+
+    def total(self, walk: int) -> int:
+        """Bytes of all together."""
+        return self.reserved(walk) + self.codecs
 
     def left(self, limit: int) -> int:
-        """Bytes that a walk may take so that its requirement is within a limit; at least 1."""
-        most = (limit - self.codecs) * 100 // (100 + self.heap_percent) - self.frames
-        return max(1, most)
+        """Bytes that a walk may take for all to be within a limit."""
+        return (limit - self.codecs) * 100 // (100 + self.heap_percent) - self.frames
 
     @classmethod
     def of(
@@ -85,7 +79,10 @@ class Pieces:
     frames: int
     plans: Mapping[Operation, Plan]
     """A plan for each operation; none without a budget."""
-    requirement: Requirement
+    reserved: int = 0
+    """Bytes that the walk takes."""
+    total: int = 0
+    """The same with the codecs."""
 
 
 @dataclass(slots=True)
@@ -125,19 +122,18 @@ class PiecePlanner:
     def _planned(self, clip: int | None) -> Pieces:
         if self.limit is None:
             most = PIECE_PIXELS // (self.size[0] * self.size[1])
-            return Pieces(clip or max(1, min(PIECE_FRAMES, most)), {}, Requirement(0, 0))
-        found = self._stream(self.limit) if clip is None else self._clip(clip, self.limit)
-        reserve(found.requirement.reserved, self.model.device)
+            return Pieces(clip or max(1, min(PIECE_FRAMES, most)), {})
+        if clip is None:
+            found = self._stream(self.limit)
+        else:
+            latents = math.prod(self._shape("decode", clip)) * self.model.dtype.itemsize
+            held = latents if len(self.operations) > 1 else 0  # from one operation to the other
+            found = self._within(self.limit, clip, dict.fromkeys(self.operations, held))
+        reserve(found.reserved, self.model.device)
         if self.limit != "least":
             # This process keeps what the first clip took; others may have taken the rest by now.
-            self.limit = min(self.limit, found.requirement.total)
+            self.limit = min(self.limit, found.total)
         return found
-
-    def _clip(self, frames: int, limit: Limit) -> Pieces:
-        held = 0  # between the operations
-        if len(self.operations) > 1:
-            held = math.prod(self._shape("decode", frames)) * self.model.dtype.itemsize
-        return self._within(limit, frames, dict.fromkeys(self.operations, held))
 
     def _stream(self, limit: Limit) -> Pieces:
         """The most frames that are not cut into bands, whose edges would be computed twice."""
@@ -186,7 +182,7 @@ class PiecePlanner:
             return self._pieces(frames, plans, beside)
         assert isinstance(limit, int)
         what = f"a clip of {frames} frames" if self.clip_frames else "a stream"
-        least = self._overhead(frames).requirement(least).total
+        least = self._overhead(frames).total(least)
         raise BudgetError(
             f"{in_words(limit)} are below the least that {what} of {self.size[1]}x{self.size[0]} "
             f"can do with: {in_words(least)}; give --memory as much, or take smaller frames",
@@ -197,7 +193,8 @@ class PiecePlanner:
         self, frames: int, plans: Mapping[Operation, Plan], beside: Mapping[Operation, int]
     ) -> Pieces:
         walk = max(plan.peak_bytes + beside[operation] for operation, plan in plans.items())
-        return Pieces(frames, plans, self._overhead(frames).requirement(walk))
+        overhead = self._overhead(frames)
+        return Pieces(frames, plans, overhead.reserved(walk), overhead.total(walk))
 
     def _plan(self, operation: Operation, frames: int, limit: Limit) -> Plan:
         # On a GPU a step that runs out of memory begins again, from the state before it.

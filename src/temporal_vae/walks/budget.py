@@ -95,14 +95,14 @@ def memory_budget(memory: Budget, device: torch.device) -> Limit:
     known how much is free.
     """
     free = available_bytes(device)
-    limit = None if memory == "auto" else parse_budget(memory)
     if memory == "auto":
         if free is None:
             raise ValueError(
-                f"how much memory is free on {device} is not known, so 'auto' cannot be used: give "
-                "a size, such as 2GiB"
+                f"'auto' needs to know how much memory is free, and {device} does not tell: give a "
+                "size, such as 2GiB"
             )
-        limit = int(AUTO_SHARE * free)
+        return int(AUTO_SHARE * free)
+    limit = parse_budget(memory)
     if isinstance(limit, int) and free is not None and limit > free:
         raise ValueError(
             f"the budget {memory!r} is above the memory that is free, {in_words(free)}: give less, "
