@@ -7,14 +7,13 @@ import re
 import time
 from collections import deque
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from temporal_vae.checkpoints import pretrained
 from temporal_vae.convert import chunks, ends
-from temporal_vae.convert.encode import COLOUR_TAGS, Encoding, sample_generator
+from temporal_vae.convert.encode import Encoding
 from temporal_vae.convert.memory import PiecePlanner
 from temporal_vae.geometry import spans
 from temporal_vae.latents import LatentFile, LatentFileError, LatentInfo, ModelRecord
@@ -61,7 +60,7 @@ def decode(
     `VideoError` for a target that cannot be written, `ValueError` for memory that cannot do.
     """
     output = ends.VideoTarget.checked(target, format, model, alpha, overwrite)
-    generator = sample_generator(sample, Encoding(sample=sample, seed=seed).seed)
+    generator = Encoding(sample=sample, seed=seed).generator()
     start, limit = time.monotonic(), memory_budget(memory, model.device)
     with LatentFile(source) as file:
         info = file.info
@@ -102,12 +101,11 @@ def _stored(
 
 def colour_of(info: LatentInfo) -> Colour:
     """The source's colours of a file of latents; what it does not say, or not so, is unknown."""
-    known: dict[str, Any] = {
-        name: int(text)
-        for name, text in info.colour
-        if name in COLOUR_TAGS and re.fullmatch("[0-9]{1,3}", text)
-    }
-    return Colour(**known)
+    tags = {name: int(text) for name, text in info.colour if re.fullmatch("[0-9]{1,3}", text)}
+    primaries, transfer, matrix = (
+        tags.get(name, 2) for name in ("primaries", "transfer", "matrix")
+    )
+    return Colour(primaries, transfer, matrix, tags.get("range", 0))
 
 
 def _compare(

@@ -49,6 +49,13 @@ class Encoding:
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be a whole number in [0, 2**63), got {self.seed}")
 
+    def generator(self) -> torch.Generator | None:
+        """What draws samples, by a seed of its own if there is none; None for moments and means."""
+        if not self.sample:
+            return None
+        seed = secrets.randbits(63) if self.seed is None else self.seed
+        return torch.Generator().manual_seed(seed)
+
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
@@ -82,12 +89,9 @@ def encode(
     """
     how = how or Encoding()
     check_target(target, overwrite)
-    length, limit = (
-        chunks.clip_length(model, how.clip_frames),
-        memory_budget(how.memory, model.device),
-    )
+    limit = memory_budget(how.memory, model.device)
+    length, generator = chunks.clip_length(model, how.clip_frames), how.generator()
     start = time.monotonic()
-    generator = sample_generator(how.sample, how.seed)
     with (
         ends.open_reader(source, model, options) as reader,
         atomic_path(target) as path,
@@ -116,13 +120,6 @@ def _checksum(source: str | os.PathLike[str]) -> str | None:
         return None
     with open(source, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sample_generator(sample: bool, seed: int | None) -> torch.Generator | None:
-    """What draws samples, by a seed of its own if there is none; None for moments and means."""
-    if not sample:
-        return None
-    return torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
 
 
 def _latent_info(
