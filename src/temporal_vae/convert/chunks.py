@@ -50,17 +50,35 @@ def encode_walk(
     *,
     moments: bool = False,
 ) -> Walk[Tensor]:
-    """The latents of a video: the mean, with a generator samples, or else both moments, joined."""
+    """The latents of a video: the mean of each, or with a generator a sample.
+
+    With `moments` both mean and log-variance, (1, 2*L, n, h, w).
+    """
     stamps: deque[int] = deque()
-    images = _stacked(frames, planner.piece_frames, stamps)
+    model, sampled = planner.model, generator is not None
+    length = planner.piece_frames
+
+    def encode(clip: Tensor) -> Tensor:
+        plan = planner.pieces(clip.shape[2]).plans.get("encode")
+        if moments:
+            return torch.cat(model.encode_with_distribution(clip, plan=plan), 1)
+        return model.encode(clip, sampled, generator, plan=plan)
+
+    @torch.no_grad()
+    def stepwise(stream: Stream | None) -> Iterator[Tensor | None]:
+        step = encode if stream is None else stream.push
+        while piece := list(islice(frames, length)):
+            stamps.extend(frame.pts for frame in piece)
+            images = pad_frames(np.stack([frame.image for frame in piece]), model.downsample_factor)
+            yield step(to_pixels(images).to(model.device, model.dtype))
+        yield from () if stream is None else stream.flush()
+
     if planner.clip_frames is not None:
-        return Walk(_encode_clips(images, planner, generator, moments), stamps)
-    model, plan = planner.model, planner.pieces().plans.get("encode")
-    sampled = generator is not None
-    stream = (
-        model.moments_stream(plan) if moments else model.encode_stream(sampled, generator, plan)
-    )
-    return Walk(_encode_stream(images, model, stream), stamps)
+        return Walk(stepwise(None), stamps)
+    plan = planner.pieces().plans.get("encode")
+    if moments:
+        return Walk(stepwise(model.moments_stream(plan)), stamps)
+    return Walk(stepwise(model.encode_stream(sampled, generator, plan)), stamps)
 
 
 def decode_walk(latents: Walk[Tensor], planner: PiecePlanner, depth: int = 8) -> Walk[Image]:
@@ -70,45 +88,6 @@ def decode_walk(latents: Walk[Tensor], planner: PiecePlanner, depth: int = 8) ->
         return Walk(_decode_clips(latents.pieces, planner, depth), latents.stamps)
     stream = planner.model.decode_stream(planner.pieces().plans.get("decode"))
     return Walk(_decode_stream(_joined(latents.pieces), stream, depth), latents.stamps)
-
-
-def _stacked(frames: Iterator[Frame], length: int, stamps: deque[int]) -> Iterator[Image]:
-    """Pieces (n, H, W, C) of up to `length` frames; their timestamps are put into `stamps`."""
-    while piece := list(islice(frames, length)):
-        stamps.extend(frame.pts for frame in piece)
-        yield np.stack([frame.image for frame in piece])
-
-
-def _padded_pixels(frames: Image, model: TemporalVAE) -> Tensor:
-    video = to_pixels(pad_frames(frames, model.downsample_factor))
-    return video.to(model.device, model.dtype)
-
-
-@torch.no_grad()
-def _encode_stream(
-    pieces: Iterator[Image], model: TemporalVAE, stream: Stream
-) -> Iterator[Tensor | None]:
-    for piece in pieces:
-        yield stream.push(_padded_pixels(piece, model))
-    yield from stream.flush()
-
-
-@torch.no_grad()
-def _encode_clips(
-    clips: Iterator[Image],
-    planner: PiecePlanner,
-    generator: torch.Generator | None,
-    moments: bool,
-) -> Iterator[Tensor]:
-    model = planner.model
-    for clip in clips:
-        video, plan = _padded_pixels(clip, model), planner.pieces(len(clip)).plans.get("encode")
-        if moments:
-            latents = torch.cat(model.encode_with_distribution(video, plan=plan), 1)
-        else:
-            latents = model.encode(video, generator is not None, generator, plan=plan)
-        del video  # or it would be there while the latents are decoded
-        yield latents
 
 
 def _joined(latents: Iterator[Tensor | None]) -> Iterator[Tensor | None]:
