@@ -22,8 +22,9 @@ from flat_memory import make_video, peak
 
 from temporal_vae import TemporalVAE
 from temporal_vae.cli import allocator
-from temporal_vae.convert import chunks, memory
-from temporal_vae.video import Uint8Frames
+from temporal_vae.convert import chunks
+from temporal_vae.convert.memory import PiecePlanner
+from temporal_vae.video import Frame, Uint8Frames
 from temporal_vae.walks.budget import parse_budget
 
 HEIGHT, WIDTH = 144, 256
@@ -31,10 +32,11 @@ WHOLE_FRAMES = 64
 """Frames of the whole walk, which must fit in memory."""
 
 
-def streamed(model: TemporalVAE, frames: Uint8Frames, plans: memory.StreamPlans) -> int:
-    """The stream of the command, without the codec."""
-    pieces = (frames[i : i + plans.frames] for i in range(0, len(frames), plans.frames))
-    return sum(len(x) for x in chunks._walk_stream(pieces, model, plans.encode, plans.decode))
+def walked(frames: Uint8Frames, planner: PiecePlanner) -> int:
+    """The walk of the command, without the codec."""
+    video = (Frame(image, index) for index, image in enumerate(frames))
+    walk = chunks.decode_walk(chunks.encode_walk(video, planner), planner)
+    return sum(len(images) for images in walk.pieces if images is not None)
 
 
 def speeds(budget: str, repeats: int, frames: int) -> tuple[float, float]:
@@ -43,18 +45,20 @@ def speeds(budget: str, repeats: int, frames: int) -> tuple[float, float]:
     model = TemporalVAE.from_pretrained("tiny")
     limit = parse_budget(budget)
     assert isinstance(limit, int)
-    plans = memory.stream_plans(model, (HEIGHT, WIDTH), limit)
-    print(f"pieces of {plans.frames} frames, {plans.peak_bytes / 2**20:.0f} MiB", flush=True)
-    print(plans.encode.explain(), plans.decode.explain(), sep="\n", flush=True)
+    planner = PiecePlanner(model, ("encode", "decode"), (HEIGHT, WIDTH), limit, None)
+    whole = PiecePlanner(model, planner.operations, planner.size, None, WHOLE_FRAMES)
+    pieces = planner.pieces()
+    print(f"pieces of {pieces.frames} frames, {pieces.total / 2**20:.0f} MiB")
+    print(*(plan.explain() for plan in pieces.plans.values()), sep="\n", flush=True)
     rng = np.random.default_rng(0)
     clip = rng.integers(0, 256, (frames, HEIGHT, WIDTH, 3), dtype=np.uint8)
     seconds: dict[str, list[float]] = {"streamed": [], "whole": []}
     for _ in range(repeats):
         start = time.perf_counter()
-        streamed(model, clip, plans)
+        walked(clip, planner)
         seconds["streamed"].append((time.perf_counter() - start) / len(clip))
         start = time.perf_counter()
-        list(chunks._walk_clips(iter([clip[:WHOLE_FRAMES]]), model, None))
+        walked(clip[:WHOLE_FRAMES], whole)
         seconds["whole"].append((time.perf_counter() - start) / WHOLE_FRAMES)
     return tuple(1 / statistics.median(times) for times in seconds.values())  # type: ignore[return-value]
 

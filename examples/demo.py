@@ -68,7 +68,7 @@ def main() -> None:
 
     frames, result = read_clip(original), read_clip(reconstruction)
     scores, linear = score(frames, result), score(frames, LinearBaseline.bundled()(frames))
-    pictures.save(pictures.comparison(frames, result, f"tiny  |  {CREDIT}"), picture)
+    pictures.comparison(frames, result, f"tiny  |  {CREDIT}").save(picture)
 
     print(f"\n{CREDIT}\n")
     print(f"{len(frames)} frames of {frames.shape[2]}x{frames.shape[1]}")

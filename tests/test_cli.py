@@ -32,10 +32,11 @@ from temporal_vae.convert import chunks, memory
 from temporal_vae.convert import reconstruct as reconstructing
 from temporal_vae.evaluation.evaluate import reconstruct_frames
 from temporal_vae.evaluation.metrics import psnr
-from temporal_vae.video import VideoError, VideoReader, VideoWriter, read_clip, to_bytes
-from temporal_vae.walks.budget import BudgetError
+from temporal_vae.video import Frame, VideoError, VideoReader, VideoWriter, read_clip, to_bytes
+from temporal_vae.walks import budget
+from temporal_vae.walks.budget import BudgetError, Limit
 from temporal_vae.walks.peak import Operation
-from temporal_vae.walks.runner import Stream
+from temporal_vae.walks.plan import Plan
 from temporal_vae.walks.tracing import LiveBytes
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -60,28 +61,29 @@ def times(path: Path) -> list[float]:
         return [float(frame.pts * video.info.time_base) for frame in video]
 
 
-class EchoSteps:
-    """Steps that give back what they get, two pieces late."""
-
-    plan = None
-
-    def step(self, piece: Tensor, state: Any) -> tuple[Tensor | None, Any]:
-        assert piece.shape[3] % 2 == piece.shape[4] % 2 == 0
-        waiting = (*state, piece)
-        return (waiting[0], waiting[1:]) if len(waiting) > 2 else (None, waiting)
-
-    def flush(self, state: Any) -> Iterator[Tensor]:
-        yield from state
-
-
 class Echo(TemporalVAE):
     """A model whose streams give back what they get: what a walk does shows by itself."""
 
-    def encode_stream(self, *_: Any, **__: Any) -> Stream:
-        return Stream(EchoSteps())  # type: ignore[arg-type]
+    def encode_stream(self, *_: Any, **__: Any) -> Any:
+        return LateStream()
 
-    def decode_stream(self, *_: Any, **__: Any) -> Stream:
-        return Stream(EchoSteps())  # type: ignore[arg-type]
+    def decode_stream(self, *_: Any, **__: Any) -> Any:
+        return LateStream()
+
+
+class LateStream:
+    """Gives what is pushed into it, two pieces late."""
+
+    def __init__(self) -> None:
+        self.waiting: list[Tensor] = []
+
+    def push(self, piece: Tensor) -> Tensor | None:
+        assert piece.shape[3] % 2 == piece.shape[4] % 2 == 0
+        self.waiting.append(piece)
+        return self.waiting.pop(0) if len(self.waiting) > 2 else None
+
+    def flush(self) -> Iterator[Tensor]:
+        yield from self.waiting
 
 
 @pytest.fixture(scope="module")
@@ -443,8 +445,8 @@ def test_a_budget_never_changes_the_file(
 ) -> None:
     model = awake(torch.float32, **options)
     source = write(tmp_path / "in.mkv", smooth(11, 19, 30))
-    for name, budget in (("whole", None), ("bounded", memory)):
-        reconstructing.reconstruct(source, tmp_path / f"{name}.mkv", model, memory=budget)
+    for name, bound in (("whole", None), ("bounded", memory)):
+        reconstructing.reconstruct(source, tmp_path / f"{name}.mkv", model, memory=bound)
     whole, back = (read_clip(tmp_path / f"{name}.mkv") for name in ("whole", "bounded"))
     assert whole.shape == back.shape == (11, 19, 30, 3)
     assert np.abs(back.astype(int) - whole).max() <= 1 and (back != whole).mean() < 1e-3
@@ -463,20 +465,25 @@ def test_a_budget_never_changes_the_file(
 def test_a_stream_is_planned_within_its_budget(options: dict[str, Any], length: int) -> None:
     """All that is alive while the command's walk runs: states, frames and the end included."""
     model, frames = awake(torch.float32, **options), smooth(length, 32, 48)
-    with pytest.raises(ValueError, match="below the least that a stream of 48x32") as error:
-        memory.stream_plans(model, (32, 48), 1000)
-    least = int(re.findall(r"with: (\d+) bytes", str(error.value))[0])
-    for budget in (least, 2 * least):
-        plans = memory.stream_plans(model, (32, 48), budget)
-        assert plans.encode.stream and plans.decode.stream and plans.peak_bytes <= budget
-        cut = (frames[i : i + plans.frames] for i in range(0, len(frames), plans.frames))
+
+    def planner(limit: int) -> memory.PiecePlanner:
+        return memory.PiecePlanner(model, ("encode", "decode"), (32, 48), limit, None)
+
+    with pytest.raises(BudgetError, match="below the least that a stream of 48x32") as error:
+        planner(1000).pieces()
+    least = error.value.least
+    for limit in (least, 2 * least):
+        plans = planner(limit)
+        total = plans.pieces().total
+        assert all(plan.stream for plan in plans.pieces().plans.values()) and total <= limit
         with LiveBytes() as alive:
             for parameter in model.parameters():
                 alive.leave_out(parameter)
-            walk = chunks._walk_stream(cut, model, plans.encode, plans.decode)
-            given = sum(len(images) for images in walk)
+            video = (Frame(image, index) for index, image in enumerate(frames))
+            walk = chunks.decode_walk(chunks.encode_walk(video, plans), plans)
+            given = sum(len(images) for images in walk.pieces if images is not None)
         assert given == len(frames)
-        assert 0.4 * plans.peak_bytes < alive.most <= plans.peak_bytes
+        assert 0.4 * total < alive.most <= total
 
 
 @pytest.mark.parametrize("kind", ["stream", "clip", "encode", "decode"])
@@ -484,7 +491,6 @@ def test_codecs_count_in_a_budget(kind: str, monkeypatch: pytest.MonkeyPatch) ->
     """The least that is named is enough, a byte less is not, and codecs are within it."""
     model = awake(torch.float32, **(SVD_LIKE if kind == "clip" else {}))
     size, taken = (32, 48), 3 * 2**20
-    reserved: list[int] = []
 
     def least() -> int:
         with pytest.raises(ValueError, match=r"below the least that a (stream|clip)") as error:
@@ -492,16 +498,13 @@ def test_codecs_count_in_a_budget(kind: str, monkeypatch: pytest.MonkeyPatch) ->
         return int(re.findall(r"with: (\d+) bytes", str(error.value))[0])
 
     def total(budget: int) -> int:
-        if kind == "stream":
-            return memory.stream_plans(model, size, budget).walk_bytes
-        if kind == "clip":
-            return memory.clip_plans(model, (1, 3, 4, *size), budget)[2].reserved
-        operation: Operation = "encode" if kind == "encode" else "decode"
-        plan, _ = memory.one_way_plan(model, operation, 2, size, budget, stream=True)
-        assert plan is not None
-        return reserved.pop()
+        both: tuple[Operation, ...] = ("encode", "decode")
+        operations = tuple(operation for operation in both if kind not in both or kind == operation)
+        clip = 4 if kind == "clip" else None
+        planner = memory.PiecePlanner(model, operations, size, budget, clip)
+        return planner.pieces(clip).reserved
 
-    monkeypatch.setattr(memory, "reserve", lambda size, device: reserved.append(size))
+    monkeypatch.setattr(memory, "reserve", lambda size, device: None)
     without = least()
     monkeypatch.setattr(memory, "CODEC_BYTES", taken)
     monkeypatch.setattr(memory, "CODEC_BYTES_A_PIXEL", 1.5)
@@ -517,27 +520,63 @@ def test_codecs_and_the_heap_are_not_of_the_memory_of_a_gpu() -> None:
         model: Any = SimpleNamespace(
             device=torch.device(device), dtype=torch.float16, input_channels=3
         )
-        found = memory.Beside.of(model, 4, (32, 48), memory.LOOKED_AHEAD)
+        found = memory.Overhead.of(model, 4, (32, 48), memory.LOOKED_AHEAD)
         return found.frames, found.total(10**6)
 
     frames, total = beside("cuda")
     assert total == 10**6 + frames and beside("cpu") > (frames, total)
 
 
-def test_a_piece_that_fits_whole_is_taken_before_a_longer_one_in_bands() -> None:
-    """Bands compute their edges twice: they are for frames that do not fit otherwise."""
+@pytest.mark.parametrize("operations", [("encode", "decode"), ("encode",), ("decode",)], ids=str)
+def test_a_stream_asks_the_planner_few_questions(
+    operations: tuple[Operation, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two each way for any budget, and the more memory, the longer the pieces, never in bands."""
+    model, asked, lengths = awake(torch.float32), [0], []
+    honest = TemporalVAE.plan
 
-    def plans(frames: int, banded_from: int, most: int) -> tuple[Any, ...]:
-        if frames > most:
-            raise BudgetError("too little", 1)
-        return (SimpleNamespace(banded=frames >= banded_from),)
+    def plan(self: TemporalVAE, *words: Any, **options: Any) -> Plan:
+        asked[0] += 1
+        return honest(self, *words, **options)
 
-    def chosen(banded_from: int, most: int) -> int | None:
-        found = memory._largest_piece(lambda n: plans(n, banded_from, most))
-        return found and found[0]
+    monkeypatch.setattr(TemporalVAE, "plan", plan)
+    with pytest.raises(BudgetError) as error:
+        memory.PiecePlanner(model, operations, (128, 128), 1000, None).pieces()
+    least = error.value.least
+    limits: list[Limit] = ["least", *(int(least * share) for share in (1, 1.2, 1.5, 2, 3, 5, 9))]
+    for limit in limits:
+        asked[0] = 0
+        found = memory.PiecePlanner(model, operations, (128, 128), limit, None).pieces()
+        assert asked[0] <= 2 * len(operations)
+        assert not isinstance(limit, int) or found.total <= limit
+        assert found.frames == 1 or not any(plan.banded for plan in found.plans.values())
+        lengths.append(found.frames)
+    assert lengths == sorted(lengths) and lengths[0] == 1 and lengths[-1] == 32
 
-    assert [chosen(99, 99), chosen(99, 8), chosen(16, 99), chosen(2, 99)] == [32, 8, 8, 1]
-    assert [chosen(1, 99), chosen(1, 4), chosen(1, 0)] == [32, 4, None]
+
+def test_one_frame_is_taken_where_more_do_not_fit_after_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def within(*_: object) -> None:
+        raise BudgetError("too little", 1)
+
+    monkeypatch.setattr(memory.PiecePlanner, "_within", within)
+    model, limit = awake(torch.float32), 2**30
+    found = memory.PiecePlanner(model, ("encode", "decode"), (32, 48), limit, None).pieces()
+    assert found.frames == 1 and 0 < found.total <= limit
+    assert {plan.walk for plan in found.plans.values()} == {"whole"}
+
+
+def test_planning_takes_little_time() -> None:
+    """In a process of its own, as this one may know the plans. Most of it is the first trace."""
+    code = """import time
+from temporal_vae import TemporalVAE
+from temporal_vae.convert.memory import PiecePlanner
+model, start = TemporalVAE.from_pretrained("tiny"), time.process_time()
+PiecePlanner(model, ("encode", "decode"), (144, 256), 512 * 2**20, None).pieces()
+print(time.process_time() - start)"""
+    said = subprocess.run([COMMAND[0], "-c", code], capture_output=True, text=True)
+    assert float(said.stdout) < 15, said.stderr
 
 
 @pytest.mark.parametrize(
@@ -563,7 +602,7 @@ def test_memory_is_reserved_before_the_first_frame(
         honest(2**60, device)
 
     monkeypatch.setattr(memory, "reserve", more)
-    monkeypatch.setattr(memory, "available_bytes", lambda device: free)
+    monkeypatch.setattr(budget, "available_bytes", lambda device: free)
     source = write(tmp_path / "in.mkv", smooth(3, 16, 16))
     seen: list[int] = []
     with pytest.raises(ValueError, match=message):

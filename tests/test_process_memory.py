@@ -62,8 +62,7 @@ def test_a_process_stays_within_its_plan(
 def test_further_clips_are_within_what_the_first_one_took() -> None:
     """Others may have taken what was free then, of the budget too."""
     model = awake(torch.float32, base_channels=8)
-    *_, needed = memory.clip_plans(model, (1, 3, 4, 32, 32), 2**33)
-    assert needed.reserved <= needed.total < 2**28 and needed.settle(2**33) == needed.total
-    assert needed.settle("least") == "least" and needed.settle(5) == 5
-    *_, again = memory.clip_plans(model, (1, 3, 3, 32, 32), needed.total)
-    assert again.total <= needed.total
+    planner = memory.PiecePlanner(model, ("encode", "decode"), (32, 32), 2**30, 4)
+    first = planner.pieces(4)
+    assert first.reserved <= first.total < 2**28 and planner.limit == first.total
+    assert planner.pieces(3).total <= first.total

@@ -66,7 +66,7 @@ def test_the_comparison_holds_its_panels(tmp_path: Path) -> None:
     a, b = clip(), clip()[::-1].copy()
     sheet = np.asarray(pictures.comparison(a, b, "title", gain=2))
     path = tmp_path / "a.png"
-    pictures.save(pictures.comparison(a, b, "title", gain=2), path)
+    pictures.comparison(a, b, "title", gain=2).save(path)
     assert np.array_equal(np.asarray(Image.open(path)), sheet)
     middle = len(a) // 2
     for panel in (a[middle], b[middle], pictures.time_slice(a, width=48)):

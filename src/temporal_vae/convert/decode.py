@@ -5,35 +5,22 @@ from __future__ import annotations
 import os
 import re
 import time
-from dataclasses import replace
-from functools import partial
-from typing import Any
+from collections import deque
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
 
 from temporal_vae.checkpoints import pretrained
-from temporal_vae.convert.chunks import decode_walk
-from temporal_vae.convert.encode import Encoding, sample_generator
-from temporal_vae.convert.ends import (
-    COLOUR_TAGS,
-    Progress,
-    Summary,
-    in_channels,
-    refuse_existing,
-    written_channels,
-)
-from temporal_vae.convert.memory import memory_budget
+from temporal_vae.convert import chunks, ends
+from temporal_vae.convert.encode import Encoding
+from temporal_vae.convert.memory import PiecePlanner
+from temporal_vae.geometry import spans
 from temporal_vae.latents import LatentFile, LatentFileError, LatentInfo, ModelRecord
 from temporal_vae.model import TemporalVAE
-from temporal_vae.video import (
-    Alpha,
-    Colour,
-    Format,
-    VideoWriter,
-    check_suffix,
-    depth_for,
-    depth_notes,
-    writable,
-)
-from temporal_vae.walks.budget import Budget
+from temporal_vae.video import Alpha, Colour, Format, VideoInfo
+from temporal_vae.video.write.to_yuv import STANDARD
+from temporal_vae.walks.budget import Budget, memory_budget
 
 
 def model_of(path: str | os.PathLike[str]) -> str:
@@ -60,8 +47,8 @@ def decode(
     format: Format | None = None,
     memory: Budget = None,
     overwrite: bool = False,
-    progress: Progress | None = None,
-) -> Summary:
+    progress: ends.Progress | None = None,
+) -> ends.Summary:
     """Decode a file of latents to a video of the frame count, size and timestamps it was made of.
 
     Of moments the mean is decoded, or with `sample` a draw by `seed`. Clips are those of the file.
@@ -72,54 +59,53 @@ def decode(
     Raises `LatentFileError` for a file that is damaged, or of another model unless `any_model`;
     `VideoError` for a target that cannot be written, `ValueError` for memory that cannot do.
     """
-    format = format or Format()
-    check_suffix(target, format)
-    if not overwrite:
-        refuse_existing(target)
-    channels = written_channels(target, format, model, alpha)
-    generator = sample_generator(sample, Encoding(sample=sample, seed=seed).seed)
-    start, done, budget = time.monotonic(), 0, memory_budget(memory, model)
-    with LatentFile(source) as file, writable(target, format) as partial_file:
+    output = ends.VideoTarget.checked(target, format, model, alpha, overwrite)
+    generator = Encoding(sample=sample, seed=seed).generator()
+    start, limit = time.monotonic(), memory_budget(memory, model.device)
+    with LatentFile(source) as file:
         info = file.info
         notes = _compare(file, model, record, any_model)
-        if sample and info.kind == "sample":
-            raise LatentFileError(f"{file.path} holds a sample already: nothing is drawn")
-        read = partial(file.latents, sample_mode=sample, generator=generator)
-        length = info.clip_frames or (None if model.decode_reach is not None else info.frames)
-        notes += depth_notes(target, format, info.bit_depth or 8)
-        format = replace(format, depth=depth_for(target, format, info.bit_depth or 8))
-        cells, depth = (info.rows, info.columns), 8 if format.depth == 8 else 16
-        frames = decode_walk(read, info.frames, model, length, cells, budget, depth)
-        shape = (info.height, info.width, info.fps, info.time_base, info.sample_aspect_ratio)
-        colour = colour_of(info) if info.colour else None
-        with VideoWriter(
-            partial_file, *shape, channels=channels, format=format, colour=colour
-        ) as writer:
-            for images in frames:
-                stamps = file.timestamps(done, len(images)) if len(images) else []
-                for image, stamp in zip(in_channels(images, channels), stamps, strict=True):
-                    writer.write(image[: info.height, : info.width], stamp)
-                done += len(images)
-                if progress is not None:
-                    progress(done, info.frames)
-            if info.sample_aspect_ratio not in (None, 1) and not writer.keeps_aspect:
-                notes.append(
-                    f"the shape of its pixels, {info.sample_aspect_ratio}, is kept in .mp4 only"
-                )
-        if done != info.frames:
-            raise LatentFileError(f"{file.path}: {done} frames came of {info.frames}")
-    notes = [f"{os.fspath(source)}: {note}" for note in notes + writer.notes]
-    return Summary(done, time.monotonic() - start, info.clip_frames, tuple(notes))
+        clip = info.clip_frames or (None if model.decode_reach is not None else info.frames)
+        planner = PiecePlanner(model, ("decode",), (info.height, info.width), limit, clip)
+        latents, shown = _stored(file, planner, generator), _video_info(file)
+        walk = chunks.decode_walk(latents, planner, output.depth(shown.bit_depth))
+        done, lost = output.write(walk, shown, progress)
+    return ends.Summary.since(start, done, info.clip_frames, source, notes + lost)
+
+
+def _video_info(file: LatentFile) -> VideoInfo:
+    """What a file of latents says of the video that it was made of."""
+    info = file.info
+    return VideoInfo(
+        file.path, info.width, info.height, info.fps, info.time_base, codec="", pixel_format="",
+        frames=info.frames, sample_aspect_ratio=info.sample_aspect_ratio,
+        bit_depth=info.bit_depth or 8, colour=colour_of(info) if info.colour else STANDARD,
+    )  # fmt: skip
+
+
+def _stored(
+    file: LatentFile, planner: PiecePlanner, generator: torch.Generator | None
+) -> chunks.Walk[Tensor]:
+    """The latents of a file, in the pieces of a planner."""
+    stamps: deque[int] = deque()
+    model, sampled = planner.model, generator is not None
+
+    def pieces() -> Iterator[Tensor]:
+        for first, end in spans(file.info.frames, planner.piece_frames):
+            stamps.extend(file.timestamps(first, end - first))
+            latents = file.latents(first, end - first, sample_mode=sampled, generator=generator)
+            yield latents.to(model.device, model.dtype)
+
+    return chunks.Walk(pieces(), stamps)
 
 
 def colour_of(info: LatentInfo) -> Colour:
     """The source's colours of a file of latents; what it does not say, or not so, is unknown."""
-    known: dict[str, Any] = {
-        name: int(text)
-        for name, text in info.colour
-        if name in COLOUR_TAGS and re.fullmatch("[0-9]{1,3}", text)
-    }
-    return Colour(**known)
+    tags = {name: int(text) for name, text in info.colour if re.fullmatch("[0-9]{1,3}", text)}
+    primaries, transfer, matrix = (
+        tags.get(name, 2) for name in ("primaries", "transfer", "matrix")
+    )
+    return Colour(primaries, transfer, matrix, tags.get("range", 0))
 
 
 def _compare(

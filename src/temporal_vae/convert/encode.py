@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 import sys
@@ -10,16 +11,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-from temporal_vae.convert.chunks import clip_length, encode_walk
-from temporal_vae.convert.ends import Progress, colour_fields, open_reader, source_checksum, timed
-from temporal_vae.convert.memory import memory_budget
+from temporal_vae.convert import chunks, ends
+from temporal_vae.convert.memory import PiecePlanner
 from temporal_vae.files.atomic import atomic_path
 from temporal_vae.geometry import Padding
 from temporal_vae.latents import LatentInfo, LatentWriter, ModelRecord, check_target, record_fields
 from temporal_vae.model import TemporalVAE
 from temporal_vae.video import PIPE, Options, VideoReader, tag_notes
-from temporal_vae.walks.budget import Budget
+from temporal_vae.walks.budget import Budget, memory_budget
+
+COLOUR_TAGS = ("matrix", "primaries", "range", "transfer")
+"""Of `Colour`, that a file of latents keeps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +49,13 @@ class Encoding:
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be a whole number in [0, 2**63), got {self.seed}")
 
+    def generator(self) -> torch.Generator | None:
+        """What draws samples, by a seed of its own if there is none; None for moments and means."""
+        if not self.sample:
+            return None
+        seed = secrets.randbits(63) if self.seed is None else self.seed
+        return torch.Generator().manual_seed(seed)
+
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
@@ -65,7 +76,7 @@ def encode(
     *,
     options: Options | None = None,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: ends.Progress | None = None,
 ) -> Encoded:
     """Encode a video to a file of latents, in memory that does not grow with its length.
 
@@ -78,27 +89,24 @@ def encode(
     """
     how = how or Encoding()
     check_target(target, overwrite)
-    length, budget = clip_length(model, how.clip_frames), memory_budget(how.memory, model)
-    start, done = time.monotonic(), 0
-    generator = sample_generator(how.sample, how.seed)
+    limit = memory_budget(how.memory, model.device)
+    length, generator = chunks.clip_length(model, how.clip_frames), how.generator()
+    start = time.monotonic()
     with (
-        open_reader(source, model, options) as reader,
-        source_checksum(source) as checksum,
-        atomic_path(target) as partial_file,
-        LatentWriter(
-            partial_file, _latent_info(reader, model, record, how, length, generator)
-        ) as writer,
+        ends.open_reader(source, model, options) as reader,
+        atomic_path(target) as path,
+        LatentWriter(path, _latent_info(reader, model, record, how, length, generator)) as writer,
     ):
-        walk = encode_walk(timed(reader), model, length, reader.size, budget, generator)
-        for latents in walk.latents:
-            if latents is not None:
-                count = latents.shape[2]
-                stamps = [walk.stamps.popleft() for _ in range(count)]
-                writer.write(writer.unscaled.rescale(latents, how.scaled), stamps)
-                done += count
-            if progress is not None:
-                progress(done + len(walk.stamps) // 2, reader.info.expected_frames)
-        info = writer.finish(source_sha256=checksum())
+        planner = PiecePlanner(model, ("encode",), reader.size, limit, length)
+        walk = chunks.encode_walk(ends.timed(reader), planner, generator, moments=generator is None)
+
+        def write(latents: Tensor) -> int:
+            stamps = [walk.stamps.popleft() for _ in range(latents.shape[2])]
+            writer.write(writer.unscaled.rescale(latents, how.scaled), stamps)
+            return len(stamps)
+
+        ends.write_pieces(walk, write, progress, reader.info.expected_frames)
+        info = writer.finish(source_sha256=_checksum(source))
         kept = tag_notes(reader.info.colour)  # which the header has
         notes = [f"{os.fspath(source)}: {note}" for note in reader.notes if note not in kept]
     if info.source_sha256 is None:
@@ -106,11 +114,12 @@ def encode(
     return Encoded(info, os.path.getsize(target), time.monotonic() - start, tuple(notes))
 
 
-def sample_generator(sample: bool, seed: int | None) -> torch.Generator | None:
-    """What draws samples, by a seed of its own if there is none; None for moments and means."""
-    if not sample:
+def _checksum(source: str | os.PathLike[str]) -> str | None:
+    """SHA-256 of a file; None of what is no file."""
+    if not os.path.isfile(source):
         return None
-    return torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
+    with open(source, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _latent_info(
@@ -141,7 +150,7 @@ def _latent_info(
         fps=video.fps,
         time_base=video.time_base,
         sample_aspect_ratio=reader.sample_aspect_ratio,
-        colour=colour_fields(video.colour),
+        colour=tuple((name, str(getattr(video.colour, name))) for name in COLOUR_TAGS),
         bit_depth=video.bit_depth,
         clip_frames=None if length in (None, sys.maxsize) else length,
         seed=None if generator is None else generator.initial_seed(),

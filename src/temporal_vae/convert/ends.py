@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import threading
+import sys
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
 
+from temporal_vae import video
+from temporal_vae.convert.chunks import T, Walk
 from temporal_vae.model import TemporalVAE
 from temporal_vae.video import (
-    PIPE,
-    Alpha,
-    Colour,
     CopiedStreams,
     Format,
-    Frame,
     Image,
     Options,
     VideoError,
+    VideoInfo,
     VideoReader,
-    choose,
 )
 from temporal_vae.video.frames import NOT_COPIED
 
+Path = str | os.PathLike[str]
 Progress = Callable[[int, int | None], None]
 """Called with the frames done, one on the way counting half, and the frames the file claims."""
 
@@ -44,16 +42,17 @@ class Summary:
     notes: tuple[str, ...]
     """What was not carried over, or could not be read; a line each."""
 
+    @classmethod
+    def since(
+        cls, start: float, frames: int, clip_frames: int | None, source: Path, notes: list[str]
+    ) -> Summary:
+        """Of a conversion that began at `start` of `time.monotonic`; notes name the source."""
+        told = tuple(f"{os.fspath(source)}: {note}" for note in notes)
+        cut = None if clip_frames == sys.maxsize else clip_frames
+        return cls(frames, time.monotonic() - start, cut, told)
 
-def refuse_existing(target: str | os.PathLike[str]) -> None:
-    """Raise `VideoError` where a file would be replaced that was not said to be."""
-    if os.fspath(target) != PIPE and os.path.exists(target):
-        raise VideoError(f"{os.fspath(target)} exists: give --overwrite to replace it")
 
-
-def open_reader(
-    source: str | os.PathLike[str], model: TemporalVAE, options: Options | None = None
-) -> VideoReader:
+def open_reader(source: Path, model: TemporalVAE, options: Options | None = None) -> VideoReader:
     """A reader of the pixels that a model takes: grey, RGB, or RGB and alpha.
 
     Raises `VideoError` where an alpha channel is to be kept that the model has no place for.
@@ -70,7 +69,7 @@ def open_reader(
 
 
 def copied_streams(
-    source: str | os.PathLike[str], reader: VideoReader, options: Options
+    source: Path, reader: VideoReader, options: Options
 ) -> AbstractContextManager[CopiedStreams | None]:
     """Sound and subtitles of the frames that were asked for; none where their rate is another."""
     if options.get("stride", 1) != 1 or options.get("fps") is not None:
@@ -85,60 +84,85 @@ def copied_streams(
     return CopiedStreams(source, start, shift=reader.shift - skipped, to_last_frame=ends)
 
 
-def written_channels(
-    target: str | os.PathLike[str], format: Format, model: TemporalVAE, alpha: Alpha | None
-) -> int:
-    """3, or 4 where the model gives alpha, and `alpha` does not say to drop it.
-
-    Raises `VideoError` where it would get lost in silence.
-    """
-    if model.input_channels != 4 or alpha == "drop":
-        return 3
-    if not choose(target, format).codec.alpha:
-        raise VideoError(
-            f"{os.fspath(target)} has no place for the alpha channel that the model gives: take "
-            ".mkv (FFV1) or a folder of PNG, or --alpha drop, which writes the colours alone"
-        )
-    return 4
-
-
-def timed(reader: VideoReader) -> Iterator[Frame]:
+def timed(reader: VideoReader) -> Iterator[video.Frame]:
     """Its frames, with timestamps that are counted from the `start` that was asked for."""
     begin = reader.begin
     return (replace(frame, pts=frame.pts - begin) for frame in reader)
 
 
-def in_channels(images: Image, channels: int) -> Image:
-    """(n, H, W, C) as a model gives them -> (n, H, W, channels) as written: grey in each."""
-    return np.repeat(images, channels, 3) if images.shape[3] == 1 else images[..., :channels]
+@dataclass(frozen=True, slots=True)
+class VideoTarget:
+    """A video that may be written. Its frames have 3 channels, or 4 with alpha."""
+
+    path: Path
+    format: Format
+    channels: int
+
+    @classmethod
+    def checked(
+        cls, path: Path, format: Format | None, model: TemporalVAE, alpha: video.Alpha | None,
+        overwrite: bool,
+    ) -> VideoTarget:  # fmt: skip
+        """The frames of a model as a video; `alpha` "drop" leaves out the alpha that it gives.
+
+        Raises `VideoError` for a name or a format that cannot be written, for a file that would be
+        replaced though nobody said so, and where alpha would get lost in silence.
+        """
+        format, name = format or Format(), os.fspath(path)
+        video.check_suffix(path, format)
+        if not overwrite and name != video.PIPE and os.path.exists(path):
+            raise VideoError(f"{name} exists: give --overwrite to replace it")
+        keeps_alpha = model.input_channels == 4 and alpha != "drop"
+        if keeps_alpha and not video.choose(path, format).codec.alpha:
+            raise VideoError(
+                f"{name} has no place for the alpha channel that the model gives: take .mkv (FFV1) "
+                "or a folder of PNG, or --alpha drop, which writes the colours alone"
+            )
+        return cls(path, format, 4 if keeps_alpha else 3)
+
+    def depth(self, bits: int) -> int:
+        """Bits of the components that are written, for a source of so many."""
+        return video.depth_for(self.path, self.format, bits)
+
+    def write(
+        self, walk: Walk[Image], info: VideoInfo, progress: Progress | None,
+        copied: CopiedStreams | None = None,
+    ) -> tuple[int, list[str]]:  # fmt: skip
+        """Write frames, cropped to the size in `info`; gives their number, and notes on losses.
+
+        The file appears whole or not at all.
+        """
+        ratio, channels = info.sample_aspect_ratio, self.channels
+        format = replace(self.format, depth=self.depth(info.bit_depth))
+        with (
+            video.writable(self.path, format) as path,
+            video.VideoWriter(
+                path, info.height, info.width, info.fps, info.time_base, ratio,
+                channels=channels, format=format, colour=info.colour, copied=copied,
+            ) as writer,
+        ):  # fmt: skip
+
+            def write(images: Image) -> int:
+                grey = images.shape[3] == 1  # which is written into each channel
+                images = np.repeat(images, channels, 3) if grey else images[..., :channels]
+                for image in images:
+                    writer.write(image[: info.height, : info.width], walk.stamps.popleft())
+                return len(images)
+
+            done = write_pieces(walk, write, progress, info.expected_frames)
+        notes = video.depth_notes(self.path, self.format, info.bit_depth)
+        if ratio not in (None, 1) and not writer.keeps_aspect:
+            notes.append(f"the shape of its pixels, {ratio}, is kept in .mp4 only")
+        return done, notes + writer.notes
 
 
-COLOUR_TAGS = ("matrix", "primaries", "range", "transfer")
-"""Of `Colour`, that a file of latents keeps."""
-
-
-def colour_fields(colour: Colour) -> tuple[tuple[str, str], ...]:
-    """A source's colours as the header of its latents has them."""
-    return tuple((name, str(getattr(colour, name))) for name in COLOUR_TAGS)
-
-
-@contextmanager
-def source_checksum(source: str | os.PathLike[str]) -> Iterator[Callable[[], str | None]]:
-    """SHA-256 of a file, taken by a thread in the meantime; None of what is no file."""
-    if not os.path.isfile(source):
-        yield lambda: None
-        return
-    ended = threading.Event()
-
-    def take() -> str:
-        digest = hashlib.sha256()
-        with open(source, "rb") as file:
-            while not ended.is_set() and (block := file.read(2**20)):
-                digest.update(block)
-        return digest.hexdigest()
-
-    with ThreadPoolExecutor(1) as pool:
-        try:
-            yield pool.submit(take).result
-        finally:
-            ended.set()
+def write_pieces(
+    walk: Walk[T], write: Callable[[T], int], progress: Progress | None, expected: int | None
+) -> int:
+    """Write all pieces of a walk, by a function that gives their frames; gives all frames."""
+    done = 0
+    for piece in walk.pieces:
+        done += 0 if piece is None else write(piece)
+        if progress is not None:  # a frame taken in, and not given yet, is half done
+            progress(done + len(walk.stamps) // 2, expected)
+    return done

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -40,18 +41,14 @@ def evaluate(
     nearest multiple of 8), for a model's posterior mean or any function of frames, and the
     linear baseline's beside them."""
     baseline = LinearBaseline.bundled()
+    through = partial(reconstruct_frames, model=codec) if isinstance(codec, TemporalVAE) else codec
     for file in files:
         original = read_clip(file, frames, width, multiple=BLOCK)
-        if isinstance(codec, TemporalVAE):
-            reconstruction = reconstruct_frames(original, codec)
-        else:
-            reconstruction = codec(original)
-        yield Row(file.stem, score(original, reconstruction), score(original, baseline(original)))
+        yield Row(
+            file.stem, score(original, through(original)), score(original, baseline(original))
+        )
 
 
 def mean_scores(scores: Sequence[Scores]) -> Scores:
     """Mean over clips, each clip counting the same."""
-    return Scores(*(float(np.mean([getattr(s, name) for s in scores])) for name in _NAMES))
-
-
-_NAMES = ("psnr", "ssim", "flicker")
+    return Scores(*np.mean([astuple(each) for each in scores], 0).tolist())

@@ -30,11 +30,8 @@ class Scores:
 
 def score(original: Uint8Frames, reconstruction: Uint8Frames) -> Scores:
     """All measures of one clip. Raises `ValueError` when the shapes differ."""
-    return Scores(
-        psnr=psnr(original, reconstruction),
-        ssim=ssim(original, reconstruction),
-        flicker=flicker(original, reconstruction),
-    )
+    clips = original, reconstruction
+    return Scores(psnr(*clips), ssim(*clips), flicker(*clips))
 
 
 def psnr(original: Uint8Frames, reconstruction: Uint8Frames) -> float:
@@ -80,8 +77,5 @@ def _frames(original: Uint8Frames, reconstruction: Uint8Frames) -> tuple[Tensor,
             f"original and reconstruction must have one shape, got {original.shape} and "
             f"{reconstruction.shape}"
         )
-    ours, theirs = (
-        torch.from_numpy(frames).permute(0, 3, 1, 2).float()
-        for frames in (original, reconstruction)
-    )
-    return ours, theirs
+    ours, theirs = map(torch.from_numpy, (original, reconstruction))
+    return ours.permute(0, 3, 1, 2).float(), theirs.permute(0, 3, 1, 2).float()

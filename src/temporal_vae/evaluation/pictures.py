@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -47,20 +46,12 @@ def comparison(
     slices = [time_slice(clip, width=width) for clip in (original, reconstruction)]
     for row in (frames, slices):
         row.append(amplified_difference(row[0], row[1], gain))
+    column, others = width // 2, ["reconstruction", f"difference x {gain:g}"]
     captions = [
-        [f"original, frame {middle}", "reconstruction", f"difference x {gain:g}"],
-        [
-            f"time slice: column {width // 2} over {len(original)} frames",
-            "reconstruction",
-            f"difference x {gain:g}",
-        ],
+        [f"original, frame {middle}", *others],
+        [f"time slice: column {column} over {len(original)} frames", *others],
     ]
     return _sheet([frames, slices], captions, title)
-
-
-def save(picture: Image.Image, path: str | os.PathLike[str]) -> None:
-    """Write a PNG."""
-    picture.save(path, format="PNG")
 
 
 def _sheet(rows: list[list[Uint8Frames]], captions: list[list[str]], title: str) -> Image.Image:
@@ -68,25 +59,16 @@ def _sheet(rows: list[list[Uint8Frames]], captions: list[list[str]], title: str)
     from PIL import Image, ImageDraw, ImageFont
 
     height, width = rows[0][0].shape[:2]
-    columns = len(rows[0])
-    sheet = Image.new(
-        "RGB",
-        (
-            MARGIN + columns * (width + MARGIN),
-            2 * CAPTION + len(rows) * (height + CAPTION + MARGIN),
-        ),
-        "white",
-    )
-    draw, small, large = (
-        ImageDraw.Draw(sheet),
-        ImageFont.load_default(15),
-        ImageFont.load_default(19),
-    )
+    down, right = height + CAPTION + MARGIN, width + MARGIN
+    size = (MARGIN + len(rows[0]) * right, 2 * CAPTION + len(rows) * down)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    small, large = ImageFont.load_default(15), ImageFont.load_default(19)
     draw.text((MARGIN, MARGIN), title, fill="black", font=large)
     for r, (panels, words) in enumerate(zip(rows, captions, strict=True)):
-        y = CAPTION + MARGIN + r * (height + CAPTION + MARGIN)
+        y = CAPTION + MARGIN + r * down
         for c, (panel, caption) in enumerate(zip(panels, words, strict=True)):
-            x = MARGIN + c * (width + MARGIN)
+            x = MARGIN + c * right
             draw.text((x, y + 8), caption, fill="#333333", font=small)
             sheet.paste(Image.fromarray(panel), (x, y + CAPTION))
     return sheet

@@ -1,4 +1,7 @@
-"""How much memory there is to use, here and now."""
+"""Memory budgets: words to bytes, what is free, and what can be afforded.
+
+Other modules call `budget.available_bytes` through this module, so that one replacement serves all.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,21 @@ import psutil
 import torch
 
 CGROUP = Path("/sys/fs/cgroup")
+AUTO_SHARE = 0.8
+"""Of the free memory that "auto" takes."""
+
+Budget = int | str | None
+"""A bound of memory as callers give it: bytes, words such as "6GiB", "least", or None for any."""
+Limit = int | Literal["least"] | None
+"""The same in bytes."""
+
+
+class BudgetError(ValueError):
+    """A budget that cannot be met; `least` bytes can."""
+
+    def __init__(self, message: str, least: int):
+        super().__init__(message)
+        self.least = least
 
 
 def available_bytes(device: torch.device) -> int | None:
@@ -41,18 +59,7 @@ def _left_in_container(folder: Path) -> int | None:
     return max(0, limit - used + cached)
 
 
-Budget = int | str | None
-
-
-class BudgetError(ValueError):
-    """A budget that cannot be met; `least` bytes can."""
-
-    def __init__(self, message: str, least: int):
-        super().__init__(message)
-        self.least = least
-
-
-def parse_budget(budget: Budget) -> int | Literal["least"] | None:
+def parse_budget(budget: Budget) -> Limit:
     """Bytes of a budget: a number, "500MiB", "6GiB", "6GB", "least" or None.
 
     Raises `ValueError` for anything else.
@@ -76,6 +83,44 @@ def parse_budget(budget: Budget) -> int | Literal["least"] | None:
     )
 
 
+def in_words(size: int) -> str:
+    """A number of bytes, with the same in GiB."""
+    return f"{size} bytes ({size / 2**30:.3f} GiB)"
+
+
+def memory_budget(memory: Budget, device: torch.device) -> Limit:
+    """Bytes of a budget for a device, or with "auto" most of the memory that is free there.
+
+    Raises `ValueError` for what is no budget, for more than is free, and for "auto" where it is not
+    known how much is free.
+    """
+    free = available_bytes(device)
+    if memory == "auto":
+        if free is None:
+            raise ValueError(
+                f"'auto' needs to know how much memory is free, and {device} does not tell: give a "
+                "size, such as 2GiB"
+            )
+        return int(AUTO_SHARE * free)
+    limit = parse_budget(memory)
+    if isinstance(limit, int) and free is not None and limit > free:
+        raise ValueError(
+            f"the budget {memory!r} is above the memory that is free, {in_words(free)}: give less, "
+            "or free some"
+        )
+    return limit
+
+
+def check_budget(budget: Budget, device: torch.device) -> None:
+    """Raise `ValueError` for what is no budget, and on the CPU for more than is free.
+
+    A GPU says when its memory is used up; a walk there begins again with less.
+    """
+    limit = parse_budget(budget)
+    if isinstance(limit, int) and device.type == "cpu":
+        memory_budget(budget, device)
+
+
 def affordable(memory: int | str, device: torch.device) -> Budget:
     """A budget of so much, or of what is free where that is less or `memory` is "auto".
 
@@ -90,14 +135,3 @@ def affordable(memory: int | str, device: torch.device) -> Budget:
     usable = free * 7 // 8  # for the caches of kernels, and others on the machine
     unit = 1 << max(0, usable.bit_length() - 4)  # rounded, so that the next call finds its plan
     return max(1, usable // unit * unit)
-
-
-def check_budget(budget: Budget, device: torch.device) -> None:
-    """Raise `ValueError` for what is no budget, and on the CPU for more than is free."""
-    limit = parse_budget(budget)
-    free = available_bytes(device) if isinstance(limit, int) and device.type == "cpu" else None
-    if isinstance(limit, int) and free is not None and limit > free:
-        raise ValueError(
-            f"the budget {budget!r} is above the memory that is free, {free} bytes "
-            f"({free / 2**30:.3f} GiB): give less, or free some"
-        )
