@@ -23,7 +23,7 @@ import temporal_vae
 from temporal_vae import TemporalVAE, TemporalVAEConfig
 from temporal_vae.convert import chunks
 from temporal_vae.network.framewise import Framewise
-from temporal_vae.network.primitives import Norm
+from temporal_vae.network.primitives import Norm, own_norm
 from temporal_vae.network.timewise import TemporalAttention, TemporalBlock, TimeConv, Timewise
 
 ROOT = Path(__file__).parent.parent
@@ -366,7 +366,7 @@ def test_layers_see_views_in_one_memory_order(
 
 def test_the_memory_order_test_sees_a_hidden_one(monkeypatch: pytest.MonkeyPatch) -> None:
     def forward(self: Timewise, x: Tensor) -> Tensor:
-        y: Tensor = self.pixels(x.flatten(3)).unflatten(3, x.shape[3:])
+        y: Tensor = self.pixels(x.flatten(3), own_norm).unflatten(3, x.shape[3:])
         return y
 
     monkeypatch.setattr(Timewise, "forward", forward)
