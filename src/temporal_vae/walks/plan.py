@@ -35,8 +35,10 @@ NEARLY_LEAST = 1.05
 CHUNK_BYTES = 8 * 2**20
 """A chunk of pixels, all frames and channels, is about as large: it stays in the cache."""
 GROUP_BYTES = 40 * 2**20
-"""Of a group of frames before and after a layer. On a CPU, larger ones gain a few percent, and
-leave gaps in the memory of a long stream."""
+"""Of a group of frames before and after a layer. On a CPU, larger ones gain a few percent."""
+STEP_GROUP_BYTES = 8 * 2**20
+"""The same for the steps of a stream: blocks of up to 4 MiB are reused from step to step, so that
+the process stays as large as it is. Twice as large ones walk 4 percent faster."""
 BAND_ROWS = (256, 128, 64, 32, 16, 8)
 """Rows of a band, fastest first."""
 
@@ -114,7 +116,7 @@ class Planner:
         """
         limit, plans = parse_budget(budget), list[Plan]()
         with self._lock, _on_shapes_alone():
-            for bounds in _candidates(self._line, self._request):
+            for bounds in _candidates(self._line, self._request, limit is not None):
                 plan = self._counted.get(bounds) or self._count(bounds)
                 if limit is None or (limit != "least" and plan.peak_bytes <= limit):
                     return plan
@@ -172,10 +174,11 @@ def _on_shapes_alone() -> Iterator[None]:
         yield
 
 
-def _candidates(line: Line, request: PlanRequest) -> Iterator[Bounds | None]:
+def _candidates(line: Line, request: PlanRequest, limited: bool) -> Iterator[Bounds | None]:
     """Ways to walk, fastest first; those of one place for the activation before the next place."""
-    if None in request.offload:
-        yield None
+    on_cpu = request.device.type == "cpu"
+    if None in request.offload and not (on_cpu and request.stream and limited):
+        yield None  # whose large blocks would come new from the system at every step
     layers, frames, itemsize = list(line.layers()), request.shape[2], request.dtype.itemsize
     shapes = stages.shapes_in(layers, (1, *request.shape[1:]))
     height, width = max(shape[3:] for shape in shapes)
@@ -191,8 +194,9 @@ def _candidates(line: Line, request: PlanRequest) -> Iterator[Bounds | None]:
     )
     pixels = max(16, CHUNK_BYTES // (frames * itemsize * channels))
     most = frames
-    if request.device.type == "cpu":
-        most = max(1, min(frames, GROUP_BYTES // (largest * itemsize)))
+    if on_cpu:
+        size = STEP_GROUP_BYTES if request.stream else GROUP_BYTES
+        most = max(1, min(frames, size // (largest * itemsize)))
     groups = [most >> n for n in range(most.bit_length())]
     for offload in request.offload:
         cut = partial(Bounds, channels=channels, offload=offload)
