@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import awake
+from conftest import awake, thinned
 from hypothesis import given
 from hypothesis import strategies as st
 from test_bounded import SVD_LIKE
@@ -438,8 +438,10 @@ def test_memory_is_flat_in_the_length(tmp_path: Path) -> None:
 # Memory and pipes ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"causal_mode": True}, SVD_LIKE], ids=str)
-@pytest.mark.parametrize("memory", ["64MiB", "least", "auto"])
+@pytest.mark.parametrize(
+    ("memory", "options"),
+    thinned(3, ["least", "64MiB", "auto"], [{}, {"causal_mode": True}, SVD_LIKE]),
+)
 def test_a_budget_never_changes_the_file(
     tmp_path: Path, options: dict[str, Any], memory: str
 ) -> None:
@@ -455,7 +457,7 @@ def test_a_budget_never_changes_the_file(
 @pytest.mark.parametrize(
     ("options", "length"),
     [
-        ({"causal_mode": True}, 9),
+        ({"causal_mode": True}, 5),
         pytest.param({"causal_mode": True}, 80, marks=pytest.mark.slow),
         pytest.param({}, 80, marks=pytest.mark.slow),
     ],
@@ -649,10 +651,11 @@ def test_latents_are_joined_to_pieces_as_large_as_the_first(lengths: list[int]) 
     assert len(joined) <= len(pieces) + 1
 
 
-def test_no_memory_is_one_line(tmp_path: Path, small_model: Path) -> None:
-    source = write(tmp_path / "in.mkv", smooth(2, 1200, 1600))
+def test_no_memory_is_one_line(tmp_path: Path) -> None:
+    awake(torch.float32, base_channels=64).save_pretrained(tmp_path / "model")
+    source = write(tmp_path / "in.mkv", smooth(2, 1200, 1600))  # its first layer makes a GiB
     command = " ".join(
-        map(str, ["reconstruct", source, tmp_path / "o.mkv", "--model", small_model])
+        map(str, ["reconstruct", source, tmp_path / "o.mkv", "--model", tmp_path / "model"])
     )
     code = COMMAND[-1]
     result = subprocess.run(
@@ -681,10 +684,10 @@ def test_memory_that_cannot_be(
     assert {p.name for p in tmp_path.iterdir()} == {"in.mkv"}
 
 
-def test_pipes(tmp_path: Path, small_model: Path) -> None:
+def test_pipes(tmp_path: Path, small_model: Path, run: Run) -> None:
     """From a file that flows in to one that flows out: the same frames as with names."""
     source = write(tmp_path / "in.mkv", smooth(7, 19, 30))
-    named = tvae("reconstruct", source, tmp_path / "named.mkv", "--model", small_model)
+    named = run("reconstruct", source, tmp_path / "named.mkv", "--model", small_model)
     assert named.returncode == 0, named.stderr
     command = [*COMMAND, "reconstruct", "-", "-", "--model", str(small_model)]
     with subprocess.Popen(["cat", source], stdout=subprocess.PIPE) as feed:  # cannot be rewound

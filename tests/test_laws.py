@@ -144,7 +144,10 @@ def test_law_5_sees_a_temporal_branch_that_does_not_start_at_zero() -> None:
 
 def fingerprint(options: dict[str, Any], redrawn: bool = True) -> list[float]:
     """What a caller could measure of a model with these options."""
-    base: dict[str, Any] = {"base_channels": 8, "channel_multipliers": (1, 2), "seed": 0} | options
+    base: dict[str, Any] = {
+        "base_channels": 8, "channel_multipliers": (1, 2), "blocks_per_level": 1, "seed": 0
+    }  # fmt: skip
+    base |= options
     model = awake(**base) if redrawn else TemporalVAE(**base).double()
     video = pixels(9, channels=model.input_channels)
     with torch.no_grad():
@@ -171,7 +174,7 @@ ALTERNATIVES: dict[str, Any] = {
     "loss_function": lambda a, b: (a - b).abs().mean(),
     "seed": 1,
     "latent_shift_factor": 0.5,
-    "blocks_per_level": 1,
+    "blocks_per_level": 2,
     "norm_groups": 4,
     "quant_conv": False,
     "post_quant_conv": False,

@@ -274,13 +274,12 @@ CAUSAL: dict[str, Any] = {"causal_mode": True}
 @pytest.mark.parametrize(
     ("options", "share", "length"),
     [
-        (SYMMETRIC, "least", 1),
         (CAUSAL, "least", 5),
         *(
             pytest.param(options, share, length, marks=pytest.mark.slow)
             for options, length in ((SYMMETRIC, 1), (SYMMETRIC, 5), (CAUSAL, 1), (CAUSAL, 5))
             for share in (1.0, 0.9, "least")
-            if (share, options, length) not in (("least", SYMMETRIC, 1), ("least", CAUSAL, 5))
+            if (share, options, length) != ("least", CAUSAL, 5)
         ),
     ],
     ids=str,
@@ -290,6 +289,7 @@ def test_the_plan_of_a_stream_foresees_its_peak(
     options: dict[str, Any], share: Any, length: int
 ) -> None:
     model = awake(base_channels=16, **options)
+    begun = 12 if model.is_causal else 70
     latent = torch.randn(1, 4, 75, 16, 24, generator=torch.Generator().manual_seed(0)).double()
     shape = (1, 4, length, 16, 24)
     whole = model.plan(shape, stream=True)
@@ -298,10 +298,10 @@ def test_the_plan_of_a_stream_foresees_its_peak(
         budget = max(plan.peak_bytes, int(share * whole.peak_bytes))
         plan = model.plan(shape, budget=budget, stream=True)
     assert "state of the stream" in plan.explain()
-    _, state = model.decode_step(latent[:, :, :70])
+    _, state = model.decode_step(latent[:, :, :begun])
     size = sum(t.nbytes for layer in state for t in layer[1:])
     assert plan.state_bytes == size
-    piece = latent[:, :, 70 : 70 + length].contiguous()
+    piece = latent[:, :, begun : begun + length].contiguous()
     peaks = []
     for step in (
         lambda: model.decode_step(piece, state, plan),
@@ -337,13 +337,14 @@ def test_the_end_of_a_kept_stream_is_within_its_plan() -> None:
     assert alive.most <= plan.peak_bytes
 
 
-@pytest.mark.parametrize("options", [{}, {"causal_mode": True}], ids=str)
-@pytest.mark.parametrize("bounded", [False, True])
+@pytest.mark.parametrize(
+    ("options", "bounded"), thinned(2, [{}, {"causal_mode": True}], [False, True])
+)
 @torch.no_grad()
 def test_a_stream_that_hands_its_state_on_takes_one_state_less(
     options: dict[str, Any], bounded: bool
 ) -> None:
-    model = awake(base_channels=16, **options)
+    model = awake(base_channels=16, blocks_per_level=2, **options)
     latent = torch.randn(1, 4, 30, 12, 16, generator=torch.Generator().manual_seed(0)).double()
     peaks, results = {}, {}
     for keeps in (True, False):
@@ -597,7 +598,7 @@ def test_what_is_free(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_out_of_memory_means_plan_smaller_and_start_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU whose memory others use: here it fails in the middle of a walk, twice."""
-    model = awake(base_channels=16)
+    model = awake(base_channels=16, blocks_per_level=2)
     z = torch.randn(1, 4, 3, 24, 32, generator=torch.Generator().manual_seed(0)).double()
     plan, exact = model.plan(z.shape, budget=10**9), model.decode(z)
     honest, left = TemporalBlock.pixels, [7, 9]
@@ -717,7 +718,7 @@ def test_pieces_begin_again_in_less_memory(monkeypatch: pytest.MonkeyPatch) -> N
         found = walked(pieces)
         assert len(found) > 1 and difference(torch.cat(found, 2), exact) < 1e-10
         last = calls
-        for failures in ([last], [2], [2, 5], [last, last + 2]):
+        for failures in ([2, 5], [last, last + 2]):
             found = walked(pieces, *failures)
             assert difference(torch.cat(found, 2), exact) < 1e-10, failures
         with pytest.raises(torch.OutOfMemoryError):

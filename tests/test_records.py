@@ -1067,7 +1067,7 @@ def from_stream(data: bytes) -> None:
     TARGET.load_state(io.BytesIO(data))
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(damaged())
 def test_damaged_records(data: bytes) -> None:
     assert_whole_or_refused(data)
