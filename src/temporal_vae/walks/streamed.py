@@ -1,8 +1,9 @@
-"""The streamed walk: a clip in pieces of any length, each timewise layer handing its tail on.
+"""The streamed walk: a clip in pieces of any length, of which each layer remembers its tails.
 
-Exact by three rules: at the end each layer flushes with zeros at its own input; one that looks
-ahead gives nothing for frames before the first; attention hides keys outside the clip. A causal
-network gives a frame for each it takes; a symmetric one is late by its reach, and the end flushes.
+It is exact by three rules. At the end of the clip each layer flushes with zeros at its own input. A
+layer that looks ahead gives nothing for frames before the first. Attention hides keys outside the
+clip. A causal network gives a frame for each that it takes. A symmetric one looks ahead, so each
+frame comes as many frames later as its reach; the last ones come when the stream is finished.
 """
 
 from __future__ import annotations
