@@ -1,10 +1,11 @@
-"""Files written whole or not at all; records: what a stream holds between two positions.
+"""The bytes before the numbers in a safetensors stream, and the headers of records.
 
-A record is one safetensors stream: 8 bytes with the length of the header (little-endian), the
-header, which is JSON padded with spaces to 8 bytes, and the payload. The header holds the metadata,
-texts by name, and says of each tensor its type, shape and place in the payload. Records are written
-and read from the current position on, never seeking, so that pipes and sockets will do, and more
-records can follow.
+A safetensors stream is 8 bytes with the length of the header (little-endian), the header, which is
+JSON padded with spaces, and the payload: the numbers of all tensors. The header holds the metadata,
+texts by name, and says of each tensor its type, shape and place in the payload.
+
+A record is such a stream with one model (`checkpoints.records`). Records are written and read from
+the current position on without seeking, so pipes and sockets will do, and more records can follow.
 """
 
 from __future__ import annotations
@@ -21,25 +22,86 @@ from temporal_vae.files.streams import CheckpointError, read_into, write_all
 
 SUFFIX = ".safetensors"
 HEADER_LIMIT = 4 * 2**20
-"""Bytes of a header at most: tens of thousands of tensors. Parsed, it may take 20 times as much."""
+"""Bytes of a record's header at most: tens of thousands of tensors. Parsed, it may take 20 times as
+much memory."""
 SIZES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
-"""Bytes of a number by type, in the order of the payload: then every tensor is aligned."""
+"""Bytes of a number by type, in the order of a record's payload: then every tensor is aligned."""
 
 _SEAL = "header_crc32"
 _DIMENSIONS = 8
 
 
-# Headers of records ---------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A tensor in a record: a type of `SIZES`, its shape, its first byte and the one past it."""
+    """A tensor in a payload: its type, its shape, its first byte and the one past its last."""
 
     dtype: str
     shape: tuple[int, ...]
     begin: int
     end: int
+
+
+# Any safetensors stream -----------------------------------------------------------------------
+
+
+def frame(metadata: Mapping[str, str], slots: Mapping[str, Slot], room: int = 0) -> bytes:
+    """All bytes before the payload: a multiple of 8, and at least `room`."""
+    document: dict[str, Any] = {"__metadata__": dict(metadata)}
+    for name, slot in slots.items():
+        places = [slot.begin, slot.end]
+        document[name] = {"dtype": slot.dtype, "shape": list(slot.shape), "data_offsets": places}
+    text = json.dumps(document, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    text = text.ljust(room - 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def read_text(file: BinaryIO, limit: int) -> bytes:
+    """Read the header from the current position on, without the 8 bytes of its length.
+
+    Raises `CheckpointError` where the file ends before, or the header claims over `limit` bytes.
+    """
+    prefix = bytearray(8)
+    read_into(file, memoryview(prefix))
+    (length,) = struct.unpack("<Q", prefix)
+    if length > limit:
+        raise CheckpointError(f"its header would have {length} bytes, the limit is {limit}")
+    text = bytearray(length)
+    read_into(file, memoryview(text))
+    return bytes(text)
+
+
+def parse(text: bytes) -> tuple[dict[str, str], dict[str, Slot]]:
+    """Metadata and tensors of a header. Raises `ValueError` for what is no safetensors header.
+
+    Of tensors it is checked that each is described, not that the descriptions fit each other.
+    """
+    try:
+        document = json.loads(text.decode(), object_pairs_hook=_distinct)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its header is no JSON: {error}") from error
+    metadata = document.pop("__metadata__", None) if isinstance(document, dict) else None
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise ValueError("its header has no metadata, texts by name")
+    return metadata, {name: _slot(name, value) for name, value in document.items()}
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):  # readers differ on which of both they take
+        raise ValueError("a name stands twice")
+    return found
+
+
+def _slot(name: str, value: object) -> Slot:
+    match value:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [begin, end]}:
+            if all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+                return Slot(dtype, tuple(shape), begin, end)
+    raise ValueError(f"{name!r} has no proper place in it: {value!r:.120}")
+
+
+# Records --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +117,9 @@ class Header:
         return max((slot.end for slot in self.slots.values()), default=0)
 
     def encode(self) -> bytes:
-        """The bytes before the payload, sealed with a checksum of their own in the metadata."""
-        seal = f"{zlib.crc32(_framed(self.metadata, self.slots)):08x}"
-        return _framed({**self.metadata, _SEAL: seal}, self.slots)
+        """The bytes before the payload, with their own checksum as a last metadata field."""
+        seal = f"{zlib.crc32(frame(self.metadata, self.slots)):08x}"
+        return frame({**self.metadata, _SEAL: seal}, self.slots)
 
 
 def lay_out(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Slot]:
@@ -89,75 +151,31 @@ def read_header(file: BinaryIO, required: Mapping[str, str]) -> Header:
     Raises `CheckpointError` for anything that `Header.encode` would not have written. Takes no more
     memory than `HEADER_LIMIT` allows, whatever the bytes claim.
     """
-    prefix = bytearray(8)
-    read_into(file, memoryview(prefix))
-    (length,) = struct.unpack("<Q", prefix)
-    if length > HEADER_LIMIT:
-        raise CheckpointError(
-            f"no record: its header would have {length} bytes, the limit is {HEADER_LIMIT}"
-        )
-    text = bytearray(length)
-    read_into(file, memoryview(text))
+    text = read_text(file, HEADER_LIMIT)
     try:
-        document = json.loads(text.decode())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"no record, or a damaged one: its header is no JSON: {error}"
-        ) from error
-    metadata = _metadata(document, required)
-    slots = _slots(document)
-    metadata.pop(_SEAL, None)
-    header = Header(metadata, slots)
-    if header.encode() != prefix + text:
-        raise CheckpointError("the record is damaged: its header is not as it was written")
-    return header
-
-
-def _framed(metadata: Mapping[str, str], slots: Mapping[str, Slot]) -> bytes:
-    document: dict[str, Any] = {"__metadata__": dict(metadata)}
-    for name, slot in slots.items():
-        places = [slot.begin, slot.end]
-        document[name] = {"dtype": slot.dtype, "shape": list(slot.shape), "data_offsets": places}
-    text = json.dumps(document, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
-
-
-def _metadata(document: object, required: Mapping[str, str]) -> dict[str, str]:
-    metadata = document.get("__metadata__") if isinstance(document, dict) else None
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise CheckpointError("no record: its header has no metadata")
+        metadata, slots = parse(text)
+    except ValueError as error:
+        raise CheckpointError(f"no record, or a damaged one: {error}") from error
     for name, value in required.items():
         if metadata.get(name) != value:
             raise CheckpointError(
                 f"no record that this version reads: its {name} is {metadata.get(name)!r}, "
                 f"not {value!r}"
             )
-    return metadata
+    _check_places(slots)
+    metadata.pop(_SEAL, None)
+    header = Header(metadata, slots)
+    if header.encode()[8:] != text:
+        raise CheckpointError("the record is damaged: its header is not as it was written")
+    return header
 
 
-def _slots(document: dict[str, Any]) -> dict[str, Slot]:
-    slots, place = {}, 0
-    for name, value in document.items():
-        if name == "__metadata__":
-            continue
-        slot = _slot(value)
-        if slot is None or slot.begin != place:
+def _check_places(slots: Mapping[str, Slot]) -> None:
+    """Raise `CheckpointError` unless tensors follow one another, aligned and as long as said."""
+    place = 0
+    for name, slot in slots.items():
+        size = SIZES.get(slot.dtype, 0)
+        fits = size and len(slot.shape) <= _DIMENSIONS and slot.begin % size == 0
+        if not fits or slot.begin != place or slot.end - place != math.prod(slot.shape) * size:
             raise CheckpointError(f"the record is damaged: {name!r} has no proper place in it")
-        slots[name], place = slot, slot.end
-    return slots
-
-
-def _slot(value: object) -> Slot | None:
-    """A tensor's place if it is aligned and as long as its shape says, else None."""
-    match value:
-        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [begin, end]}:
-            pass
-        case _:
-            return None
-    whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
-    if dtype not in SIZES or len(shape) > _DIMENSIONS or not whole:
-        return None
-    if begin % SIZES[dtype] or end - begin != math.prod(shape) * SIZES[dtype]:
-        return None
-    return Slot(dtype, tuple(shape), begin, end)
+        place = slot.end

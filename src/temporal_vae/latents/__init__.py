@@ -6,12 +6,7 @@ from temporal_vae.latents.identity import weights_sha256
 from temporal_vae.latents.info import LatentFileError, LatentInfo, ModelRecord
 from temporal_vae.latents.reading import LatentFile, holds_latents, read_latents
 from temporal_vae.latents.statistics import LatentStatistics, latent_statistics
-from temporal_vae.latents.writing import (
-    LatentWriter,
-    check_target,
-    record_fields,
-    write_latents,
-)
+from temporal_vae.latents.writing import LatentWriter, check_target, record_fields, write_latents
 
 __all__ = [
     "LOG_VARIANCE_RANGE",

@@ -7,21 +7,24 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
-from temporal_vae.latents.distribution import LatentDistribution
-
-Kind = Literal["moments", "sample"]
-
 MOST_FRAMES = 2**48
 MOST_CELLS = 2**20
 """Cells of a side, and channels."""
-_RATIONAL = 2**31
 MOST_STAMP = 2**62
+_MOST_PIXELS = 2**31
 _COLOUR = "colour_"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+"""By their names in safetensors."""
 
 
 class LatentFileError(ValueError):
@@ -43,6 +46,101 @@ class ModelRecord:
     decoder_sha256: str | None = None
 
 
+# Forms of fields -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What a field may hold, and how it is written in a header, where all values are text."""
+
+    words: str
+    """Ends a sentence: "NAME must be ..."."""
+    holds: Callable[[Any], bool]
+    """Whether a value is of this form, whatever its type."""
+    parse: Callable[[str], Any] = str
+    """Text to a value. Raises `ValueError`, `KeyError` or `ZeroDivisionError`."""
+    text: Callable[[Any], str] = str
+    """A value to text."""
+
+    def check(self, name: str, value: object) -> None:
+        """Raise `LatentFileError` for a value that is not of this form."""
+        if not self.holds(value):
+            raise LatentFileError(f"{name} must be {self.words}, got {value!r:.80}")
+
+    def read(self, name: str, text: str) -> Any:
+        """A value from its text. Raises `LatentFileError` for what is none."""
+        try:
+            return self.parse(text)
+        except (ValueError, KeyError, ZeroDivisionError) as error:
+            raise LatentFileError(f"{name} must be {self.words}, got {text!r:.80}") from error
+
+
+def _matching(pattern: str, parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    def parse_match(text: str) -> Any:
+        if not re.fullmatch(pattern, text):
+            raise ValueError
+        return parse(text)
+
+    return parse_match
+
+
+def _whole(least: int, most: int) -> Form:
+    return Form(
+        f"a whole number in [{least}, {most}]",
+        lambda value: type(value) is int and least <= value <= most,
+        _matching("-?[0-9]{1,19}", int),
+    )
+
+
+def _number(words: str, least: float) -> Form:
+    return Form(words, lambda value: type(value) is float and least < value < math.inf, float)
+
+
+def _is_rational(value: object) -> bool:
+    return type(value) is Fraction and 0 < value.numerator < 2**31 and value.denominator < 2**31
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and value == value.encode(errors="replace").decode()
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+_DTYPES_BY_NAME = {_dtype_name(dtype): dtype for dtype in DTYPES.values()}
+_KIND = Form("'moments' or 'sample'", lambda value: value in ("moments", "sample"))
+_DTYPE = Form(
+    f"one of {', '.join(_DTYPES_BY_NAME)}",
+    lambda value: value in DTYPES.values(),
+    _DTYPES_BY_NAME.__getitem__,
+    _dtype_name,
+)
+_TRUTH = Form(
+    "True or False",
+    lambda value: type(value) is bool,
+    {"true": True, "false": False}.__getitem__,
+    lambda value: str(value).lower(),
+)
+_RATIONAL = Form(
+    "a Fraction of numbers in [1, 2**31), written n/d",
+    _is_rational,
+    _matching("[0-9]{1,10}/[0-9]{1,10}", Fraction),
+    lambda value: f"{value.numerator}/{value.denominator}",
+)
+_TEXT = Form("text that UTF-8 can hold", _is_text)
+_HASH = Form(
+    "64 hexadecimal digits",
+    lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None,
+)
+_SIDE, _CELLS, _FRAMES = _whole(1, _MOST_PIXELS), _whole(1, MOST_CELLS), _whole(1, MOST_FRAMES)
+
+
+# The header ----------------------------------------------------------------------------------
+
+Kind = Literal["moments", "sample"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatentInfo:
     """The header of a file of latents; docs/formats.md has the same fields.
@@ -50,96 +148,64 @@ class LatentInfo:
     Raises `LatentFileError` for a field that is out of its range, or does not fit the others.
     """
 
-    kind: Kind
+    kind: Annotated[Kind, _KIND]
     """"moments": mean and log-variance of each cell; "sample": a latent drawn from them."""
-    dtype: torch.dtype
-    frames: int
-    channels: int
+    dtype: Annotated[torch.dtype, _DTYPE]
+    frames: Annotated[int, _FRAMES]
+    channels: Annotated[int, _CELLS]
     """Of a latent cell: moments are stored as twice as many."""
-    rows: int
+    rows: Annotated[int, _CELLS]
     """Latent cells from top to bottom."""
-    columns: int
-    height: int
+    columns: Annotated[int, _CELLS]
+    height: Annotated[int, _SIDE]
     """Pixels of the video, without padding."""
-    width: int
-    padding_bottom: int = 0
+    width: Annotated[int, _SIDE]
+    padding_bottom: Annotated[int, _whole(0, _MOST_PIXELS)] = 0
     """Pixel rows that were repeated to fill whole cells; a decoder crops them."""
-    padding_right: int = 0
-    scaled: bool = False
+    padding_right: Annotated[int, _whole(0, _MOST_PIXELS)] = 0
+    scaled: Annotated[bool, _TRUTH] = False
     """Whether (latent - shift_factor) * scale_factor is stored, instead of the latent."""
-    scale_factor: float = 0.18215
-    shift_factor: float = 0.0
-    fps: Fraction = Fraction(25)
-    time_base: Fraction = Fraction(1, 25)
+    scale_factor: Annotated[float, _number("a finite number above 0", 0)] = 0.18215
+    shift_factor: Annotated[float, _number("a finite number", -math.inf)] = 0.0
+    fps: Annotated[Fraction, _RATIONAL] = Fraction(25)
+    time_base: Annotated[Fraction, _RATIONAL] = Fraction(1, 25)
     """Seconds in a unit of the timestamps."""
-    start: int = 0
-    """Timestamp of the first frame."""
-    step: int | None = 1
+    start: Annotated[int, _whole(0, MOST_STAMP)] = 0
+    """Timestamp of the first frame; 0 where the file lists all timestamps."""
+    step: Annotated[int | None, _whole(1, MOST_STAMP)] = 1
     """From one timestamp to the next; None where it varies, and the file lists them."""
-    sample_aspect_ratio: Fraction | None = None
-    clip_frames: int | None = None
+    sample_aspect_ratio: Annotated[Fraction | None, _RATIONAL] = None
+    """Width of a pixel to its height; None where it is unknown."""
+    clip_frames: Annotated[int | None, _FRAMES] = None
     """The video was walked in clips of so many frames, the last one shorter; None: as one clip."""
-    seed: int | None = None
+    seed: Annotated[int | None, _whole(0, 2**63 - 1)] = None
     """Of a sample."""
-    model: str | None = None
-    encoder_sha256: str | None = None
+    bit_depth: Annotated[int | None, _whole(1, 32)] = None
+    """Bits of a component in the source's file."""
+    model: Annotated[str | None, _TEXT] = None
+    encoder_sha256: Annotated[str | None, _HASH] = None
     """Of the encoder that made the latents, as `weights_sha256` gives it."""
-    decoder_sha256: str | None = None
+    decoder_sha256: Annotated[str | None, _HASH] = None
     colour: tuple[tuple[str, str], ...] = ()
     """The source's colour tags, by name: primaries, transfer, matrix, range."""
-    bit_depth: int | None = None
-    """Bits of a component in the source's file."""
-    source: str | None = None
+    source: Annotated[str | None, _TEXT] = None
     """Name of the source's file."""
-    source_sha256: str | None = None
-    library: str | None = None
+    source_sha256: Annotated[str | None, _HASH] = None
+    library: Annotated[str | None, _TEXT] = None
 
     def __post_init__(self) -> None:
-        if self.kind not in ("moments", "sample"):
-            raise LatentFileError(f"kind must be 'moments' or 'sample', got {self.kind!r}")
-        if self.dtype not in DTYPES.values():
-            known = ", ".join(map(_text, DTYPES.values()))
-            raise LatentFileError(f"dtype must be one of {known}, got {self.dtype}")
-        for name, least, most in _WHOLE:
-            _check_whole(name, getattr(self, name), least, most)
-        if type(self.scaled) is not bool:
-            raise LatentFileError(f"scaled must be True or False, got {self.scaled!r:.80}")
-        for name in ("scale_factor", "shift_factor"):
-            value = getattr(self, name)
-            if type(value) is not float or not math.isfinite(value):
-                raise LatentFileError(f"{name} must be a finite number, got {value!r}")
-        if self.scale_factor <= 0:
-            raise LatentFileError(f"scale_factor must be above 0, got {self.scale_factor}")
-        self._check_time()
-        self._check_padding()
-        for name in ("encoder_sha256", "decoder_sha256", "source_sha256"):
-            value = getattr(self, name)
-            if value is not None and not re.fullmatch("[0-9a-f]{64}", value):
-                raise LatentFileError(f"{name} must be 64 hexadecimal digits, got {value!r:.80}")
+        for name, form in _FORMS.items():
+            if getattr(self, name) is not None or name not in _OPTIONAL:
+                form.check(name, getattr(self, name))
         for name, tag in self.colour:
             if not re.fullmatch("[a-z_]{1,32}", name):
                 raise LatentFileError(f"a colour tag must be named a-z and _, got {name!r:.80}")
-            _check_text(f"colour tag {name}", tag)
-        for name in ("model", "source", "library"):
-            _check_text(name, getattr(self, name) or "")
-
-    def _check_time(self) -> None:
-        for name in ("fps", "time_base", "sample_aspect_ratio"):
-            value = getattr(self, name)
-            if value is None and name == "sample_aspect_ratio":
-                continue
-            if (
-                type(value) is not Fraction
-                or not 0 < value.numerator < _RATIONAL
-                or value.denominator >= _RATIONAL
-            ):
-                raise LatentFileError(
-                    f"{name} must be a Fraction of numbers in [1, 2**31), got {value!r:.80}"
-                )
+            _TEXT.check(f"colour tag {name}", tag)
         if self.start + (self.step or 0) * self.frames > MOST_STAMP:
             raise LatentFileError(
                 f"timestamps must be within 2**62, got {self.start} + {self.step} a frame"
             )
+        self._check_padding()
 
     def _check_padding(self) -> None:
         """Rows and columns of cells hold the padded frame, with one number of pixels a cell."""
@@ -172,11 +238,11 @@ class LatentInfo:
     def rescale(self, stored: Tensor, scaled: bool) -> Tensor:
         """What this file stores, (1, C, n, h, w), scaled or not as asked: never twice.
 
-        The log-variance of moments moves by twice the logarithm of the factor. In float32 at least.
+        In float32 at least. The log-variance of moments moves by twice the logarithm of the factor.
         """
-        if scaled == self.scaled:
-            return stored
         x = stored.to(torch.promote_types(stored.dtype, torch.float32))
+        if scaled == self.scaled:
+            return x
         mean, *rest = x.chunk(2, 1) if self.kind == "moments" else (x,)
         shift = 2 * math.log(self.scale_factor) * (1 if scaled else -1)
         if scaled:
@@ -186,138 +252,35 @@ class LatentInfo:
         return torch.cat([mean, *(log_variance + shift for log_variance in rest)], 1)
 
 
-def drawn(moments: Tensor, generator: torch.Generator | None) -> Tensor:
-    """A sample of moments (1, 2*L, n, h, w)."""
-    mean, log_variance = moments.chunk(2, 1)
-    return LatentDistribution(mean, log_variance).sample(generator)
-
-
-# Text ----------------------------------------------------------------------------------------
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
+_HINTS = {
+    name: get_args(hint)
+    for name, hint in get_type_hints(LatentInfo, include_extras=True).items()
+    if name != "colour"
 }
-"""By their names in safetensors."""
-
-_WHOLE: tuple[tuple[str, int, int], ...] = (
-    ("frames", 1, MOST_FRAMES),
-    ("channels", 1, MOST_CELLS),
-    ("rows", 1, MOST_CELLS),
-    ("columns", 1, MOST_CELLS),
-    ("height", 1, _RATIONAL),
-    ("width", 1, _RATIONAL),
-    ("padding_bottom", 0, _RATIONAL),
-    ("padding_right", 0, _RATIONAL),
-    ("start", 0, MOST_STAMP),
-    ("step", 1, MOST_STAMP),
-    ("clip_frames", 1, MOST_FRAMES),
-    ("seed", 0, 2**63 - 1),
-    ("bit_depth", 1, 32),
-)
-_OPTIONAL = {"step", "clip_frames", "seed", "bit_depth"}
-
-
-def _check_whole(name: str, value: object, least: int, most: int) -> None:
-    if value is None and name in _OPTIONAL:
-        return
-    if type(value) is not int or not least <= value <= most:
-        raise LatentFileError(
-            f"{name} must be a whole number in [{least}, {most}], got {value!r:.80}"
-        )
-
-
-def _check_text(name: str, value: object) -> None:
-    if not isinstance(value, str) or value != value.encode(errors="replace").decode():
-        raise LatentFileError(f"{name} must be text that UTF-8 can hold, got {value!r:.80}")
-
-
-def _text(value: object) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, Fraction):
-        return f"{value.numerator}/{value.denominator}"
-    if isinstance(value, torch.dtype):
-        return str(value).removeprefix("torch.")
-    return value if isinstance(value, str) else repr(value)
-
-
-def _parse_whole(text: str) -> int:
-    if not re.fullmatch("-?[0-9]{1,19}", text):
-        raise ValueError
-    return int(text)
-
-
-def _parse_fraction(text: str) -> Fraction:
-    if not re.fullmatch("[0-9]{1,10}/[0-9]{1,10}", text):
-        raise ValueError
-    return Fraction(text)
-
-
-def _parse_truth(text: str) -> bool:
-    return {"true": True, "false": False}[text]
-
-
-def _parse_dtype(text: str) -> torch.dtype:
-    return {_text(dtype): dtype for dtype in DTYPES.values()}[text]
-
-
-_PARSERS: dict[str, tuple[Callable[[str], Any], str]] = {
-    "kind": (str, "a word"),
-    "dtype": (_parse_dtype, "float32, bfloat16, float16 or float64"),
-    "frames": (_parse_whole, "a whole number"),
-    "height": (_parse_whole, "a whole number"),
-    "width": (_parse_whole, "a whole number"),
-    "padding_bottom": (_parse_whole, "a whole number"),
-    "padding_right": (_parse_whole, "a whole number"),
-    "scaled": (_parse_truth, "true or false"),
-    "scale_factor": (float, "a number"),
-    "shift_factor": (float, "a number"),
-    "fps": (_parse_fraction, "n/d"),
-    "time_base": (_parse_fraction, "n/d"),
-    "start": (_parse_whole, "a whole number"),
-    "step": (_parse_whole, "a whole number"),
-    "sample_aspect_ratio": (_parse_fraction, "n/d"),
-    "clip_frames": (_parse_whole, "a whole number"),
-    "seed": (_parse_whole, "a whole number"),
-    "bit_depth": (_parse_whole, "a whole number"),
-    "model": (str, "text"),
-    "encoder_sha256": (str, "text"),
-    "decoder_sha256": (str, "text"),
-    "source": (str, "text"),
-    "source_sha256": (str, "text"),
-    "library": (str, "text"),
-}
-_MAY_LACK = {
-    "step", "sample_aspect_ratio", "clip_frames", "seed", "bit_depth", "model",
-    "encoder_sha256", "decoder_sha256", "source", "source_sha256", "library",
-}  # fmt: skip
+_FORMS: dict[str, Form] = {name: form for name, (_, form) in _HINTS.items()}
+_OPTIONAL = {name for name, (hint, _) in _HINTS.items() if type(None) in get_args(hint)}
+_IN_SHAPE = {"channels", "rows", "columns"}
+"""Fields that the shape of the stored tensor gives, not the metadata."""
 
 
 def to_metadata(info: LatentInfo) -> dict[str, str]:
     """The fields as text, those that are None left out."""
-    values = {name: getattr(info, name) for name in _PARSERS}
-    found = {name: _text(value) for name, value in values.items() if value is not None}
+    values = {n: getattr(info, n) for n in _FORMS if n not in _IN_SHAPE}
+    found = {n: _FORMS[n].text(value) for n, value in values.items() if value is not None}
     return found | {_COLOUR + name: value for name, value in info.colour}
 
 
 def from_metadata(metadata: Mapping[str, str], shape: tuple[int, ...]) -> LatentInfo:
-    """The fields from their text, and the stored tensor's shape; what is unknown is passed over.
+    """The fields from their text and the stored tensor's shape; unknown fields are passed over.
 
     Raises `LatentFileError` for a field that is missing or wrong.
     """
     values: dict[str, Any] = {"step": None}
-    for name, (parse, form) in _PARSERS.items():
-        if name not in metadata:
-            if name not in _MAY_LACK:
-                raise LatentFileError(f"the header has no {name}")
-            continue
-        try:
-            values[name] = parse(metadata[name])
-        except (ValueError, KeyError, ZeroDivisionError) as error:
-            raise LatentFileError(f"{name} must be {form}, got {metadata[name]!r:.80}") from error
+    for name, form in _FORMS.items():
+        if name in metadata and name not in _IN_SHAPE:
+            values[name] = form.read(name, metadata[name])
+        elif name not in _OPTIONAL | _IN_SHAPE:
+            raise LatentFileError(f"the header has no {name}")
     frames, channels, rows, columns = shape
     if values["kind"] == "moments":
         channels, odd = divmod(channels, 2)
@@ -325,6 +288,9 @@ def from_metadata(metadata: Mapping[str, str], shape: tuple[int, ...]) -> Latent
             raise LatentFileError(f"moments must have an even number of channels, got {shape[1]}")
     if frames != values["frames"]:
         raise LatentFileError(f"frames is {values['frames']}, but {frames} are stored")
-    tags = [(key.removeprefix(_COLOUR), text) for key, text in sorted(metadata.items())
-            if key.startswith(_COLOUR)]  # fmt: skip
-    return LatentInfo(**values, channels=channels, rows=rows, columns=columns, colour=tuple(tags))
+    colour = tuple(
+        (key.removeprefix(_COLOUR), text)
+        for key, text in sorted(metadata.items())
+        if key.startswith(_COLOUR)
+    )
+    return LatentInfo(**values, channels=channels, rows=rows, columns=columns, colour=colour)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
-from types import TracebackType
 from typing import BinaryIO, Self
 
 import torch
 from torch import Tensor
 
+from temporal_vae.files.safetensors import read_text
 from temporal_vae.latents.distribution import LatentDistribution
-from temporal_vae.latents.header import MOST_HEADER_BYTES, Header, is_latents, unpack
-from temporal_vae.latents.info import MOST_STAMP, LatentFileError, LatentInfo, drawn
+from temporal_vae.latents.header import MOST_HEADER_BYTES, is_latents, tensors, unpack
+from temporal_vae.latents.info import MOST_STAMP, LatentFileError, LatentInfo
 
 PIECE_BYTES = 2**24
 """`pieces` reads about so much at a time, at least a frame."""
@@ -32,22 +32,21 @@ class LatentFile:
         self.path = os.fspath(path)
         self._file = _open(self.path)
         try:
-            header = self._header()
-        except BaseException:
+            text = read_text(self._file, MOST_HEADER_BYTES)
+            self._data_start = 8 + len(text)
+            size = os.fstat(self._file.fileno()).st_size
+            self.info = unpack(text, size - self._data_start)
+        except BaseException as error:
             self._file.close()
+            if isinstance(error, ValueError):  # it quotes the file: any text of any length
+                words = " ".join(str(error).split())
+                raise LatentFileError(f"{self.path}: {words:.400}") from error
             raise
-        self.info = header.info
-        self._header_read = header
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._file.close()
 
     def read(self, start: int = 0, frames: int | None = None) -> Tensor:
@@ -60,7 +59,7 @@ class LatentFile:
         count = self._range(start, frames)
         _, *frame = self.info.shape
         stored = torch.empty(count, *frame, dtype=self.info.dtype)
-        self._fill(stored, self._header_read.data_start + start * self.info.frame_bytes)
+        self._fill(stored, start * self.info.frame_bytes)
         if not stored.isfinite().all():
             raise LatentFileError(
                 f"{self.path}: frames {start} to {start + count - 1} hold NaN or infinity: the "
@@ -75,10 +74,7 @@ class LatentFile:
         """
         if self.info.kind != "moments":
             raise LatentFileError(f"{self.path} holds a sample, of which the moments are not known")
-        mean, log_variance = _widened(self.info.rescale(self.read(start, frames), False)).chunk(
-            2, 1
-        )
-        return LatentDistribution(mean.contiguous(), log_variance.contiguous())
+        return self._posterior(start, frames, False)
 
     def latents(
         self,
@@ -93,9 +89,9 @@ class LatentFile:
         if self.info.kind == "sample":
             if generator is not None:
                 raise LatentFileError(f"{self.path} holds a sample already: nothing is drawn")
-            return _widened(self.info.rescale(self.read(start, frames), scaled))
-        x = _widened(self.info.rescale(self.read(start, frames), scaled))
-        return drawn(x, generator) if sample_mode else x.chunk(2, 1)[0].contiguous()
+            return self.info.rescale(self.read(start, frames), scaled)
+        posterior = self._posterior(start, frames, scaled)
+        return posterior.sample(generator) if sample_mode else posterior.mean
 
     def timestamps(self, start: int = 0, frames: int | None = None) -> list[int]:
         """Timestamps of a range of frames, in units of `info.time_base`, each above the last.
@@ -105,12 +101,10 @@ class LatentFile:
         count, first, step = self._range(start, frames), self.info.start, self.info.step
         if step is not None:
             return [first + step * index for index in range(start, start + count)]
-        assert self._header_read.stamps_start is not None
-        before = 1 if start else 0
+        before = 1 if start else 0  # to compare the first of the range with
         stamps = torch.empty(count + before, dtype=torch.int64)
-        self._fill(stamps, self._header_read.stamps_start + 8 * (start - before))
-        sound = (stamps[1:] > stamps[:-1]).all() and stamps[0] >= 0 and stamps[-1] <= MOST_STAMP
-        if not sound:
+        self._fill(stamps, tensors(self.info)["timestamps"].begin + 8 * (start - before))
+        if (stamps[1:] <= stamps[:-1]).any() or stamps[0] < 0 or stamps[-1] > MOST_STAMP:
             raise LatentFileError(f"{self.path}: its timestamps do not grow: it is damaged")
         found: list[int] = stamps[before:].tolist()
         return found
@@ -121,16 +115,9 @@ class LatentFile:
         for start in range(0, self.info.frames, step):
             yield start, min(step, self.info.frames - start)
 
-    def _header(self) -> Header:
-        size = os.fstat(self._file.fileno()).st_size
-        start = self._file.read(8)
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or not 2 <= length <= size - 8 or length > MOST_HEADER_BYTES:
-            raise LatentFileError(f"{self.path}: no file of latents: it does not begin like one")
-        try:
-            return unpack(self._file.read(length), size)
-        except LatentFileError as error:
-            raise LatentFileError(f"{self.path}: {error}") from error
+    def _posterior(self, start: int, frames: int | None, scaled: bool) -> LatentDistribution:
+        halves = self.info.rescale(self.read(start, frames), scaled).chunk(2, 1)
+        return LatentDistribution(*(half.contiguous() for half in halves))
 
     def _range(self, start: int, frames: int | None) -> int:
         total = self.info.frames
@@ -144,9 +131,9 @@ class LatentFile:
         return count
 
     def _fill(self, tensor: Tensor, position: int) -> None:
-        """Read a contiguous tensor from a position of the file."""
+        """Read a contiguous tensor from a position among the stored numbers, in bytes."""
         bytes_of = tensor.view(torch.uint8).numpy().data.cast("B")
-        self._file.seek(position)
+        self._file.seek(self._data_start + position)
         if self._file.readinto(bytes_of) != len(bytes_of):  # type: ignore[attr-defined]
             raise LatentFileError(f"{self.path} became shorter while it was read")
 
@@ -194,7 +181,3 @@ def _open(path: str) -> BinaryIO:
         raise LatentFileError(f"{path}: no such file") from error
     except OSError as error:
         raise LatentFileError(f"cannot read {path}: {error.strerror}") from error
-
-
-def _widened(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

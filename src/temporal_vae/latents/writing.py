@@ -9,7 +9,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from fractions import Fraction
 from importlib.metadata import version
-from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 import torch
@@ -19,8 +18,8 @@ from temporal_vae.files.atomic import atomic_path
 from temporal_vae.files.safetensors import SUFFIX
 from temporal_vae.geometry import spans
 from temporal_vae.latents.distribution import LatentDistribution
-from temporal_vae.latents.header import alignment, pack, room_for
-from temporal_vae.latents.info import MOST_STAMP, LatentFileError, LatentInfo, ModelRecord
+from temporal_vae.latents.header import pack, room_for, tensors
+from temporal_vae.latents.info import MOST_STAMP, Kind, LatentFileError, LatentInfo, ModelRecord
 from temporal_vae.video.frames import exact_rate
 
 WRITE_FRAMES = 64
@@ -29,8 +28,8 @@ WRITE_FRAMES = 64
 class LatentWriter:
     """Append frames of latents to a new file; use it inside `files.atomic_path`.
 
-    The header has its room at the front and is written by `finish`, without which the file is none.
-    Of `info` the length and the timestamps are those of what comes.
+    Room for the header is reserved at the front. The file is unreadable until `finish` writes the
+    header. The length and the timestamps in `info` are replaced by those of what is written.
 
     Raises `LatentFileError` for a file that cannot be written, or not from its end to its start.
     """
@@ -58,17 +57,9 @@ class LatentWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        if kind is not None:
-            with suppress(OSError):  # what is still buffered may have no room either
-                self._file.close()
-            return
-        with _said_clearly():
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        # after an error, what is still buffered may have no room on the disk either
+        with _clear_errors() if kind is None else suppress(OSError):
             self._file.close()
 
     def write(self, stored: Tensor, timestamps: Sequence[int]) -> None:
@@ -80,14 +71,7 @@ class LatentWriter:
         expected = (1, frame[0], len(timestamps), *frame[1:])
         if tuple(stored.shape) != expected:
             raise LatentFileError(f"latents must be {expected}, got {tuple(stored.shape)}")
-        for stamp in timestamps:
-            last = self._stamps[-1] if self._stamps else -1
-            if not last < stamp <= MOST_STAMP:
-                raise LatentFileError(
-                    f"timestamps must grow from 0 or above to 2**62, got {stamp} after {last} at "
-                    f"frame {len(self._stamps)}"
-                )
-            self._stamps.append(stamp)
+        self._append_stamps(timestamps)
         rounded = stored.detach()[0].transpose(0, 1).to("cpu", self._info.dtype).contiguous()
         if not rounded.isfinite().all():
             raise LatentFileError(
@@ -107,21 +91,32 @@ class LatentWriter:
         late |= {"frames": len(self._stamps), "start": start if step else 0, "step": step}
         info = replace(self._info, **late)
         if step is None:
-            self._write(bytes(alignment(info)))
+            slots = tensors(info)
+            self._write(bytes(slots["timestamps"].begin - slots[info.kind].end))
             self._write(memoryview(self._stamps).cast("B"))
-        with _said_clearly():
+        with _clear_errors():
             self._file.seek(0)  # writes what is still buffered
         self._write(pack(info, self._room))
         return info
 
+    def _append_stamps(self, timestamps: Sequence[int]) -> None:
+        for stamp in timestamps:
+            last = self._stamps[-1] if self._stamps else -1
+            if not last < stamp <= MOST_STAMP:
+                raise LatentFileError(
+                    f"timestamps must grow from 0 or above to 2**62, got {stamp} after {last} at "
+                    f"frame {len(self._stamps)}"
+                )
+            self._stamps.append(stamp)
+
     def _write(self, data: bytes | memoryview) -> None:
-        with _said_clearly():
+        with _clear_errors():
             self._file.write(data)
 
 
 @contextmanager
-def _said_clearly() -> Iterator[None]:
-    """A full disk and the like as one line that says what failed."""
+def _clear_errors() -> Iterator[None]:
+    """Turn a full disk and the like into a `LatentFileError`, one line that says what failed."""
     try:
         yield
     except OSError as error:
@@ -171,20 +166,13 @@ def write_latents(
 
     Raises `LatentFileError` for what cannot be stored, `OSError` where nothing can be written.
     """
-    kind, stored = ("sample", latents) if isinstance(latents, Tensor) else (
-        "moments", torch.cat(tuple(latents), 1))  # fmt: skip
-    stored = stored.unsqueeze(2) if stored.ndim == 4 else stored
-    if stored.ndim != 5 or len(stored) != 1:
-        raise LatentFileError(
-            f"one file holds one clip, (1, L, T, h, w), got {tuple(stored.shape)}: write each "
-            "sample of a batch to a file of its own"
-        )
+    kind, stored = _one_clip(latents)
     check_target(path, overwrite)
     _, channels, frames, rows, columns = stored.shape
     rate, factor = _rate(fps), model.downsample_factor
     height, width = size or (rows * factor, columns * factor)
     info = LatentInfo(
-        kind=kind,  # type: ignore[arg-type]
+        kind=kind,
         dtype=dtype or stored.dtype,
         frames=1,
         channels=channels // (2 if kind == "moments" else 1),
@@ -207,6 +195,19 @@ def write_latents(
         for start, end in spans(frames, WRITE_FRAMES):
             writer.write(stored[:, :, start:end], stamps[start:end])
         return writer.finish()
+
+
+def _one_clip(latents: Tensor | LatentDistribution) -> tuple[Kind, Tensor]:
+    """What is stored of latents, as (1, C, T, h, w). Raises `LatentFileError` for several clips."""
+    kind: Kind = "sample" if isinstance(latents, Tensor) else "moments"
+    stored = latents if isinstance(latents, Tensor) else torch.cat(tuple(latents), 1)
+    stored = stored.unsqueeze(2) if stored.ndim == 4 else stored
+    if stored.ndim != 5 or len(stored) != 1:
+        raise LatentFileError(
+            f"one file holds one clip, (1, L, T, h, w), got {tuple(stored.shape)}: write each "
+            "sample of a batch to a file of its own"
+        )
+    return kind, stored
 
 
 def _rate(fps: Fraction | float) -> Fraction:
