@@ -421,9 +421,12 @@ def test_help_and_mistakes_come_at_once(words: str, status: int, said: str) -> N
 
 
 def test_the_package_is_imported_without_torch() -> None:
-    code = "import sys, temporal_vae; print('torch' in sys.modules, temporal_vae.TemporalVAE)"
+    code = (
+        "import sys, temporal_vae; print('torch' in sys.modules, temporal_vae.TemporalVAE, "
+        "temporal_vae.losses.KL_WEIGHT, hasattr(temporal_vae, 'nothing'))"
+    )
     said = subprocess.run([COMMAND[0], "-c", code], capture_output=True, text=True).stdout
-    assert said == "False <class 'temporal_vae.model.TemporalVAE'>\n"
+    assert said == "False <class 'temporal_vae.model.TemporalVAE'> 0.0001 False\n"
 
 
 @pytest.mark.slow

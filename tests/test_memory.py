@@ -774,10 +774,16 @@ def assert_red(layout: dict[str, Any], bounds: Bounds, sizes: list[int]) -> None
 def test_law_2_sees_a_bounded_step_that_drops_its_tails(
     layout: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = workspace.new_like
+    honest, made = workspace.new_like, list[Tensor]()
+
+    def poisoned(tail: Tensor) -> Tensor:
+        made.append(tail)
+        return honest(tail).fill_(1e9)
+
     assert layout in LAYOUTS
-    monkeypatch.setattr(workspace, "new_like", lambda tail: honest(tail).zero_())
+    monkeypatch.setattr(workspace, "new_like", poisoned)
     assert_bounded_pieces_equal_whole(MODELS[str(layout)], [9, 8], Bounds(pixels=3))  # all written
+    assert made
     advance = TemporalBlock.step_pixels
 
     def forgetful(self: TemporalBlock, *args: Any, **options: Any) -> Any:

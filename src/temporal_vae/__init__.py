@@ -5,6 +5,7 @@ is first used.
 """
 
 import importlib
+import importlib.util
 import typing
 
 if typing.TYPE_CHECKING:
@@ -67,10 +68,12 @@ _NAMES_BY_MODULE = {
 
 
 def __getattr__(name: str) -> typing.Any:
-    """A public name, from its module, which is imported at the first use."""
+    """A public name or a module, which is imported at the first use."""
     for module, names in _NAMES_BY_MODULE.items():
         if name in names:
             return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}"):
+        return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -39,6 +39,15 @@ class Door(NamedTuple):
         """A latent of a video or image."""
         return self._clip(latent, self.latent_channels, name, layout)
 
+    def target(self, out: Tensor, latent: Tensor, layout: Layout) -> Tensor:
+        """Where the pixels of a latent are to be written, as a clip: `out` seen (B, C, T, H, W)."""
+        shape = [*latent.shape[:-2], *(side * self.factor for side in latent.shape[-2:])]
+        shape[2 if latent.ndim == 5 and layout == "BTCHW" else 1] = self.input_channels
+        if tuple(out.shape) != tuple(shape):
+            order = layout if latent.ndim == 5 else "BCHW"
+            raise ValueError(f"out must hold {tuple(shape)} as {order}, got {tuple(out.shape)}")
+        return out.unsqueeze(2) if latent.ndim == 4 else relayout(out, layout)
+
     def next_frames(self, frames: Tensor) -> Tensor:
         """A piece of a stream of pixels."""
         return self.pixels(check_piece(frames, "frames"), "frames")

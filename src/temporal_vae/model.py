@@ -11,7 +11,7 @@ import copy
 import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, BinaryIO, Literal, Self, Unpack
 
 import torch
@@ -469,7 +469,8 @@ class TemporalVAE(nn.Module):
                 any. No budget changes the result.
             stream: plan the steps of a stream; the shape is that of the largest piece.
             keep_state: False for a stream (`encode_stream`, `decode_stream`) that lets go of each
-                state as the next is made: memory for nearly one state less.
+                state as the next is made: memory for nearly one state less. With a budget on the
+                CPU its steps are walked bounded, and write over the state.
             offload: where the clip's activation is to lie: "host" for the memory of the CPU, or a
                 folder on disk. On CUDA "host" is taken by itself where nothing else fits.
 
@@ -493,14 +494,14 @@ class TemporalVAE(nn.Module):
 
     def set_slicing_enabled(self, enabled: bool) -> None:
         """Walk the samples of a batch one by one from now on; the result stays the same."""
-        self._settings.slicing = bool(enabled)
+        self._settings = replace(self._settings, slicing=bool(enabled))
 
     def set_tiling_enabled(self, enabled: bool) -> None:
         """Walk with the least memory from now on; the result stays the same. Needs `no_grad`.
 
         It goes before a memory budget, which holds again once it is off.
         """
-        self._settings.tiling = bool(enabled)
+        self._settings = replace(self._settings, tiling=bool(enabled))
 
     def set_memory_budget(self, budget: Budget) -> None:
         """Plan every encode and decode for this budget from now on, see `plan`; None ends it.
@@ -510,7 +511,7 @@ class TemporalVAE(nn.Module):
         Raises `ValueError` for what is no budget.
         """
         parse_budget(budget)
-        self._settings.budget = budget
+        self._settings = replace(self._settings, budget=budget)
 
     @property
     def slicing_enabled(self) -> bool:
@@ -577,9 +578,9 @@ class TemporalVAE(nn.Module):
         `sample_mode=True` draws from the posterior, with `generator` or the model's own one;
         False gives the posterior mean.
         """
-        clip = self._door.pixels(video, "video", layout)
-        latent = self._drawn(self._runner.encode(clip, plan), sample_mode, generator)
-        return relayout(like_given(latent, video), layout)
+        posterior = self.encode_with_distribution(video, layout=layout, plan=plan)
+        moments = LatentDistribution(*(relayout(moment, layout) for moment in posterior))
+        return relayout(self._drawn(moments, sample_mode, generator), layout)
 
     def sample(
         self,
@@ -605,7 +606,7 @@ class TemporalVAE(nn.Module):
     def _drawn(
         self, posterior: LatentDistribution, sample_mode: bool, generator: torch.Generator | None
     ) -> Tensor:
-        """A latent from a posterior (B, L, T, h, w): its mean, or a sample in the active channels."""
+        """A latent from a posterior (B, L, ...): its mean, or a sample in the active channels."""
         if not sample_mode:
             return posterior.mean
         return self._runner.mask(self.sample(*posterior, generator=generator))
@@ -630,8 +631,7 @@ class TemporalVAE(nn.Module):
         clip = self._door.latents(latent, "latent", layout)
         if out is None:
             return restore(self._runner.decode(clip, plan), latent, layout)
-        target = out.unsqueeze(2) if latent.ndim == 4 else relayout(out, layout)
-        self._runner.decode(clip, plan, target)
+        self._runner.decode(clip, plan, self._door.target(out, latent, layout))
         return out
 
     def iter_decode(self, latent: Tensor, *, plan: Plan | None = None) -> Iterator[Tensor]:
@@ -1004,7 +1004,8 @@ class TemporalVAE(nn.Module):
             [True, False, True, False]
         """
         active = channels_of.check_indices(indices, self.latent_channels)
-        self._settings.active = None if len(active) == self.latent_channels else active
+        used = None if len(active) == self.latent_channels else active
+        self._settings = replace(self._settings, active=used)
 
     def is_feature_used(self, index: int) -> bool:
         """Whether a latent channel is active. Raises `IndexError` for what is no channel."""
@@ -1049,8 +1050,8 @@ class TemporalVAE(nn.Module):
 
         `options` are those of `torch.compile`; fullgraph=True unless said otherwise.
         """
-        self._settings.compile_options = {"fullgraph": True} | options
-        self._settings.compiled = {}
+        options = {"fullgraph": True} | options
+        self._settings = replace(self._settings, compile_options=options, compiled={})
 
     def export_computation_graph(self, example: Tensor) -> ExportedProgram:
         """`predict` as a graph of torch operations, by `torch.export`.

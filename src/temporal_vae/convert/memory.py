@@ -110,7 +110,9 @@ class PiecePlanner:
         return self.clip_frames or self.pieces().frames
 
     def pieces(self, clip: int | None = None) -> Pieces:
-        """Pieces of the stream, or a clip of so many frames; their memory is reserved once.
+        """Pieces of the stream, or a clip of so many frames.
+
+        Their memory is taken once, and let go: what cannot be had is missed before the first frame.
 
         Raises `BudgetError` naming the smallest budget that can be met, and `ValueError` for memory
         that cannot be had.
@@ -131,13 +133,13 @@ class PiecePlanner:
             found = self._within(self.limit, clip, dict.fromkeys(self.operations, held))
         reserve(found.reserved, self.model.device)
         if self.limit != "least":
-            # This process keeps what the first clip took; others may have taken the rest by now.
+            # Others may have taken the rest of what was free by now.
             self.limit = min(self.limit, found.total)
         return found
 
     def _stream(self, limit: Limit) -> Pieces:
         """The most frames that are not cut into bands, whose edges would be computed twice."""
-        one = {operation: self._plan(operation, 1, None) for operation in self.operations}
+        one = {operation: self._one_frame(operation, limit) for operation in self.operations}
         states = sum(plan.state_bytes for plan in one.values())
         beside = {operation: states - plan.state_bytes for operation, plan in one.items()}
 
@@ -157,6 +159,12 @@ class PiecePlanner:
             if not any(plan.banded for plan in found.plans.values()):
                 return found
         return self._pieces(1, one, beside)
+
+    def _one_frame(self, operation: Operation, limit: Limit) -> Plan:
+        """Pieces of one frame, within the limit or else in the least memory."""
+        with suppress(BudgetError):
+            return self._plan(operation, 1, limit)
+        return self._plan(operation, 1, "least")
 
     def _frame_bytes(self, operation: Operation) -> int:
         """About what one more frame takes: its activation between the layers, and its result."""

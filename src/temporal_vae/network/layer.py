@@ -78,7 +78,8 @@ class Layer(nn.Module):
     """Output frames for one of the input."""
     cut: Cut = "rows"
     """Into what a walk may cut the input: "frames" on their own (and rows of one, with the halo),
-    "pixels" with all frames of each, or "rows" of all frames of a piece, with the halo."""
+    "pixels" with all frames of each, or "rows" of all frames, with the halo. Bounded walks do not
+    cut along rows yet: such a layer takes all of a piece at once."""
     width: int | None = None
     """Channels of the input, where the state of a stream is checked against them."""
     held = 1
@@ -87,7 +88,10 @@ class Layer(nn.Module):
     """What float16 multiplies to keep it finite; see `set_residual_scale`."""
 
     def norms(self) -> tuple[nn.Module, ...]:
-        """The norms that sum over more than a part that the input may be cut into, in order."""
+        """The norms that sum over more than a part that the input may be cut into, in order.
+
+        Each is a group norm in what it offers: `num_groups`, `weight`, `bias` and `eps`.
+        """
         return ()
 
     def tails(self) -> tuple[Tail, ...]:

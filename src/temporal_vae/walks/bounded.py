@@ -31,6 +31,7 @@ from temporal_vae.network.autoencoder import Line
 from temporal_vae.network.kernels.norm import Moments
 from temporal_vae.network.layer import Layer, Past, State
 from temporal_vae.network.primitives import Norm
+from temporal_vae.walks import workspace
 from temporal_vae.walks.norm_sums import input_of, moments_of, with_known
 from temporal_vae.walks.stages import Bounds, runs, shape_after, stages
 from temporal_vae.walks.workspace import Workspace, new_clip
@@ -113,6 +114,8 @@ def step(
     for number, sample in enumerate(x.split(1)):
 
         def remember(layer: Layer, clip: Tensor, number: int = number) -> Tensor | None:
+            if not layer.tails():
+                return _whole_clip(work, layer, clip)
             index = next(i for i, other in enumerate(remembering) if other is layer)
             # its size and dtype, where the model is: the clip itself may be offloaded
             like = clip[:, :, :0].expand(len(x), -1, -1, -1, -1).to(work.device)
@@ -120,7 +123,9 @@ def step(
             if not number:
                 layer.check(like, old)
                 # what is donated keeps its place: see `streamed.begin`
-                fresh[index] = old if donated else (old[0].clone(), *map(_like, old[1:]))
+                fresh[index] = (
+                    old if donated else (old[0].clone(), *map(workspace.new_like, old[1:]))
+                )
             y = _step_sample(layer, clip, old, fresh[index], number, work)
             if number == len(x) - 1:
                 fresh[index][0].add_(clip.shape[2])
@@ -262,11 +267,6 @@ def _place(x: Tensor, frames: int, size: torch.Size) -> Tensor:
 def _ready(x: Tensor, work: Workspace) -> Tensor:
     """A part of a clip where the model is, in its memory order."""
     return x.to(work.device).contiguous(memory_format=torch.channels_last_3d)
-
-
-def _like(tail: Tensor) -> Tensor:
-    """New memory of the shape of a tail (B, C, frames, H, W)."""
-    return new_clip(tail, tuple(tail.shape), tail.device)
 
 
 # Frames --------------------------------------------------------------------------------------

@@ -177,8 +177,9 @@ def _on_shapes_alone() -> Iterator[None]:
 def _candidates(line: Line, request: PlanRequest, limited: bool) -> Iterator[Bounds | None]:
     """Ways to walk, fastest first; those of one place for the activation before the next place."""
     on_cpu = request.device.type == "cpu"
-    if None in request.offload and not (on_cpu and request.stream and limited):
-        yield None  # whose large blocks would come new from the system at every step
+    writes_over = on_cpu and request.stream and not request.keep_state and limited
+    if None in request.offload and not writes_over:
+        yield None  # which cannot write over a state, and takes large blocks anew at every step
     layers, frames, itemsize = list(line.layers()), request.shape[2], request.dtype.itemsize
     shapes = stages.shapes_in(layers, (1, *request.shape[1:]))
     height, width = max(shape[3:] for shape in shapes)

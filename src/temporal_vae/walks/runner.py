@@ -28,15 +28,17 @@ from temporal_vae.walks import bounded, streamed
 from temporal_vae.walks.budget import Budget, check_budget
 from temporal_vae.walks.peak import Offload, Operation, PlanRequest
 from temporal_vae.walks.plan import Plan, planner
-from temporal_vae.walks.stages import shape_after
 from temporal_vae.walks.streamed import Held, State
 
 T = TypeVar("T")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Settings:
-    """What a model's setters stored: how it walks where a call gives no plan."""
+    """What a model's setters stored: how it walks where a call gives no plan.
+
+    A value: a setter replaces it, so that models that were copied do not share it.
+    """
 
     slicing: bool = False
     """Walk the samples of a batch one by one."""
@@ -233,9 +235,6 @@ class Runner:
         """The pixels of a clip of latents, in `out` (B, C, T, H, W) if it is given."""
         clip = self.mask(clip)
         if out is not None:
-            shape = shape_after(self.decoder.layers(), tuple(clip.shape))
-            if tuple(out.shape) != shape:
-                raise ValueError(f"out must hold {shape}, frames behind channels, got {out.shape}")
             trained = any(x.requires_grad for x in (clip, *self.decoder.parameters()))
             if torch.is_grad_enabled() and trained:
                 raise ValueError("what is written into `out` has no gradient: use torch.no_grad()")

@@ -101,7 +101,8 @@ class Tracer:
 def _kind(layer: Layer) -> tuple[Any, ...]:
     """What layers have in common that take the same memory."""
     shapes = tuple(p.shape for p in layer.parameters())
-    return (type(layer), layer.past, layer.future, layer.halo, layer.scale, layer.rate, shapes)
+    declared = (layer.cut, layer.past, layer.future, layer.halo, layer.scale, layer.rate)
+    return (type(layer), declared, layer.tails(), len(layer.norms()), shapes)
 
 
 def _norm_on_cpu(x: Tensor) -> Tensor:
