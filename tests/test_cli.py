@@ -569,7 +569,7 @@ def test_one_frame_is_taken_where_more_do_not_fit_after_all(
     model, limit = awake(torch.float32), 2**30
     found = memory.PiecePlanner(model, ("encode", "decode"), (32, 48), limit, None).pieces()
     assert found.frames == 1 and 0 < found.total <= limit
-    assert {plan.walk for plan in found.plans.values()} == {"whole"}
+    assert {plan.walk for plan in found.plans.values()} == {"bounded"}
 
 
 def test_planning_takes_little_time() -> None:

@@ -40,6 +40,9 @@ class Slot:
     begin: int
     end: int
 
+    def __str__(self) -> str:
+        return f"{self.dtype} {self.shape} at bytes {self.begin} to {self.end}"
+
 
 # Any safetensors stream -----------------------------------------------------------------------
 

@@ -85,7 +85,9 @@ def unpack(text: bytes, payload_bytes: int) -> LatentInfo:
     kind = metadata.get("kind", "")
     stored = found.get(kind)
     if stored is None or stored.dtype not in DTYPES or len(stored.shape) != 4:
-        raise LatentFileError(f"{kind!r} must be floating point (T, C, h, w), it is {stored}")
+        raise LatentFileError(
+            f"{kind!r} must be floating point (T, C, h, w), it is {stored or 'missing'}"
+        )
     info = from_metadata(metadata, stored.shape)
     if info.dtype != DTYPES[stored.dtype]:
         raise LatentFileError(f"dtype is {info.dtype}, but {DTYPES[stored.dtype]} is stored")

@@ -32,6 +32,11 @@ class LatentFile:
         self.path = os.fspath(path)
         self._file = _open(self.path)
         try:
+            size = os.fstat(self._file.fileno()).st_size
+            length = int.from_bytes(self._file.read(8).ljust(8, b"\xff"), "little")
+            if not 2 <= length <= min(size - 8, MOST_HEADER_BYTES):
+                raise LatentFileError("no file of latents: it does not begin like one")
+            self._file.seek(0)
             text = read_text(self._file, MOST_HEADER_BYTES)
             self._data_start = 8 + len(text)
             size = os.fstat(self._file.fileno()).st_size
