@@ -215,8 +215,9 @@ def test_scales_change_no_gradient(options: dict[str, Any]) -> None:
 
 def test_a_scale_of_one_is_no_operation() -> None:
     x = torch.ones(2)
-    assert Scales().enter(x) is x and Scales().shift(x) is x
-    assert Scales(0.25, 0.25).enter(x) is x, "what only passes a scale on does not touch its input"
+    conv = nn.Identity()
+    assert Scales().enter(x, conv) is x and Scales().shift(x) is x
+    assert Scales(0.25, 0.25).enter(x, conv) is x, "what only passes a scale on does not touch its input"
 
 
 @pytest.mark.parametrize("options", [{"causal_mode": True}, SVD_LIKE], ids=str)
@@ -253,7 +254,7 @@ class _BiasForgotten(Scales):
 
 
 class _InputForgotten(Scales):
-    def enter(self, x: Tensor) -> Tensor:
+    def enter(self, x: Tensor, module: nn.Module) -> Tensor:
         return x
 
 

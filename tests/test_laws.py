@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
 import pickle
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from types import ModuleType
@@ -22,9 +23,10 @@ from torch import Tensor, nn
 import temporal_vae
 from temporal_vae import TemporalVAE, TemporalVAEConfig
 from temporal_vae.convert import chunks
-from temporal_vae.network.framewise import Framewise
-from temporal_vae.network.primitives import Norm, own_norm
-from temporal_vae.network.timewise import TemporalAttention, TemporalBlock, TimeConv, Timewise
+from temporal_vae.network import framewise, primitives, timewise
+from temporal_vae.network.kernels import norm as norm_kernel
+from temporal_vae.network.primitives import TimeConv
+from temporal_vae.network.timewise import OverTime, TemporalAttention, TemporalBlock
 
 ROOT = Path(__file__).parent.parent
 
@@ -243,7 +245,7 @@ def test_every_parameter_gets_a_gradient(options: dict[str, Any]) -> None:
 def test_law_7_sees_a_parameter_that_nothing_uses() -> None:
     model = awake()
     block = next(m for m in model.decoder.modules() if isinstance(m, TemporalBlock))
-    with mock.patch.object(block, "pixels", lambda x, norm: x):
+    with mock.patch.object(block, "compute", lambda x: x):
         assert min(weakest_gradients(model).values()) < 1e-10
 
 
@@ -331,32 +333,37 @@ def test_temporal_attention_equals_its_definition() -> None:
                 scores[..., i, j] += attention.distance_bias[:, j - i + 5]
     mixed = (scores.softmax(-1) @ v).transpose(2, 3).flatten(3)
     expected = attention.to_out(mixed).permute(0, 3, 2, 1) + x
-    assert difference(attention.pixels(x), expected) < 1e-12
+    assert difference(attention(x.unsqueeze(3)).squeeze(3), expected) < 1e-12
 
 
 def assert_one_memory_order(options: dict[str, Any], frames: int, batch: int) -> None:
     """Every layer gets and gives B T H W C memory, as views, and torch's kernels know it."""
+
+    def watched(fold: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        view = fold(x)
+        assert view.untyped_storage().data_ptr() == x.untyped_storage().data_ptr(), "a copy"
+        _, c, h, w = view.shape
+        assert view.stride() == (h * w * c, 1, w * c, c), "the order is lost"
+        return view
+
+    def given(unfold: Callable[..., Tensor], y: Tensor, size: Any) -> Tensor:
+        assert y.is_contiguous(memory_format=torch.channels_last), "a copy is due"
+        return unfold(y, size)
+
     model = awake(**options)
-    for line, channels in ((model.encoder, 3), (model.decoder, 4)):
-        x = pixels(frames, channels=channels, batch=batch)
-        x = x.contiguous(memory_format=torch.channels_last_3d)
-        for layer in line.layers():
-            name = "frames" if isinstance(layer, Framewise) else "pixels"
-            own, storage = getattr(layer, name), x.untyped_storage().data_ptr()
-
-            def watched(
-                view: Tensor, norm: Norm, own: Callable[..., Tensor] = own, storage: int = storage
-            ) -> Tensor:
-                assert view.untyped_storage().data_ptr() == storage, "the view is a copy"
-                _, c, h, w = view.shape
-                assert view.stride() == (h * w * c, 1, w * c, c), "the order is lost"
-                result = own(view, norm)
-                assert result.is_contiguous(memory_format=torch.channels_last), "a copy is due"
-                return result
-
-            with torch.no_grad(), mock.patch.object(layer, name, watched):
-                x = layer(x)
-            assert x.is_contiguous(memory_format=torch.channels_last_3d), type(layer).__name__
+    with contextlib.ExitStack() as patched:
+        for room in (framewise, timewise, primitives, norm_kernel):
+            for name in ("fold_frames", "unfold_frames", "fold_pixels", "unfold_pixels"):
+                if own := getattr(room, name, None):
+                    watch = partial(given if name.startswith("un") else watched, own)
+                    patched.enter_context(mock.patch.object(room, name, watch))
+        for line, channels in ((model.encoder, 3), (model.decoder, 4)):
+            x = pixels(frames, channels=channels, batch=batch)
+            x = x.contiguous(memory_format=torch.channels_last_3d)
+            for layer in line.layers():
+                with torch.no_grad():
+                    x = layer(x)
+                assert x.is_contiguous(memory_format=torch.channels_last_3d), type(layer).__name__
 
 
 @pytest.mark.parametrize("options", [{}, {"causal_mode": True}, SVD_LIKE], ids=str)
@@ -367,24 +374,22 @@ def test_layers_see_views_in_one_memory_order(
     assert_one_memory_order(options, frames, batch)
 
 
-def test_the_memory_order_test_sees_a_hidden_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    def forward(self: Timewise, x: Tensor) -> Tensor:
-        y: Tensor = self.pixels(x.flatten(3), own_norm).unflatten(3, x.shape[3:])
-        return y
-
-    monkeypatch.setattr(Timewise, "forward", forward)
+@pytest.mark.parametrize("room", [primitives, timewise], ids=lambda room: room.__name__)
+def test_the_memory_order_test_sees_a_hidden_one(
+    room: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "fold_pixels", lambda x: x.flatten(3))
     with pytest.raises(AssertionError, match="the order is lost"):
-        assert_one_memory_order({}, 9, 1)
+        assert_one_memory_order({}, 1, 1)
 
 
 def test_a_temporal_convolution_equals_conv3d() -> None:
     x = torch.randn(2, 6, 7, 4, 5, dtype=torch.float64)
     for kernel, causal in ((1, False), (3, False), (5, True)):
-        conv = TimeConv(6, kernel, causal).double()
-        nn.init.normal_(conv.weight)
-        nn.init.normal_(conv.bias)
+        conv = OverTime(TimeConv(6, kernel, causal)).double()
+        redraw(conv)
         padded = F.pad(x, (0, 0, 0, 0, conv.past, conv.future))
-        expected = F.conv3d(padded, conv.weight, conv.bias)
+        expected = F.conv3d(padded, conv.conv.weight, conv.conv.bias)
         torch.testing.assert_close(conv(x), expected)
 
 

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 import temporal_vae
 from temporal_vae import TemporalVAEConfig
 from temporal_vae.network.autoencoder import Line
-from temporal_vae.network.framewise import Downsample, FirstConv, ResidualBlock, Upsample
+from temporal_vae.network.framewise import Downsample, IntoStream, ResidualBlock, Upsample
 from temporal_vae.network.layer import Layer, Past, Shape, State, Tail
-from temporal_vae.network.primitives import Norm, own_norm
+from temporal_vae.network.primitives import FirstConv, Norm, own_norm
 from temporal_vae.network.timewise import TemporalAttention, TemporalBlock
 from temporal_vae.walks import bounded, streamed
 from temporal_vae.walks.stages import Bounds, shape_after
@@ -120,7 +120,7 @@ class ToyLine(Line):
         )
         super().__init__(config)
         self.row = nn.ModuleList([
-            FirstConv(3, CHANNELS, 3), CausalConv(), TemporalBlock(CHANNELS, config), HalveTime(),
+            IntoStream(FirstConv(3, CHANNELS, 3, padding=1)), CausalConv(), TemporalBlock(CHANNELS, config), HalveTime(),
             Downsample(CHANNELS), Gain(), TemporalAttention(CHANNELS, config), HalveTime(),
             CausalConv(),
             ResidualBlock(CHANNELS, CHANNELS, config), DoubleTime(), Upsample(CHANNELS),
@@ -129,10 +129,8 @@ class ToyLine(Line):
         self.double()
         redraw(self)
 
-    def layers(self) -> Iterator[Layer]:
-        for layer in self.row:
-            assert isinstance(layer, Layer)
-            yield layer
+    def parts(self) -> Iterator[nn.Module]:
+        return iter(self.row)
 
 
 def clip(frames: int, batch: int = 1) -> Tensor:

@@ -19,8 +19,9 @@ from test_streams import LAYOUTS, MODELS, clip, cut, join
 from torch import Tensor
 
 from temporal_vae import TemporalVAE
-from temporal_vae.network.framewise import FrameConv, ResidualBlock
-from temporal_vae.network.timewise import TemporalBlock, TimeConv
+from temporal_vae.network.framewise import OnFrames, ResidualBlock
+from temporal_vae.network.primitives import TimeConv
+from temporal_vae.network.timewise import TemporalBlock
 from temporal_vae.walks import bounded, budget, streamed, workspace
 from temporal_vae.walks.runner import Runner
 from temporal_vae.walks.stages import Bounds
@@ -447,7 +448,7 @@ def test_a_stream_that_hands_its_state_on_ends_where_a_step_fails(
     def failing(*_: Any, **__: Any) -> Any:
         raise RuntimeError("as if")
 
-    monkeypatch.setattr(TemporalBlock, "step_pixels", failing)
+    monkeypatch.setattr(TemporalBlock, "step", failing)
     with pytest.raises(RuntimeError, match="as if"):
         stream.push(latent)
     with pytest.raises(ValueError, match="a step of it failed"):
@@ -601,17 +602,17 @@ def test_out_of_memory_means_plan_smaller_and_start_again(monkeypatch: pytest.Mo
     model = awake(base_channels=16, blocks_per_level=2)
     z = torch.randn(1, 4, 3, 24, 32, generator=torch.Generator().manual_seed(0)).double()
     plan, exact = model.plan(z.shape, budget=10**9), model.decode(z)
-    honest, left = TemporalBlock.pixels, [7, 9]
+    honest, left = TemporalBlock.compute, [7, 9]
 
     def failing(self: TemporalBlock, *args: Any) -> Tensor:
-        if left and type(args[0]) is Tensor:  # not while a plan is made, on shapes
+        if left and not args[0].is_meta:  # not while a plan is made, on shapes
             left[0] -= 1
             if not left[0]:
                 left.pop(0)
                 raise torch.OutOfMemoryError("as if")
         return honest(self, *args)
 
-    monkeypatch.setattr(TemporalBlock, "pixels", failing)
+    monkeypatch.setattr(TemporalBlock, "compute", failing)
     walked: list[Any] = []
     once = Runner._walk_once
 
@@ -655,15 +656,15 @@ def test_an_end_that_fails_can_be_tried_again(monkeypatch: pytest.MonkeyPatch) -
     model, latent = awake(), clip(70, 4, 2)
     stream = model.decode_stream()
     given = [stream.push(latent)]
-    honest = TemporalBlock.step_pixels
+    honest = TemporalBlock.step
 
     def failing(*_: Any, **__: Any) -> Any:
         raise RuntimeError("as if")
 
-    monkeypatch.setattr(TemporalBlock, "step_pixels", failing)
+    monkeypatch.setattr(TemporalBlock, "step", failing)
     with pytest.raises(RuntimeError, match="as if"):
         stream.finish()
-    monkeypatch.setattr(TemporalBlock, "step_pixels", honest)
+    monkeypatch.setattr(TemporalBlock, "step", honest)
     assert difference(join([*given, stream.finish()]), model.decode(latent)) < 1e-10
     with pytest.raises(ValueError, match="has ended"):
         stream.flush()
@@ -674,17 +675,17 @@ def test_pieces_begin_again_in_less_memory(monkeypatch: pytest.MonkeyPatch) -> N
     """Frames that were given before memory ran out are not given again."""
     model = awake(base_channels=16)
     latent = torch.randn(1, 4, 6, 8, 12, generator=torch.Generator().manual_seed(0)).double()
-    honest, calls, fails, left = FrameConv.frames, 0, set[int](), list[Bounds]()
+    honest, calls, fails, left = OnFrames.frames, 0, set[int](), list[Bounds]()
 
-    def failing(self: FrameConv, x: Tensor, *rest: Any) -> Tensor:
+    def failing(self: OnFrames, x: Tensor, *rest: Any) -> Tensor:
         nonlocal calls
-        if type(x) is Tensor:  # not while a plan is made, on shapes
+        if not x.is_meta:  # not while a plan is made, on shapes
             calls += 1
             if calls in fails:
                 raise torch.OutOfMemoryError("as if")
         return honest(self, x, *rest)
 
-    monkeypatch.setattr(FrameConv, "frames", failing)
+    monkeypatch.setattr(OnFrames, "frames", failing)
     exact = model.decode(latent)
     bounded_plan = model.plan(latent.shape, budget="least")
     stream_plan = model.plan((1, 4, 9, 8, 12), budget=10**9, stream=True)
@@ -784,13 +785,13 @@ def test_law_2_sees_a_bounded_step_that_drops_its_tails(
     monkeypatch.setattr(workspace, "new_like", poisoned)
     assert_bounded_pieces_equal_whole(MODELS[str(layout)], [9, 8], Bounds(pixels=3))  # all written
     assert made
-    advance = TemporalBlock.step_pixels
+    advance = TemporalBlock.step
 
     def forgetful(self: TemporalBlock, *args: Any, **options: Any) -> Any:
         y, tails = advance(self, *args, **options)
         return y, tuple(torch.zeros_like(tail) for tail in tails)
 
-    monkeypatch.setattr(TemporalBlock, "step_pixels", forgetful)
+    monkeypatch.setattr(TemporalBlock, "step", forgetful)
     assert_red(layout, Bounds(pixels=3), [9, 8])
 
 
@@ -820,8 +821,8 @@ def test_all_memory_is_asked_for_before_the_first_layer(
         asked.append(alive.most)
         moments.append("reserved")
 
-    for kind in (FrameConv, ResidualBlock, TemporalBlock):
-        for name in ("frames", "pixels", "step_pixels"):
+    for kind in (OnFrames, ResidualBlock, TemporalBlock):
+        for name in ("frames", "compute", "step"):
             if name in vars(kind):
                 monkeypatch.setattr(kind, name, noting(getattr(kind, name), moments))
     monkeypatch.setattr(workspace.Workspace, "reserve", reserve)

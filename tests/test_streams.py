@@ -15,7 +15,8 @@ from torch import Tensor
 
 from temporal_vae import TemporalVAE
 from temporal_vae.network.primitives import PositionNorm
-from temporal_vae.network.timewise import TemporalAttention, TimeConv
+from temporal_vae.network import timewise
+from temporal_vae.network.timewise import TemporalAttention
 from temporal_vae.walks import streamed
 
 State = Any
@@ -232,13 +233,13 @@ def test_under_autocast_a_state_keeps_its_dtype(
 
 
 def test_law_2_sees_a_dropped_tail(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = TimeConv.step_scaled
+    honest = timewise._step
 
-    def forgetful(self: TimeConv, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        y, tail = honest(self, *args, **options)
+    def forgetful(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        y, tail = honest(*args, **options)
         return y, torch.zeros_like(tail)
 
-    monkeypatch.setattr(TimeConv, "step_scaled", forgetful)
+    monkeypatch.setattr(timewise, "_step", forgetful)
     for layout in (str({}), str({"causal_mode": True})):
         with pytest.raises(AssertionError):
             assert_pieces_equal_whole(MODELS[layout], [6, 6])

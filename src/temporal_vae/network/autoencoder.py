@@ -19,26 +19,79 @@ from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from temporal_vae.config import TemporalVAEConfig
 from temporal_vae.network import float16
 from temporal_vae.network.framewise import (
     Downsample,
-    FirstConv,
-    FrameConv,
-    FrameNormSiLU,
+    IntoStream,
+    NormSiLU,
+    OnFrames,
     ResidualBlock,
     SpatialAttention,
     Upsample,
 )
 from temporal_vae.network.layer import Layer
-from temporal_vae.network.timewise import TemporalAttention, TemporalBlock, TimeConv
+from temporal_vae.network.primitives import (
+    SPATIAL_EPS,
+    Conv2d,
+    FirstConv,
+    GroupNorm,
+    TimeConv,
+    hooked,
+)
+from temporal_vae.network.timewise import OverTime, TemporalAttention, TemporalBlock
 
 
-class Line(nn.Module):
-    """Layers in a row, applied to the whole clip; how else to walk them is not their business.
+class Chain(nn.Module):
+    """Modules in a row: layers, and chains of them."""
 
-    In float16 the residual stream between them is scaled where it would overflow: see `float16`.
+    gradient_checkpointing = False
+    """Whether what is between two layers is computed again for the gradients, not kept."""
+
+    def parts(self) -> Iterator[nn.Module]:
+        """Layers and chains in the order of application, each as a person can name it."""
+        raise NotImplementedError
+
+    def layers(self) -> Iterator[Layer]:
+        """Every layer in the order of application.
+
+        Raises `TypeError` for a module that is none, and does not wrap one.
+        """
+        for part in self.parts():
+            inner = unwrapped(part)
+            if isinstance(inner, Chain):
+                yield from inner.layers()
+            elif isinstance(inner, Layer):
+                yield inner
+            else:
+                raise TypeError(f"a {type(inner).__name__} in {type(self).__name__} is no layer")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, T, H, W) -> (B, C', T', H', W'), through every part, whose hooks are called."""
+        for part in self._called():
+            if self.gradient_checkpointing and torch.is_grad_enabled() and isinstance(part, Layer):
+                x = checkpoint(part, x, use_reentrant=False)
+            else:
+                x = part(x)
+        return x
+
+
+    def _called(self) -> Iterator[nn.Module]:
+        """The parts, and in place of a chain that nobody watches its own: a call would keep its
+        input to the end."""
+        for part in self.parts():
+            if isinstance(part, Chain) and not hooked(part):
+                yield from part._called()
+            else:
+                yield part
+
+
+class Line(Chain):
+    """A chain that is an encoder or a decoder; how else to walk it is not its business.
+
+    In float16 the residual stream between layers is scaled where it would overflow: see `float16`.
     """
 
     stream_scale = 1.0
@@ -48,22 +101,23 @@ class Line(nn.Module):
     def __init__(self, config: TemporalVAEConfig):
         super().__init__()
         self.config = config
+        self._around: dict[str, Layer] = {}
         self.register_load_state_dict_post_hook(_fit_after_loading)  # type: ignore[no-untyped-call]
 
     def typical_frames(self) -> Tensor:
         """A few small frames (T, C, H, W) such as the line is made for."""
         raise NotImplementedError
 
-    def layers(self) -> Iterator[Layer]:
-        """Every layer in the order of application."""
-        raise NotImplementedError
-
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, T, H, W) -> (B, C', T, H', W')."""
-        x = x.contiguous(memory_format=torch.channels_last_3d)
-        for layer in self.layers():
-            x = layer(x)
-        return x
+        """(B, C, T, H, W) -> (B, C', T', H', W')."""
+        return super().forward(x.contiguous(memory_format=torch.channels_last_3d))
+
+    def as_layer(self, name: str, kind: Callable[[nn.Module], Layer]) -> Layer:
+        """The layer around a part that has its place, and its hooks, in the line itself."""
+        part, found = self.get_submodule(name), self._around.get(name)
+        if found is None or next(found.children()) is not part:  # an adapter may have replaced it
+            found = self._around[name] = kind(part)
+        return found
 
     def fit_scales(self) -> None:
         """Scale the residual stream to fit float16, if the weights are float16, else not.
@@ -107,15 +161,13 @@ def _fit_after_loading(line: nn.Module, keys: object) -> None:
     cast(Line, line).fit_scales()
 
 
-def in_order(*parts: nn.Module | None) -> Iterator[Layer]:
-    """The layers in some parts of a line, in the order of application."""
-    for part in parts:
-        if isinstance(part, Layer):
-            yield part
-        elif isinstance(part, nn.ModuleList):
-            yield from in_order(*part)
-        elif isinstance(part, (Level, MidBlock)):
-            yield from part.layers()
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside of what torch or an adapter wraps around it."""
+    for name in ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module"):
+        inner = getattr(module, name, None)
+        if isinstance(inner, nn.Module):
+            return unwrapped(inner)
+    return module
 
 
 def temporal_blocks(channels: int, count: int, config: TemporalVAEConfig) -> nn.ModuleList:
@@ -123,7 +175,7 @@ def temporal_blocks(channels: int, count: int, config: TemporalVAEConfig) -> nn.
     return nn.ModuleList(TemporalBlock(channels, config) for _ in range(count))
 
 
-class Level(nn.Module):
+class Level(Chain):
     """The blocks at one resolution, then a change of resolution unless it is the last level."""
 
     def __init__(
@@ -145,14 +197,14 @@ class Level(nn.Module):
         self.downsamplers = nn.ModuleList()
         self.upsamplers = nn.ModuleList()
 
-    def layers(self) -> Iterator[Layer]:
-        """Every layer in the order of application."""
+    def parts(self) -> Iterator[nn.Module]:
+        """Each spatial block and the temporal ones behind it, then the change of resolution."""
         for resnet, temporals in zip(self.resnets, self.temporals, strict=True):
-            yield from in_order(resnet, temporals)
-        yield from in_order(self.downsamplers, self.upsamplers)
+            yield from (resnet, *temporals)
+        yield from (*self.downsamplers, *self.upsamplers)
 
 
-class MidBlock(nn.Module):
+class MidBlock(Chain):
     """Residual block, attention in space, attention in time, residual block."""
 
     def __init__(self, channels: int, temporal: int, config: TemporalVAEConfig):
@@ -166,10 +218,11 @@ class MidBlock(nn.Module):
         if temporal and config.temporal_attention_reach:
             self.temporal_attentions.append(TemporalAttention(channels, config))
 
-    def layers(self) -> Iterator[Layer]:
-        """Every layer in the order of application."""
-        first, last = zip(self.resnets, self.temporals, strict=True)
-        return in_order(*first, self.attentions, self.temporal_attentions, *last)
+    def parts(self) -> Iterator[nn.Module]:
+        """The first spatial block and the temporal ones behind it, attention, the last blocks."""
+        (first, behind_first), (last, behind_last) = zip(self.resnets, self.temporals, strict=True)
+        yield from (first, *behind_first, *self.attentions, *self.temporal_attentions)
+        yield from (last, *behind_last)
 
 
 class Encoder(Line):
@@ -179,7 +232,7 @@ class Encoder(Line):
         super().__init__(config)
         widths, moments = config.widths, 2 * config.latent_channels
         temporal = config.num_temporal_layers if config.temporal_encoder else 0
-        self.conv_in = FirstConv(config.input_channels, widths[0], 3)
+        self.conv_in = FirstConv(config.input_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList()
         for before, width in pairwise((widths[0], *widths)):
             level = Level(before, width, config.blocks_per_level, temporal, config)
@@ -187,21 +240,23 @@ class Encoder(Line):
             if len(self.down_blocks) < len(widths):
                 level.downsamplers.append(Downsample(width))
         self.mid_block = MidBlock(widths[-1], temporal, config)
-        self.conv_norm_out = FrameNormSiLU(config.groups(widths[-1]), widths[-1])
-        self.conv_out = FrameConv(widths[-1], moments, 3)
-        self.quant_conv = FrameConv(moments, moments, 1) if config.quant_conv else None
+        self.conv_norm_out = GroupNorm(config.groups(widths[-1]), widths[-1], SPATIAL_EPS)
+        self.conv_out = Conv2d(widths[-1], moments, 3, padding=1)
+        self.quant_conv = Conv2d(moments, moments, 1) if config.quant_conv else None
 
     def typical_frames(self) -> Tensor:
         """A few small frames of pixels."""
         size = float16.PROBE_CELLS * self.config.downsample_factor
         return float16.probe_frames(self.config.input_channels, size)
 
-    def layers(self) -> Iterator[Layer]:
-        """Every layer in the order of application."""
-        return in_order(
-            self.conv_in, self.down_blocks, self.mid_block, self.conv_norm_out, self.conv_out,
-            self.quant_conv,
-        )  # fmt: skip
+    def parts(self) -> Iterator[nn.Module]:
+        """Layers and levels in the order of application."""
+        yield self.as_layer("conv_in", IntoStream)
+        yield from (*self.down_blocks, self.mid_block)
+        yield self.as_layer("conv_norm_out", NormSiLU)
+        yield self.as_layer("conv_out", OnFrames)
+        if self.quant_conv is not None:
+            yield self.as_layer("quant_conv", OnFrames)
 
 
 class Decoder(Line):
@@ -211,8 +266,8 @@ class Decoder(Line):
         super().__init__(config)
         latent, pixel = config.latent_channels, config.input_channels
         widths, temporal = config.widths[::-1], config.num_temporal_layers
-        self.post_quant_conv = FrameConv(latent, latent, 1) if config.post_quant_conv else None
-        self.conv_in = FirstConv(latent, widths[0], 3)
+        self.post_quant_conv = Conv2d(latent, latent, 1) if config.post_quant_conv else None
+        self.conv_in = FirstConv(latent, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], temporal, config)
         self.up_blocks = nn.ModuleList()
         for before, width in pairwise((widths[0], *widths)):
@@ -220,8 +275,8 @@ class Decoder(Line):
             self.up_blocks.append(level)
             if len(self.up_blocks) < len(widths):
                 level.upsamplers.append(Upsample(width))
-        self.conv_norm_out = FrameNormSiLU(config.groups(widths[-1]), widths[-1])
-        self.conv_out = FrameConv(widths[-1], pixel, 3)
+        self.conv_norm_out = GroupNorm(config.groups(widths[-1]), widths[-1], SPATIAL_EPS)
+        self.conv_out = Conv2d(widths[-1], pixel, 3, padding=1)
         kernel, causal = config.temporal_kernel_size, config.causal_mode
         self.time_conv_out = TimeConv(pixel, kernel, causal) if config.time_conv_out else None
 
@@ -230,9 +285,13 @@ class Decoder(Line):
         frames = float16.probe_frames(self.config.latent_channels, float16.PROBE_CELLS)
         return frames / self.config.latent_scale_factor + self.config.latent_shift_factor
 
-    def layers(self) -> Iterator[Layer]:
-        """Every layer in the order of application."""
-        return in_order(
-            self.post_quant_conv, self.conv_in, self.mid_block, self.up_blocks, self.conv_norm_out,
-            self.conv_out, self.time_conv_out,
-        )  # fmt: skip
+    def parts(self) -> Iterator[nn.Module]:
+        """Layers and levels in the order of application."""
+        if self.post_quant_conv is not None:
+            yield self.as_layer("post_quant_conv", OnFrames)
+        yield self.as_layer("conv_in", IntoStream)
+        yield from (self.mid_block, *self.up_blocks)
+        yield self.as_layer("conv_norm_out", NormSiLU)
+        yield self.as_layer("conv_out", OnFrames)
+        if self.time_conv_out is not None:
+            yield self.as_layer("time_conv_out", OverTime)

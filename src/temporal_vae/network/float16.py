@@ -21,7 +21,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from temporal_vae.network.framewise import FrameNormSiLU
+from temporal_vae.network.framewise import NormSiLU
 from temporal_vae.network.layer import Layer
 from temporal_vae.network.primitives import own_norm
 
@@ -62,7 +62,7 @@ def fit_scales(layers: Iterable[Layer], x: Tensor) -> float:
     branches: dict[Layer, float] = {}
     layers, x = list(layers), x.transpose(0, 1).unsqueeze(0)
     for layer in layers:
-        if isinstance(layer, FrameNormSiLU):  # here the stream ends
+        if isinstance(layer, NormSiLU):  # here the stream ends
             break
         x, branches[layer] = _measured(layer, x)
         stream.append(_largest(x))

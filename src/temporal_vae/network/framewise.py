@@ -2,25 +2,19 @@
 
 Letters: B batch, C channels, T frames, N frames of all samples, H height, W width, P pixels of a
 frame (H*W).
-
-In the memory order of a clip, B T H W C, the frames fold into the batch, (B*T, C, H, W), as a view
-that is channels-last too: no layer copies the clip to see it its own way. (Views are taken with the
-channels last: otherwise torch gives an axis of size one a stride that hides the memory order from
-its kernels.)
 """
 
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from temporal_vae.config import TemporalVAEConfig
-from temporal_vae.network.kernels.conv import conv2d
-from temporal_vae.network.kernels.norm import group_norm
+from temporal_vae.network.folds import fold_frames, unfold_frames
 from temporal_vae.network.layer import Layer, Ports
 from temporal_vae.network.primitives import (
     SPATIAL_EPS,
@@ -28,9 +22,10 @@ from temporal_vae.network.primitives import (
     GroupNorm,
     Linear,
     Norm,
-    Scaled,
+    activate,
+    bare,
+    join,
     own_norm,
-    silu,
 )
 
 # Pairs of query and key at a time: some kernels hold a number for each.
@@ -49,62 +44,46 @@ class Framewise(Layer):
 
     def compute(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
         """(B, C, T, H, W) -> (B, C', T, H', W')."""
-        y = self.frames(x.movedim(1, -1).flatten(0, 1).movedim(-1, 1), norm)
-        y = y.contiguous(memory_format=torch.channels_last).movedim(1, -1)
-        clip: Tensor = y.unflatten(0, (x.shape[0], x.shape[2])).movedim(-1, 1)
-        return clip
+        return unfold_frames(self.frames(fold_frames(x), norm), x.shape[0])
 
 
-class FrameConv(Framewise):
-    """A square convolution on each frame, size kept."""
+class OnFrames(Framewise):
+    """A convolution of each frame, size kept, as a layer of its own."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: int):
+    def __init__(self, conv: nn.Module):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel, kernel))
-        self.bias = nn.Parameter(torch.empty(out_channels))
-        self.padding = kernel // 2
-        self.halo = (self.padding, self.padding)
+        self.conv = conv
+        padding = cast(Any, bare(conv)).padding[0]
+        self.halo = (padding, padding)
 
     def frames(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
-        return conv2d(x, self.weight, self.bias, padding=self.padding)
+        y: Tensor = self.conv(x)
+        return y
 
     def channels(self, channels: int) -> int:
-        return self.weight.shape[0]
+        return cast(Any, bare(self.conv)).out_channels  # type: ignore[no-any-return]
 
 
-class FirstConv(Scaled, FrameConv):
+class IntoStream(OnFrames):
     """The convolution that the residual stream begins with."""
 
-    ports: ClassVar[Ports] = {"": ("one", "stream")}
-
-    def frames(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
-        if self.scales.after != 1.0:
-            x = x.clone()  # it is the caller's, not to be overwritten
-        x, bias = self.scales.enter(x), self.scales.shift(self.bias)
-        return conv2d(x, self.weight, bias, padding=self.padding)
+    ports: ClassVar[Ports] = {"conv": ("one", "stream")}
 
 
-class FrameNormSiLU(Framewise):
-    """Group norm over each frame, then SiLU."""
+class NormSiLU(Framewise):
+    """Group norm over each frame, then SiLU: the end of the residual stream."""
 
-    ports: ClassVar[Ports] = {"": ("stream",)}
+    ports: ClassVar[Ports] = {"norm": ("stream",)}
 
-    def __init__(self, groups: int, channels: int):
+    def __init__(self, norm: nn.Module):
         super().__init__()
-        norm = GroupNorm(groups, channels, eps=SPATIAL_EPS)
-        self.weight, self.bias = norm.weight, norm.bias
-        self.num_groups, self.eps = groups, SPATIAL_EPS
-        self.unscaled_eps = SPATIAL_EPS
-
-    set_scales = GroupNorm.set_scales
+        self.norm = norm
 
     def frames(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
-        if norm is own_norm:  # which would call the layer itself
-            return silu(group_norm(x, self.num_groups, self.weight, self.bias, self.eps))
-        return silu(norm(self, x))
+        return activate(norm, self.norm, x)
 
     def norms(self) -> tuple[nn.Module, ...]:
-        return (self,)
+        return (self.norm,)
 
 
 class ResidualBlock(Framewise):
@@ -130,10 +109,10 @@ class ResidualBlock(Framewise):
         )
 
     def frames(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
-        h = self.conv1(silu(norm(self.norm1, x)))
-        h = silu(norm(self.norm2, h))  # a line of its own frees what it replaces before the next
+        h = self.conv1(activate(norm, self.norm1, x))
+        h = activate(norm, self.norm2, h)  # a line of its own frees what it replaces
         y: Tensor = self.conv2(h)
-        return y.add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
+        return join(y, x if self.conv_shortcut is None else self.conv_shortcut(x), self.conv2)
 
     def norms(self) -> tuple[nn.Module, ...]:
         return (self.norm1, self.norm2)
@@ -166,8 +145,8 @@ class SpatialAttention(Framewise):
             queries = tokens.split(at_a_time, 1)
         mixed = [self._attend(part, keys, values) for part in queries]
         together = torch.cat(mixed, 1) if len(mixed) > 1 else mixed[0]
-        y: Tensor = together.transpose(1, 2).unflatten(2, x.shape[2:]).add_(x)
-        return y
+        y: Tensor = together.transpose(1, 2).unflatten(2, x.shape[2:])
+        return join(y, x, self.to_out, self.to_out[0])
 
     def _attend(self, tokens: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         q, k, v = (x.unsqueeze(1) for x in (self.to_q(tokens), keys, values))

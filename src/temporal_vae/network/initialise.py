@@ -7,9 +7,8 @@ import math
 import torch
 from torch import nn
 
-from temporal_vae.network.framewise import FrameConv, FrameNormSiLU
-from temporal_vae.network.primitives import GroupNorm, PositionNorm
-from temporal_vae.network.timewise import TemporalAttention, TemporalBlock, TimeConv
+from temporal_vae.network.primitives import GroupNorm, PositionNorm, TimeConv
+from temporal_vae.network.timewise import TemporalAttention, TemporalBlock
 
 
 def initialise(
@@ -36,12 +35,12 @@ def draw_parameters(module: nn.Module, generator: torch.Generator) -> None:
     """
     with torch.no_grad():
         for layer in module.modules():
-            if isinstance(layer, (nn.Conv2d, nn.Linear, FrameConv, TimeConv)):
+            if isinstance(layer, (nn.Conv2d, nn.Conv3d, nn.Linear)):
                 bound = 1 / math.sqrt(layer.weight[0].numel())
                 layer.weight.uniform_(-bound, bound, generator=generator)
                 if layer.bias is not None:
                     layer.bias.uniform_(-bound, bound, generator=generator)
-            elif isinstance(layer, (GroupNorm, FrameNormSiLU, PositionNorm)):
+            elif isinstance(layer, (GroupNorm, PositionNorm)):
                 nn.init.ones_(layer.weight)
                 nn.init.zeros_(layer.bias)
         for layer in module.modules():

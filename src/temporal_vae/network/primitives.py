@@ -10,17 +10,52 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from temporal_vae.config import NormScope, TemporalVAEConfig
+from temporal_vae.network.folds import fold_pixels, unfold_pixels
 from temporal_vae.network.kernels.conv import conv2d
 from temporal_vae.network.kernels.norm import group_norm
+from temporal_vae.network.kernels.plain import values_only
 
 SPATIAL_EPS = 1e-6
 TEMPORAL_EPS = 1e-5
 
 
-def silu(x: Tensor) -> Tensor:
-    """SiLU, overwriting `x` where no gradient needs it: saves a pass and an activation."""
-    y: Tensor = F.silu(x, inplace=not x.requires_grad)
-    return y
+def bare(module: nn.Module) -> nn.Module:
+    """The part inside of what was wrapped around it, such as an adapter of PEFT."""
+    inner = getattr(module, "get_base_layer", None)
+    return module if inner is None else cast(nn.Module, inner())
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class's `forward`: hooks, or another one."""
+    everywhere = nn.modules.module
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or everywhere._has_any_global_hook()
+        or "forward" in module.__dict__
+        or module._compiled_call_impl
+    )
+
+
+def unseen(module: nn.Module) -> bool:
+    """Whether only the caller ever sees what a part gets and gives: ours, and without hooks.
+
+    A part may be wrapped or replaced (adapters, quantised layers), and hooks may keep a tensor.
+    """
+    return isinstance(module, (Leaf, nn.Sequential)) and not hooked(module)
+
+
+def activate(norm: Norm, module: nn.Module, x: Tensor) -> Tensor:
+    """SiLU of a norm's result, over it where nobody can see: saves a pass and an activation."""
+    y = norm(module, x)
+    return F.silu(y, inplace=values_only(y) and unseen(module))
+
+
+def join(y: Tensor, x: Tensor, *modules: nn.Module) -> Tensor:
+    """y + x for a y that came out of modules, over it where nobody can see."""
+    return y.add_(x) if values_only(y, x) and all(map(unseen, modules)) else y + x
 
 
 class Scales(NamedTuple):
@@ -33,23 +68,27 @@ class Scales(NamedTuple):
     before: float = 1.0
     after: float = 1.0
 
-    def enter(self, x: Tensor) -> Tensor:
-        """What to apply the weight to: x, overwritten where no gradient needs it.
+    def enter(self, x: Tensor, module: nn.Module) -> Tensor:
+        """What to apply a module's weight to: x, overwritten where nobody can see.
 
         The weight itself stays as it is: small ones would lose digits, or vanish.
         """
         gain = self.after / self.before
         if gain == 1.0:
             return x
-        return x * gain if x.requires_grad else x.mul_(gain)
+        return x.mul_(gain) if values_only(x) and unseen(module) else x * gain
 
     def shift(self, bias: Tensor) -> Tensor:
         """What to add."""
         return bias if self.after == 1.0 else bias * self.after
 
 
-class GroupNorm(nn.GroupNorm):
-    """Group norm over all that a sample holds: a frame (N, C, H, W), or a clip (B, C, T, P)."""
+class Leaf(nn.Module):
+    """What layers are made of: a module that nobody but the library derives from."""
+
+
+class GroupNorm(Leaf, nn.GroupNorm):
+    """Group norm over all that a sample holds: a frame (N, C, H, W), or a clip (B, C, T, H, W)."""
 
     def __init__(self, groups: int, channels: int, eps: float):
         super().__init__(groups, channels, eps)
@@ -63,7 +102,7 @@ class GroupNorm(nn.GroupNorm):
         return group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
-class Scaled:
+class Scaled(Leaf):
     """A linear layer between scales."""
 
     scales = Scales()
@@ -77,15 +116,36 @@ class Conv2d(Scaled, nn.Conv2d):
     """torch's convolution between scales, by our kernel where that is the more exact one."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x, bias = self.scales.enter(x), self.scales.shift(cast(Tensor, self.bias))
+        x, bias = self.scales.enter(x, self), self.scales.shift(cast(Tensor, self.bias))
         return conv2d(x, self.weight, bias, int(self.stride[0]), int(self.padding[0]))
+
+
+class FirstConv(Conv2d):
+    """The convolution that a line begins with: its input is the caller's, not to be overwritten."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.clone() if self.scales.after != 1.0 else x)
+
+
+class TimeConv(Scaled, nn.Conv3d):
+    """A (k, 1, 1) convolution of n + k - 1 frames to n: who calls it puts the frames before and
+    after the clip, zeros or remembered ones, there."""
+
+    def __init__(self, channels: int, kernel: int, causal: bool):
+        super().__init__(channels, channels, (kernel, 1, 1))
+        self.past = kernel - 1 if causal else kernel // 2
+        self.future = kernel - 1 - self.past
+
+    def forward(self, x: Tensor) -> Tensor:
+        u, bias = self.scales.enter(x, self), self.scales.shift(cast(Tensor, self.bias))
+        return unfold_pixels(F.conv2d(fold_pixels(u), self.weight.squeeze(-1), bias), x.shape[3:])
 
 
 class Linear(Scaled, nn.Linear):
     """torch's linear layer between scales."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.scales.enter(x), self.weight, self.scales.shift(self.bias))
+        return F.linear(self.scales.enter(x, self), self.weight, self.scales.shift(self.bias))
 
 
 Norm = Callable[[nn.Module, Tensor], Tensor]
@@ -99,8 +159,8 @@ def own_norm(module: nn.Module, x: Tensor) -> Tensor:
     return y
 
 
-class PositionNorm(nn.Module):
-    """Layer norm over the channels of one pixel of one frame; x (B, C, T, P)."""
+class PositionNorm(Leaf):
+    """Layer norm over the channels of one pixel of one frame; x (B, C, ...)."""
 
     def __init__(self, channels: int):
         super().__init__()

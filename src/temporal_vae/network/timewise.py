@@ -2,31 +2,32 @@
 
 Letters: B batch, C channels, T frames, n frames of a piece, H height, W width, P pixels of a frame
 (H*W).
-
-In the memory order of a clip, B T H W C, its pixels fold into one axis, (B, C, T, P), as a view
-that is channels-last: a convolution over time is one over (T, P) with a kernel of one pixel.
 """
 
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from temporal_vae.config import TemporalVAEConfig
+from temporal_vae.network.folds import fold_pixels, unfold_pixels
+from temporal_vae.network.kernels.plain import values_only
 from temporal_vae.network.layer import Layer, Past, Ports, State, Tail
 from temporal_vae.network.primitives import (
     GroupNorm,
     Linear,
     Norm,
     PositionNorm,
-    Scaled,
+    TimeConv,
+    bare,
+    join,
     own_norm,
-    silu,
     time_norm,
+    unseen,
 )
 
 # Scaled dot-product attention on CUDA refuses a batch above 65,535.
@@ -36,138 +37,89 @@ QUERY_FRAMES = 64
 
 
 class Timewise(Layer):
-    """A layer that sees one pixel over time; subclasses define `pixels` and how far they see.
-
-    What can be walked in pieces also defines `tails` and `step_pixels`.
-    """
+    """A layer that sees one pixel over time, so that a walk may give it some pixels, with all
+    frames of them; subclasses define `compute`, and `tails` and `step` to be walked in pieces."""
 
     cut = "pixels"
     width: int
 
-    def pixels(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
-        """(B, C, T, P) -> (B, C, T, P), each of the P pixels on its own."""
-        raise NotImplementedError
 
-    def step_pixels(self, x: Tensor, past: Past, tails: State, last: bool) -> tuple[Tensor, State]:
-        """`step` of (B, C, n, P), tails likewise."""
-        raise NotImplementedError
-
-    def compute(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
-        """(B, C, T, H, W) -> (B, C, T, H, W)."""
-        return unfold_pixels(self.pixels(fold_pixels(x), norm), x.shape[3:])
-
-    def step(self, x: Tensor, past: Past, tails: State, last: bool) -> tuple[Tensor, State]:
-        """The next piece (B, C, n, H, W) -> what is certain by now, and the new tails."""
-        size, folded = x.shape[3:], tuple(map(fold_pixels, tails))
-        y, kept = self.step_pixels(fold_pixels(x), past, folded, last)
-        return unfold_pixels(y, size), tuple(unfold_pixels(tail, size) for tail in kept)
+def _zeros(x: Tensor, frames: int) -> Tensor:
+    """So many frames of zeros such as those of (B, C, T, H, W)."""
+    b, c, _, h, w = x.shape
+    return x.new_zeros(b, frames, h, w, c).movedim(-1, 1)
 
 
-def fold_pixels(x: Tensor) -> Tensor:
-    """(B, C, T, H, W) -> (B, C, T, P), a view."""
-    return x.movedim(1, -1).flatten(2, 3).movedim(-1, 1)
+def _tail(x: Tensor, frames: int, like: Tensor) -> Tensor:
+    """The last frames of (B, C, T, ...), in memory of their own: a view would keep all of x."""
+    kept = x[:, :, x.shape[2] - frames :].clone(memory_format=torch.preserve_format)
+    return kept.to(like.dtype)  # autocast may have widened it
 
 
-def unfold_pixels(y: Tensor, size: torch.Size) -> Tensor:
-    """(B, C, T, P) -> (B, C, T, H, W), channels-last; a view if it was."""
-    y = y.contiguous(memory_format=torch.channels_last).movedim(1, -1)
-    clip: Tensor = y.unflatten(2, size).movedim(-1, 1)
-    return clip
+def _between(before: Tensor, x: Tensor, zeros: int, silu: bool) -> Tensor:
+    """What a convolution over time reads: x or silu(x) behind some frames, and before zeros.
 
-
-def _tail(x: Tensor, frames: int) -> Tensor:
-    """The last frames of (B, C, T, P), in memory of their own: a view would keep all of x."""
-    return x[:, :, x.shape[2] - frames :].clone(memory_format=torch.preserve_format)
-
-
-class TimeConv(Scaled, Timewise):
-    """A (k, 1, 1) convolution; zeros stand before the clip and, unless causal, after it.
-
-    The weight keeps the five dimensions it has in checkpoints.
+    (B, C, n, H, W), in memory of its own, where SiLU puts its result if nobody needs more: a copy
+    less.
     """
+    if not values_only(x, before) or x.dtype != before.dtype:
+        x = F.silu(x) if silu else x
+        return torch.cat([before.to(x.dtype), x, _zeros(x, zeros)], 2)
+    first, (b, c, n, h, w) = before.shape[2], x.shape
+    u = x.new_empty(b, first + n + zeros, h, w, c).movedim(-1, 1)
+    u[:, :, :first] = before
+    u[:, :, first + n :] = 0
+    new = u[:, :, first : first + n]
+    torch.ops.aten.silu.out(x, out=new) if silu else new.copy_(x)
+    return u
+
+
+def _whole(conv: nn.Module, x: Tensor, silu: bool) -> Tensor:
+    """A convolution over time of a clip x or silu(x) (B, C, T, H, W), between zeros."""
+    time: TimeConv = cast(TimeConv, bare(conv))
+    y: Tensor = conv(_between(_zeros(x, time.past), x, time.future, silu))
+    return y
+
+
+def _step(
+    conv: nn.Module, before: Tensor, x: Tensor, past: Past, last: bool, silu: bool
+) -> tuple[Tensor, Tensor]:
+    """The same for a piece behind what came `before` -> outputs, and what comes before the next.
+
+    A convolution that looks ahead gives nothing for frames before the first of the clip.
+    """
+    time: TimeConv = cast(TimeConv, bare(conv))
+    window, zeros = time.past + time.future, time.future if last else 0
+    u = _between(before, x, zeros, silu)
+    kept = _tail(u[:, :, : u.shape[2] - zeros], window, before)  # in float16 u is scaled next
+    if u.shape[2] <= window:
+        return x[:, :, :0].clone(), kept  # a shortcut is added in place
+    early = max(0, time.future - past.least) if time.future else 0  # nobody asks in vain: see Past
+    y: Tensor = conv(u)[:, :, early:]
+    return y, kept
+
+
+class OverTime(Timewise):
+    """A convolution over time as a layer of its own."""
 
     past: int
     future: int
 
-    def __init__(self, channels: int, kernel: int, causal: bool):
+    def __init__(self, conv: nn.Module):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(channels, channels, kernel, 1, 1))
-        self.bias = nn.Parameter(torch.empty(channels))
-        self.width = channels
-        self.past = kernel - 1 if causal else kernel // 2
-        self.future = kernel - 1 - self.past
+        time: TimeConv = cast(TimeConv, bare(conv))
+        self.conv, self.width = conv, time.in_channels
+        self.past, self.future = time.past, time.future
 
-    def pixels(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
-        return self.scaled(x, None)
-
-    def scaled(self, x: Tensor, gain: Tensor | None) -> Tensor:
-        """The convolution times `gain`, which costs nothing: it goes into the weights."""
-        weight, bias = self._weights(gain)
-        x = self.scales.enter(x)
-        if self.past == self.future:
-            return F.conv2d(x, weight, bias, padding=(self.past, 0))
-        return F.conv2d(F.pad(x, (0, 0, self.past, self.future)), weight, bias)
+    def compute(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
+        return _whole(self.conv, x, silu=False)
 
     def tails(self) -> tuple[Tail, ...]:
         return (Tail(self.width, self.past + self.future),)
 
-    def step_pixels(self, x: Tensor, past: Past, tails: State, last: bool) -> tuple[Tensor, State]:
-        y, tail = self.step_scaled(x, past, tails[0], last, None, None)
+    def step(self, x: Tensor, past: Past, tails: State, last: bool) -> tuple[Tensor, State]:
+        y, tail = _step(self.conv, tails[0], x, past, last, silu=False)
         return y, (tail,)
-
-    def step_scaled(
-        self,
-        x: Tensor,
-        past: Past,
-        tail: Tensor,
-        last: bool,
-        norm: nn.Module | None,
-        gain: Tensor | None,
-        raw: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """`step_pixels` of the convolution times `gain`, behind norm and SiLU: (outputs, new tail).
-
-        The tail holds what is convolved, ready to read, and starts as the zeros of the padding.
-        With `raw`, the tail stores frames before the norm, for the delayed shortcut. Frames before
-        the clip must be zero *after* the norm, so they are padded there.
-        """
-        weight, bias = self._weights(gain)
-        age = past.least if self.future else 0  # nobody else asks: it would break a graph
-        if raw and norm is not None:
-            kept = torch.cat([tail, x], 2)
-            unborn = max(0, tail.shape[2] - age)
-            u = self.scales.enter(silu(norm(kept[:, :, unborn:])))
-            u = F.pad(u, (0, 0, unborn, 0)) if unborn else u
-        else:
-            u = kept = self._behind(tail, x, norm)
-        u = F.pad(u, (0, 0, 0, self.future)) if last and self.future else u
-        early = max(0, self.future - age)
-        y = (
-            F.conv2d(u, weight, bias)[:, :, early:]
-            if u.shape[2] >= weight.shape[2]
-            else x[:, :, :0].clone()  # a shortcut is added in place
-        )
-        return y, _tail(kept, tail.shape[2]).to(tail.dtype)  # autocast may have widened it
-
-    def _behind(self, tail: Tensor, x: Tensor, norm: nn.Module | None) -> Tensor:
-        """The input of the convolution, behind the tail of what came before."""
-        if norm is None:
-            return torch.cat([tail, self.scales.enter(x)], 2)
-        x = norm(x)
-        graph = x.requires_grad or tail.requires_grad or torch.compiler.is_compiling()
-        if graph or x.dtype != tail.dtype:
-            return torch.cat([tail, self.scales.enter(silu(x))], 2)
-        b, c, n, p = x.shape  # SiLU puts it there: a copy less
-        u = x.new_empty(b, tail.shape[2] + n, p, c).movedim(-1, 1)
-        u[:, :, : tail.shape[2]] = tail
-        new = u[:, :, tail.shape[2] :]
-        self.scales.enter(torch.ops.aten.silu.out(x, out=new))
-        return u
-
-    def _weights(self, gain: Tensor | None) -> tuple[Tensor, Tensor]:
-        weight: Tensor = self.weight.squeeze(-1)
-        bias = self.scales.shift(self.bias)
-        return (weight, bias) if gain is None else (weight * gain, bias * gain)
 
 
 class TemporalBlock(Timewise):
@@ -192,36 +144,50 @@ class TemporalBlock(Timewise):
         self.norm2 = time_norm(config.temporal_norm, channels, config)
         self.conv2 = TimeConv(channels, kernel, causal)
         self.mix_factor = nn.Parameter(torch.zeros(1))
+        self._ahead, self._window = self.conv1.future, kernel - 1
         if config.temporal_norm == "clip":
             self.past = self.future = None
         else:
             self.past, self.future = 2 * self.conv1.past, 2 * self.conv1.future
 
-    def pixels(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
-        h = self.conv1.pixels(silu(norm(self.norm1, x)))
-        h = silu(norm(self.norm2, h))
-        h = self.conv2.scaled(h, torch.sigmoid(self.mix_factor))
-        return h.add_(x)
+    def compute(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
+        h = _whole(self.conv1, norm(self.norm1, x), silu=True)
+        h = norm(self.norm2, h)  # a line of its own frees what it replaces
+        return self._blend(_whole(self.conv2, h, silu=True), x)
 
     def norms(self) -> tuple[nn.Module, ...]:
         both = (self.norm1, self.norm2)
         return tuple(norm for norm in both if isinstance(norm, GroupNorm))
 
     def tails(self) -> tuple[Tail, ...]:
-        return self.conv1.tails() + self.conv2.tails()
+        return (Tail(self.width, self._window), Tail(self.width, self._window))
 
-    def step_pixels(self, x: Tensor, past: Past, tails: State, last: bool) -> tuple[Tensor, State]:
+    def step(self, x: Tensor, past: Past, tails: State, last: bool) -> tuple[Tensor, State]:
+        if self._ahead:
+            return self._late_step(x, past, tails, last)
+        h, kept1 = _step(self.conv1, tails[0], self.norm1(x), past, last, silu=True)
+        y, kept2 = _step(self.conv2, tails[1], self.norm2(h), past, last, silu=True)
+        return self._blend(y, x), (kept1, kept2)
+
+    def _late_step(self, x: Tensor, past: Past, tails: State, last: bool) -> tuple[Tensor, State]:
+        """`step` that looks ahead: the shortcut is late by twice that, as long as the first tail.
+
+        So that tail holds frames before the norm. Those before the clip must be zero behind it.
+        """
         first, second = tails
-        ahead, mix = self.conv1.future, torch.sigmoid(self.mix_factor)
-        h, kept1 = self.conv1.step_scaled(x, past, first, last, self.norm1, None, raw=ahead > 0)
-        later = past.later(ahead) if ahead else past
-        y, kept2 = self.conv2.step_scaled(h, later, second, last, self.norm2, mix)
-        if ahead:  # the shortcut is late by twice the reach ahead: as long as the first tail
-            waiting = first[:, :, max(0, first.shape[2] - past.least) :][:, :, : y.shape[2]]
-            y[:, :, : waiting.shape[2]].add_(waiting)
-            y[:, :, waiting.shape[2] :].add_(x[:, :, : y.shape[2] - waiting.shape[2]])
-            return y, (kept1, kept2)
-        return y.add_(x), (kept1, kept2)
+        seen = torch.cat([first, x], 2)
+        unborn = max(0, self._window - past.least)
+        u, zeros = self.norm1(seen[:, :, unborn:]), _zeros(x, unborn)
+        h, _ = _step(self.conv1, zeros, u, past, last, silu=True)
+        y, kept = _step(self.conv2, second, self.norm2(h), past.later(self._ahead), last, silu=True)
+        late = seen[:, :, unborn : unborn + y.shape[2]]
+        return self._blend(y, late), (_tail(seen, self._window, first), kept)
+
+    def _blend(self, y: Tensor, x: Tensor) -> Tensor:
+        """x + sigmoid(mix) * y, over y where nobody can see."""
+        mix = torch.sigmoid(self.mix_factor).to(y.dtype)
+        own = values_only(x, y, mix) and x.dtype == y.dtype and unseen(self.conv2)
+        return torch.addcmul(x, y, mix, out=y) if own else torch.addcmul(x, y, mix)
 
 
 class TemporalAttention(Timewise):
@@ -249,19 +215,27 @@ class TemporalAttention(Timewise):
         self.to_out = nn.Sequential(Linear(channels, channels))
         self.distance_bias = nn.Parameter(torch.zeros(self.heads, self.past + self.future + 1))
 
-    def pixels(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
-        u = self.norm(x)
+    def compute(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
+        u = fold_pixels(self.norm(x))
         q, k, v = (self._project(u, to) for to in (self.to_q, self.to_k, self.to_v))
         if torch.compiler.is_exporting():
-            return self._mix_at_once(q, k, v).add_(x)
-        return self._mix(q, k, v, self.past, None).add_(x)
+            y = self._mix_at_once(q, k, v)
+        else:
+            y = self._mix(q, k, v, self.past, None)
+        return unfold_pixels(join(y, fold_pixels(x)), x.shape[3:])
 
     def tails(self) -> tuple[Tail, ...]:
         seen = self.past + self.future
         # keys, values, inputs that wait for their future
         return tuple(Tail(self.width, frames) for frames in (seen, seen, self.future))
 
-    def step_pixels(self, x: Tensor, past: Past, tails: State, last: bool) -> tuple[Tensor, State]:
+    def step(self, x: Tensor, past: Past, tails: State, last: bool) -> tuple[Tensor, State]:
+        y, kept = self._step(fold_pixels(x), past, tuple(map(fold_pixels, tails)), last)
+        size = x.shape[3:]
+        return unfold_pixels(y, size), tuple(unfold_pixels(tail, size) for tail in kept)
+
+    def _step(self, x: Tensor, past: Past, tails: State, last: bool) -> tuple[Tensor, State]:
+        """`step` of (B, C, n, P), tails likewise."""
         keys, values, waiting = tails
         seen, u = self.past + self.future, self.norm(x)
         k = torch.cat([keys, self._project(u, self.to_k)], 2)
@@ -270,15 +244,13 @@ class TemporalAttention(Timewise):
         early = max(0, self.future - past.least) if self.future else 0
         ready = queue[:, :, early : queue.shape[2] - (0 if last else self.future)]
         kept = (
-            _tail(k, seen).to(keys.dtype),  # autocast may have widened them
-            _tail(v, seen).to(values.dtype),
-            _tail(queue, self.future),
-        )
+            _tail(k, seen, keys), _tail(v, seen, values), _tail(queue, self.future, waiting),
+        )  # fmt: skip
         if not ready.shape[2]:
             return ready, kept
         q = self._project(self.norm(ready), self.to_q)
         # frame 0 of the keys stands `seen - counts` frames before the first of the clip
-        return self._mix(q, k, v, -early, seen - past.counts).add_(ready), kept
+        return join(self._mix(q, k, v, -early, seen - past.counts), ready), kept
 
     def _project(self, u: Tensor, to: nn.Module) -> Tensor:
         """A linear layer on the channels of (B, C, T, P)."""

@@ -26,7 +26,7 @@ from temporal_vae.walks.budget import Budget, BudgetError, parse_budget
 from temporal_vae.walks.peak import Offload, Operation, Part, Peak, PlanRequest
 from temporal_vae.walks.stages import Bounds
 
-MARGIN = 0.12
+MARGIN = 0.2
 """Share of the count that is added for what it does not see: sums, slices, copies in kernels, and the
 gaps that the system's allocator leaves between blocks, which differ from run to run by as much."""
 KERNELS_BYTES = 32 * 2**20

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from temporal_vae.network.kernels.plain import values_only
+
 CHANNELS_AT_A_TIME = 128
 WIDE = 512
 """Input channels from which on the chain is cut; below, the cut costs more than it mends."""
@@ -38,7 +40,6 @@ def _is_wide(x: Tensor, weight: Tensor) -> bool:
         and weight.shape[2] > 1
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
+        and values_only(x, weight)
     )

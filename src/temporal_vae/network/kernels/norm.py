@@ -16,6 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from temporal_vae.network.folds import fold_pixels, unfold_pixels
+from temporal_vae.network.kernels.plain import values_only
+
 RUN_PIXELS = 256
 """Pixels of one run: few enough to sum in float32, whatever the number of threads."""
 COLUMNS = 2048
@@ -38,9 +41,13 @@ def group_norm_reference(
 def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Normalise groups of channels over each sample's pixels.
 
-    x (N, C, H, W), any floating dtype. The result is a new tensor in the memory order of x. Our
-    kernel serves channels-last float32 on the CPU where no gradient is wanted, torch all else.
+    x (N, C, H, W), or a clip (B, C, T, H, W) whose frames go together; any floating dtype. The
+    result is a new tensor in the memory order of x. Our kernel serves channels-last float32 on the
+    CPU where no gradient is wanted, torch all else.
     """
+    if x.ndim == 5:
+        y = group_norm(fold_pixels(x), groups, weight, bias, eps)
+        return unfold_pixels(y, x.shape[3:])
     if x.dtype == torch.float16 and x.device.type != "cpu":
         return group_norm_in_float32(x, groups, weight, bias, eps)
     if _has_kernel(x, weight):
@@ -79,12 +86,12 @@ class Moments:
 
     @classmethod
     def of(cls, x: Tensor, groups: int) -> Moments:
-        """Moments of x (N, C, H, W), joined from those of short runs of pixels.
+        """Moments of x (N, C, ...), joined from those of short runs of pixels.
 
         Runs are taken side by side, every n-th pixel in one of n: as channels, to torch.
         """
         samples, channels = x.shape[:2]
-        pixels = x.permute(0, 2, 3, 1).reshape(samples, -1, channels)
+        pixels = x.movedim(1, -1).reshape(samples, -1, channels)
         # float16 cannot hold the variance of what it can hold: 256 squared is beyond its end
         wide = torch.float32 if x.dtype == torch.float16 else x.dtype
         found, begin = [], 0
@@ -112,10 +119,14 @@ class Moments:
 
 
 def normalise(x: Tensor, moments: Moments, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """x (N, C, H, W) by the moments of the whole it is a part of, scaled and shifted per channel.
+    """x (N, C, H, W), or a clip (B, C, T, H, W), by the moments of the whole it is a part of, scaled
+    and shifted per channel.
 
     No gradient goes through. 16-bit input is computed in float32.
     """
+    if x.ndim == 5:
+        y = normalise(fold_pixels(x), moments, weight, bias, eps)
+        return unfold_pixels(y, x.shape[3:])
     wide = torch.promote_types(x.dtype, torch.float32)
     weight, bias = weight.to(wide), bias.to(wide)
     samples, groups = moments.mean.shape
@@ -162,9 +173,8 @@ def _has_kernel(x: Tensor, weight: Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
         and x.is_contiguous(memory_format=torch.channels_last)
-        and not torch.compiler.is_compiling()
+        and values_only(x, weight)
     )
 
 

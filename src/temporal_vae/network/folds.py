@@ -1,0 +1,38 @@
+"""Clips as torch's 2-D kernels see them, without a copy.
+
+Letters: B batch, C channels, T frames, H height, W width, P pixels of a frame (H*W).
+
+In the memory order of a clip, B T H W C, its frames fold into the batch, (B*T, C, H, W), and its
+pixels into one axis, (B, C, T, P): views that are channels-last too. (They are taken with the
+channels last: otherwise torch gives an axis of size one a stride that hides the memory order from
+its kernels.)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def fold_frames(x: Tensor) -> Tensor:
+    """(B, C, T, H, W) -> (B*T, C, H, W), a view."""
+    return x.movedim(1, -1).flatten(0, 1).movedim(-1, 1)
+
+
+def unfold_frames(y: Tensor, batch: int) -> Tensor:
+    """(B*T, C, H, W) -> (B, C, T, H, W), channels-last; a view if it was."""
+    y = y.contiguous(memory_format=torch.channels_last).movedim(1, -1)
+    clip: Tensor = y.unflatten(0, (batch, -1)).movedim(-1, 1)
+    return clip
+
+
+def fold_pixels(x: Tensor) -> Tensor:
+    """(B, C, T, H, W) -> (B, C, T, P), a view."""
+    return x.movedim(1, -1).flatten(2, 3).movedim(-1, 1)
+
+
+def unfold_pixels(y: Tensor, size: torch.Size) -> Tensor:
+    """(B, C, T, P) -> (B, C, T, H, W), channels-last; a view if it was."""
+    y = y.contiguous(memory_format=torch.channels_last).movedim(1, -1)
+    clip: Tensor = y.unflatten(2, size).movedim(-1, 1)
+    return clip
