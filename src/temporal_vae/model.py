@@ -44,14 +44,15 @@ from temporal_vae.losses import LossFunction, callable_loss
 from temporal_vae.metadata import ModelMetadata
 from temporal_vae.network.autoencoder import Decoder, Encoder
 from temporal_vae.network.initialise import initialise
-from temporal_vae.walks.budget import Budget, parse_budget
+from temporal_vae.walks.budget import Budget
 from temporal_vae.walks.peak import Offload, Operation
 from temporal_vae.walks.plan import Plan
 from temporal_vae.walks.runner import Runner, Settings, Steps, Stream
 from temporal_vae.walks.streamed import State as StreamState
+from temporal_vae.walks.switches import Switches
 
 
-class TemporalVAE(nn.Module):
+class TemporalVAE(Switches):
     """A variational autoencoder for video: 2-D spatial blocks with 1-D temporal blocks between.
 
     The encoder maps pixels (B, C, T, H, W) to latents (B, L, T, H/f, W/f), the decoder maps them
@@ -492,42 +493,6 @@ class TemporalVAE(nn.Module):
             stream=stream, keep_state=keep_state, offload=offload,
         )  # fmt: skip
 
-    def set_slicing_enabled(self, enabled: bool) -> None:
-        """Walk the samples of a batch one by one from now on; the result stays the same."""
-        self._settings = replace(self._settings, slicing=bool(enabled))
-
-    def set_tiling_enabled(self, enabled: bool) -> None:
-        """Walk with the least memory from now on; the result stays the same. Needs `no_grad`.
-
-        It goes before a memory budget, which holds again once it is off.
-        """
-        self._settings = replace(self._settings, tiling=bool(enabled))
-
-    def set_memory_budget(self, budget: Budget) -> None:
-        """Plan every encode and decode for this budget from now on, see `plan`; None ends it.
-
-        The steps of a stream are planned as well, each piece as it comes. A budget counts walks
-        without gradients: under autograd the graph comes on top, and a bounded walk is refused.
-        Raises `ValueError` for what is no budget.
-        """
-        parse_budget(budget)
-        self._settings = replace(self._settings, budget=budget)
-
-    @property
-    def slicing_enabled(self) -> bool:
-        """Whether the samples of a batch are walked one by one."""
-        return self._settings.slicing
-
-    @property
-    def tiling_enabled(self) -> bool:
-        """Whether every walk is the one of least memory."""
-        return self._settings.tiling
-
-    @property
-    def memory_budget(self) -> Budget:
-        """The budget that `set_memory_budget` stored."""
-        return self._settings.budget
-
     @property
     def _runner(self) -> Runner:
         return Runner(self.encoder, self.decoder, self._settings)
@@ -963,6 +928,15 @@ class TemporalVAE(nn.Module):
         """
         with torch.inference_mode(False):  # what is made in it could not be trained
             return copy.deepcopy(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a generator itself cannot be sent to another process
+        return super().__getstate__() | {"_generator": self._generator.get_state()}  # type: ignore[operator]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        generator = torch.Generator()
+        generator.set_state(state["_generator"])
+        super().__setstate__(state | {"_generator": generator})
 
     def deep_copy(self) -> Self:
         """The same as `clone`, by the page's other name; `copy.deepcopy` does it too."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from temporal_vae.checkpoints import diffusers_names
 from temporal_vae.model import TemporalVAE
+from temporal_vae.network.autoencoder import unwrapped
 from temporal_vae.walks.budget import parse_budget
 
 if TYPE_CHECKING:
@@ -71,11 +72,12 @@ def upgrade(pipe: Any, memory: int | str | None = "6GiB") -> Upgrade:
         parse_budget(memory)
     frames_of = _frames_of(pipe)
     previous = pipe.__dict__.get(_MARK)
-    if previous is not None and pipe.vae is previous.module:
+    if previous is not None and unwrapped(pipe.vae) is previous.module:
         raise ValueError("the pipeline is upgraded already: its undo() comes first")
     _refuse_hooks(pipe)
     stock = pipe.vae
-    vae = stock.vae if isinstance(stock, drop_in) else _with_weights_of(stock)
+    inner = unwrapped(stock)
+    vae = inner.vae if isinstance(inner, drop_in) else _with_weights_of(inner)
     if previous is not None:  # another VAE was put in place of the upgraded one
         previous.undo()
     module = drop_in.around(vae)
@@ -89,7 +91,7 @@ FramesOf = Callable[..., tuple[Tensor, int]]
 """The arguments of a pipeline's `decode_latents` -> latents (B*T, L, h, w), and T."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Upgrade:
     """An upgraded pipeline, and what is needed to undo that."""
 
@@ -104,6 +106,9 @@ class Upgrade:
     """What the pipeline object had as `decode_latents` before, beside its class's; mostly None."""
     _frames_of: FramesOf | None
 
+    def __repr__(self) -> str:
+        return f"<{type(self.pipe).__name__} decoded exactly by {self.module.describe()}; undo() ends it>"
+
     def _apply(self) -> None:
         with _without_hooks(self.pipe):
             self.pipe.vae = self.module
@@ -113,7 +118,7 @@ class Upgrade:
 
     def _decode_latents(self, *args: Any, **options: Any) -> Tensor:
         """Replaces the pipeline's own: scaled latents -> pixels (B, C, T, H, W), without chunks."""
-        vae = self.pipe.vae
+        vae = unwrapped(self.pipe.vae)
         if self._frames_of is None or not isinstance(vae, _drop_in_class()):
             # another VAE was put in place of the upgraded one
             theirs: Tensor = type(self.pipe).decode_latents(self.pipe, *args, **options)
@@ -128,7 +133,7 @@ class Upgrade:
 
         If the pipeline has been moved or converted since, so have the weights of that VAE.
         """
-        if self.pipe.vae is self.module:
+        if unwrapped(self.pipe.vae) is self.module:
             with _without_hooks(self.pipe):
                 self.pipe.vae = self.stock
         own = self.pipe.__dict__

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import FrozenDict, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
@@ -28,7 +30,7 @@ FORCE_UPCAST = False
 VAEs of SDXL and SVD overflow in their wide layers. Ours scales the residual stream instead."""
 
 
-class DiffusersTemporalVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class DiffusersTemporalVAE(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
     """A drop-in for diffusers' `AutoencoderKL` and `AutoencoderKLTemporalDecoder`.
 
     Made by `temporal_vae.to_diffusers`. `vae` is the `TemporalVAE` that does the work. Both share
@@ -44,7 +46,8 @@ class DiffusersTemporalVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     # a saved pipeline names this module, and diffusers looks the class up in it
     __module__ = "temporal_vae"
-    _supports_group_offloading = False  # it needs hooks on layers, which our walks do not call
+    _supports_group_offloading = False  # bounded walks do not call the hooks that it needs
+    _supports_gradient_checkpointing = True
 
     vae: TemporalVAE
 
@@ -144,22 +147,36 @@ class DiffusersTemporalVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     def enable_slicing(self) -> None:
         """Walk clips one by one from now on, with the same result."""
-        self.vae.set_slicing_enabled(True)
+        self.vae.enable_slicing()
 
     def disable_slicing(self) -> None:
         """Walk all clips of a batch at once again."""
-        self.vae.set_slicing_enabled(False)
+        self.vae.disable_slicing()
 
     def enable_tiling(self, *_: Any, **__: Any) -> None:
         """Walk with the least memory from now on, with the same result.
 
         Arguments are ignored: there are no tiles whose sizes they could give.
         """
-        self.vae.set_tiling_enabled(True)
+        self.vae.enable_tiling()
 
     def disable_tiling(self) -> None:
         """Walk as before `enable_tiling`."""
-        self.vae.set_tiling_enabled(False)
+        self.vae.disable_tiling()
+
+    def set_attn_processor(self, processor: Any) -> None:
+        """Raises `ValueError`: attention is computed here, by torch's fused kernels.
+
+        `fuse_qkv_projections` and the switches for other kernels of attention have no effect, and
+        change no result.
+        """
+        raise ValueError(
+            f"attention of this VAE takes no processors, got {processor!r}: it uses torch's "
+            "scaled_dot_product_attention"
+        )
+
+    def set_default_attn_processor(self) -> None:
+        """Nothing: see `set_attn_processor`."""
 
     def _clips(self, frames: Tensor, num_frames: int, reach: int | None) -> Tensor:
         """(N, C, H, W) -> clips (B, T, C, H, W), a view."""
@@ -189,8 +206,12 @@ class DiffusersTemporalVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return x.to(self.dtype) if x.is_floating_point() and not mixed else x
 
     def _plan(self, operation: Operation, clips: Tensor) -> Plan | None:
-        """How to walk clips (B, T, C, H, W); None for what `vae` itself is set to."""
-        if self.memory is None or self.vae.tiling_enabled:
+        """How to walk clips (B, T, C, H, W); None for what `vae` itself is set to.
+
+        Gradients of the clips are had by the whole walk alone.
+        """
+        wanted = torch.is_grad_enabled() and clips.requires_grad
+        if self.memory is None or self.vae.tiling_enabled or wanted:
             return None
         budget = affordable(self.memory, self.device)
         b, t, *frame = clips.shape

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import threading
 from typing import BinaryIO, Literal
 
 
@@ -55,6 +57,24 @@ def read_into(file: BinaryIO, view: memoryview) -> None:
         if not count:
             raise CheckpointError(f"it is cut short: at least {len(view)} bytes missing")
         view = view[count:]
+
+
+def read_at(file: BinaryIO, view: memoryview, position: int) -> int:
+    """Fill a view from a position of a file on disk; the bytes read, fewer where the file ends.
+
+    Where the system can, the file's own position is not used: forked processes share that.
+    """
+    if not hasattr(os, "preadv"):  # Windows, which has no fork
+        with _SEEKING:
+            file.seek(position)
+            return file.readinto(view)  # type: ignore[attr-defined,no-any-return]
+    total = 0
+    while count := os.preadv(file.fileno(), [view[total:]], position + total):
+        total += count
+    return total
+
+
+_SEEKING = threading.Lock()
 
 
 def _read_some(file: BinaryIO, view: memoryview) -> int:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
-from typing import BinaryIO, Self
+from typing import Any, BinaryIO, Self
 
 import torch
 from torch import Tensor
 
+from temporal_vae.files import streams
 from temporal_vae.files.safetensors import read_text
 from temporal_vae.latents.distribution import LatentDistribution
 from temporal_vae.latents.header import MOST_HEADER_BYTES, is_latents, tensors, unpack
@@ -23,7 +24,9 @@ class LatentFile:
     """A file of latents, read as asked: `with LatentFile(path) as file: file.read(0, 16)`.
 
     Opening checks every field and the file's length. The file is read, not mapped: one that shrinks
-    meanwhile is an error instead of the end of the process.
+    meanwhile is an error instead of the end of the process. Threads and forked processes may share
+    an open one. A copy, or one in another process, opens the file again by its path, and raises
+    where that is another file by then.
 
     Raises `LatentFileError` for a file that is missing, damaged, or of something else.
     """
@@ -53,6 +56,9 @@ class LatentFile:
 
     def __exit__(self, *error: object) -> None:
         self._file.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (type(self), os.path.abspath(self.path), self.info)
 
     def read(self, start: int = 0, frames: int | None = None) -> Tensor:
         """What is stored of a range of frames, (1, C, n, h, w), in the file's dtype and scaling.
@@ -138,8 +144,7 @@ class LatentFile:
     def _fill(self, tensor: Tensor, position: int) -> None:
         """Read a contiguous tensor from a position among the stored numbers, in bytes."""
         bytes_of = tensor.view(torch.uint8).numpy().data.cast("B")
-        self._file.seek(self._data_start + position)
-        if self._file.readinto(bytes_of) != len(bytes_of):  # type: ignore[attr-defined]
+        if streams.read_at(self._file, bytes_of, self._data_start + position) != len(bytes_of):
             raise LatentFileError(f"{self.path} became shorter while it was read")
 
 
@@ -175,6 +180,14 @@ def holds_latents(path: str | os.PathLike[str]) -> bool:
         return False
     with open(path, "rb") as file:
         return is_latents(file.read(4096))
+
+
+def _reopen(kind: type[LatentFile], path: str, info: LatentInfo) -> LatentFile:
+    file = kind(path)
+    if file.info != info:
+        file.__exit__()
+        raise LatentFileError(f"{path} is not the file any more that was open: open it anew")
+    return file
 
 
 def _open(path: str) -> BinaryIO:

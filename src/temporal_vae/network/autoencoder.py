@@ -14,6 +14,7 @@ by frame. Parameter names follow diffusers' where it has a counterpart.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 from typing import Self, cast
 
@@ -23,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from temporal_vae.config import TemporalVAEConfig
 from temporal_vae.network import float16
+from temporal_vae.network.folds import channels_last
 from temporal_vae.network.framewise import (
     Downsample,
     IntoStream,
@@ -40,6 +42,7 @@ from temporal_vae.network.primitives import (
     GroupNorm,
     TimeConv,
     hooked,
+    watched,
 )
 from temporal_vae.network.timewise import OverTime, TemporalAttention, TemporalBlock
 
@@ -48,7 +51,8 @@ class Chain(nn.Module):
     """Modules in a row: layers, and chains of them."""
 
     gradient_checkpointing = False
-    """Whether what is between two layers is computed again for the gradients, not kept."""
+    """Whether a layer is computed again for the gradients, so that nothing inside of it is kept."""
+    _gradient_checkpointing_func = staticmethod(partial(checkpoint, use_reentrant=False))
 
     def parts(self) -> Iterator[nn.Module]:
         """Layers and chains in the order of application, each as a person can name it."""
@@ -72,7 +76,7 @@ class Chain(nn.Module):
         """(B, C, T, H, W) -> (B, C', T', H', W'), through every part, whose hooks are called."""
         for part in self._called():
             if self.gradient_checkpointing and torch.is_grad_enabled() and isinstance(part, Layer):
-                x = checkpoint(part, x, use_reentrant=False)
+                x = self._gradient_checkpointing_func(part, x)
             else:
                 x = part(x)
         return x
@@ -82,7 +86,7 @@ class Chain(nn.Module):
         """The parts, and in place of a chain that nobody watches its own: a call would keep its
         input to the end."""
         for part in self.parts():
-            if isinstance(part, Chain) and not hooked(part):
+            if isinstance(part, Chain) and not watched(part):
                 yield from part._called()
             else:
                 yield part
@@ -110,7 +114,7 @@ class Line(Chain):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) -> (B, C', T', H', W')."""
-        return super().forward(x.contiguous(memory_format=torch.channels_last_3d))
+        return super().forward(channels_last(x))
 
     def as_layer(self, name: str, kind: Callable[[nn.Module], Layer]) -> Layer:
         """The layer around a part that has its place, and its hooks, in the line itself."""
@@ -137,6 +141,9 @@ class Line(Chain):
         """Fit the scales if the weights became float16, or left it, through another owner."""
         if (next(self.parameters()).dtype == torch.float16) != self._fitted:
             self.fit_scales()
+        if self.stream_scale != 1.0:
+            for layer in self.layers():
+                layer.refuse_wrapped()
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -145,6 +152,14 @@ class Line(Chain):
         if next(self.parameters()).dtype != before:
             self.fit_scales()
         return self
+
+    def hooked(self) -> str | None:
+        """The name of a module with hooks that only the whole walk calls; None if none has."""
+        called = {norm for layer in self.layers() for norm in layer.norms()}
+        for name, module in self.named_modules():
+            if (isinstance(module, (Chain, Layer)) or module in called) and hooked(module):
+                return name or type(self).__name__
+        return None
 
     @property
     def reach(self) -> tuple[int, int] | None:

@@ -10,8 +10,15 @@ its kernels.)
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """x (B, C, ...) in the memory order B ... C; itself if it is.
+
+    Not by a `memory_format`, which `torch.vmap` does not take.
+    """
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def fold_frames(x: Tensor) -> Tensor:
@@ -21,8 +28,7 @@ def fold_frames(x: Tensor) -> Tensor:
 
 def unfold_frames(y: Tensor, batch: int) -> Tensor:
     """(B*T, C, H, W) -> (B, C, T, H, W), channels-last; a view if it was."""
-    y = y.contiguous(memory_format=torch.channels_last).movedim(1, -1)
-    clip: Tensor = y.unflatten(0, (batch, -1)).movedim(-1, 1)
+    clip: Tensor = y.movedim(1, -1).contiguous().unflatten(0, (batch, -1)).movedim(-1, 1)
     return clip
 
 
@@ -33,6 +39,5 @@ def fold_pixels(x: Tensor) -> Tensor:
 
 def unfold_pixels(y: Tensor, size: torch.Size) -> Tensor:
     """(B, C, T, P) -> (B, C, T, H, W), channels-last; a view if it was."""
-    y = y.contiguous(memory_format=torch.channels_last).movedim(1, -1)
-    clip: Tensor = y.unflatten(2, size).movedim(-1, 1)
+    clip: Tensor = y.movedim(1, -1).contiguous().unflatten(2, size).movedim(-1, 1)
     return clip

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from temporal_vae.config import TemporalVAEConfig
 from temporal_vae.network.folds import fold_frames, unfold_frames
+from temporal_vae.network.kernels.attention import attention
 from temporal_vae.network.layer import Layer, Ports
 from temporal_vae.network.primitives import (
     SPATIAL_EPS,
@@ -150,7 +151,7 @@ class SpatialAttention(Framewise):
 
     def _attend(self, tokens: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         q, k, v = (x.unsqueeze(1) for x in (self.to_q(tokens), keys, values))
-        y: Tensor = self.to_out(F.scaled_dot_product_attention(q, k, v).squeeze(1))
+        y: Tensor = self.to_out(attention(q, k, v).squeeze(1))
         return y
 
 

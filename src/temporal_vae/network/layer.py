@@ -23,7 +23,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from temporal_vae.network.primitives import Norm, own_norm
+from temporal_vae.network.primitives import Norm, bare, own_norm
 
 Shape = tuple[int, ...]
 State = tuple[Tensor, ...]
@@ -140,10 +140,25 @@ class Layer(nn.Module):
         `branch`. Nothing happens in a layer beside the residual stream.
         """
         factors = {"one": 1.0, "stream": stream, "branch": branch}
+        if stream != 1.0:
+            self.refuse_wrapped()
         for name, ports in self.ports.items():
-            part = self.get_submodule(name) if name in dict(self.named_modules()) else None
-            if part is not None:
-                part.set_scales(*(factors[port] for port in ports))  # type: ignore[operator]
+            if (part := self._part(name)) is not None:
+                bare(part).set_scales(*(factors[port] for port in ports))  # type: ignore[operator]
+
+    def refuse_wrapped(self) -> None:
+        """Raise `ValueError` if something is wrapped around a part that float16 scales."""
+        for name in self.ports:
+            part = self._part(name)
+            if part is not None and bare(part) is not part:
+                raise ValueError(
+                    f"in float16 these weights need their residual stream scaled, which a "
+                    f"{type(part).__name__} around {name} does not know: merge the adapter into "
+                    "the weights, or use bfloat16 or float32"
+                )
+
+    def _part(self, name: str) -> nn.Module | None:
+        return dict(self.named_modules()).get(name)
 
     # Streams ---------------------------------------------------------------------------------
 

@@ -27,16 +27,19 @@ def bare(module: nn.Module) -> nn.Module:
 
 def hooked(module: nn.Module) -> bool:
     """Whether calling the module does more than its class's `forward`: hooks, or another one."""
-    everywhere = nn.modules.module
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or everywhere._has_any_global_hook()
         or "forward" in module.__dict__
         or module._compiled_call_impl
     )
+
+
+def watched(module: nn.Module) -> bool:
+    """Whether somebody learns of a call of the module: by its hooks, or those of all modules."""
+    return hooked(module) or nn.modules.module._has_any_global_hook()
 
 
 def unseen(module: nn.Module) -> bool:
@@ -44,7 +47,7 @@ def unseen(module: nn.Module) -> bool:
 
     A part may be wrapped or replaced (adapters, quantised layers), and hooks may keep a tensor.
     """
-    return isinstance(module, (Leaf, nn.Sequential)) and not hooked(module)
+    return isinstance(module, (Leaf, nn.Sequential)) and not watched(module)
 
 
 def activate(norm: Norm, module: nn.Module, x: Tensor) -> Tensor:

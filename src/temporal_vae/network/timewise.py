@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from temporal_vae.config import TemporalVAEConfig
 from temporal_vae.network.folds import fold_pixels, unfold_pixels
+from temporal_vae.network.kernels.attention import attention
 from temporal_vae.network.kernels.plain import values_only
 from temporal_vae.network.layer import Layer, Past, Ports, State, Tail
 from temporal_vae.network.primitives import (
@@ -280,7 +281,7 @@ class TemporalAttention(Timewise):
             x.unflatten(1, (self.heads, -1)).permute(0, 4, 1, 3, 2).flatten(0, 1) for x in (q, k, v)
         )  # (B * P, heads, T, C / heads)
         bias = self._bias(0, frames, slice(0, frames), self.past, None)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        y = attention(q, k, v, bias)
         mixed: Tensor = self.to_out(y.unflatten(0, size).permute(0, 3, 1, 2, 4).flatten(3))
         return mixed.movedim(-1, 1)
 
@@ -295,11 +296,7 @@ class TemporalAttention(Timewise):
             stop = min(start + QUERY_FRAMES, queries)
             band = slice(max(0, start - shift), min(keys, stop - shift + width))
             bias = self._bias(start, stop, band, shift, hidden)
-            out.append(
-                F.scaled_dot_product_attention(
-                    q[:, :, start:stop], k[:, :, band], v[:, :, band], attn_mask=bias
-                )
-            )
+            out.append(attention(q[:, :, start:stop], k[:, :, band], v[:, :, band], bias))
         return torch.cat(out, 2).permute(2, 0, 1, 3).flatten(2)
 
     def _bias(

@@ -45,7 +45,7 @@ def walk(line: Line, x: Tensor, bounds: Bounds, out: Tensor | None = None) -> Te
 
     Raises `ValueError` under autograd, which needs what this walk overwrites.
     """
-    refuse_autograd(line, x)
+    refuse_watchers(line, x)
     layers = list(line.layers())
     work = Workspace(layers, x, bounds)
     if out is None:
@@ -58,7 +58,7 @@ def walk(line: Line, x: Tensor, bounds: Bounds, out: Tensor | None = None) -> Te
 
 def pieces(line: Line, x: Tensor, bounds: Bounds) -> Iterator[Tensor]:
     """The result of `walk` for one sample, a few frames at a time, each as soon as it is there."""
-    refuse_autograd(line, x)
+    refuse_watchers(line, x)
 
     def walked() -> Iterator[Tensor]:  # whose memory is made where it is used, as to inference mode
         layers = list(line.layers())
@@ -69,12 +69,23 @@ def pieces(line: Line, x: Tensor, bounds: Bounds) -> Iterator[Tensor]:
     return walked()
 
 
-def refuse_autograd(line: Line, x: Tensor) -> None:
-    """Raise `ValueError` where autograd would need what a bounded walk overwrites."""
+def refuse_watchers(line: Line, x: Tensor) -> None:
+    """Raise `ValueError` where autograd or a hook would need what a bounded walk has not."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *line.parameters())):
         raise ValueError(
             "a bounded walk overwrites its activations, so it cannot run under autograd: use "
-            "torch.no_grad() around it, or no plan"
+            "torch.no_grad() around it or freeze the weights, requires_grad_(False); to train, "
+            "walk whole: no plan, no memory budget, no tiling"
+        )
+    refuse_hooks(line)
+
+
+def refuse_hooks(line: Line) -> None:
+    """Raise `ValueError` for hooks that a walk in pieces would not call."""
+    if (name := line.hooked()) is not None:
+        raise ValueError(
+            f"a hook on {name} (or a forward of its own) is called only where a clip is walked "
+            "whole: take it off, or use no plan, no memory budget, no tiling and no stream"
         )
 
 

@@ -182,6 +182,8 @@ class Runner:
             budget = self.settings.default_budget
             if budget is None or (stream and self.line(operation).reach is None):
                 return None
+            if torch.is_grad_enabled() and clip.requires_grad:  # which only the whole walk has
+                return None
             return self.plan(tuple(clip.shape), operation, clip.dtype, budget, stream=stream)
         self._check_origin(plan)
         shape = tuple(clip.shape)
@@ -329,6 +331,7 @@ class Runner:
         donated = isinstance(state, list)
         clip = self.mask(clip) if operation == "decode" else clip
         plan = self.plan_for(operation, clip, plan, stream=True, donated=donated)
+        bounded.refuse_hooks(self.line(operation))
 
         def once(plan: Plan | None) -> tuple[Tensor | None, State]:
             if plan is not None and plan.bounds is not None:
@@ -429,7 +432,7 @@ class Steps:
         clip = self.take(piece)
         self.runner.plan_for(self.operation, clip, self.plan, stream=True, donated=True)
         if self.plan is not None and self.plan.bounds is not None:
-            bounded.refuse_autograd(self.runner.line(self.operation), clip)
+            bounded.refuse_watchers(self.runner.line(self.operation), clip)
 
 
 class Stream:

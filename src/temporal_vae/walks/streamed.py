@@ -42,7 +42,7 @@ def step(
     """
     memories, first = _memories(line, state), False
     if bounds is not None:
-        bounded.refuse_autograd(line, x)
+        bounded.refuse_watchers(line, x)
         # Without timewise layers there is no state to show that this is the first piece, so memory
         # is reserved every time.
         first = not any(memory and memory[0].any() for memory in memories)

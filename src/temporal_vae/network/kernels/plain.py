@@ -12,6 +12,10 @@ def values_only(*tensors: Tensor) -> bool:
     return not (
         (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
         or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
+        or transformed()
     )
+
+
+def transformed() -> bool:
+    """Whether `torch.func` or forward-mode differentiation is at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
