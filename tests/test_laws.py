@@ -386,7 +386,7 @@ def test_the_memory_order_test_sees_a_hidden_one(
 def test_a_temporal_convolution_equals_conv3d() -> None:
     x = torch.randn(2, 6, 7, 4, 5, dtype=torch.float64)
     for kernel, causal in ((1, False), (3, False), (5, True)):
-        conv = OverTime(TimeConv(6, kernel, causal)).double()
+        conv = OverTime(TimeConv.of(6, kernel, causal)).double()
         redraw(conv)
         padded = F.pad(x, (0, 0, 0, 0, conv.past, conv.future))
         expected = F.conv3d(padded, conv.conv.weight, conv.conv.bias)

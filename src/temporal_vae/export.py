@@ -32,15 +32,13 @@ def export(
 ) -> ExportedProgram:
     """`torch.export` of the reconstruction; batch, frames, height and width may vary.
 
-    Raises `ValueError` for an example with 1 of any of these, which torch would take for fixed.
+    A graph takes what there is 1 of for fixed, so it is traced with at least 2 of each.
     """
-    f, (samples, _, *frames, rows, columns) = encoder.config.downsample_factor, example.shape
-    if min(samples, *frames, rows // f, columns // f) < 2:
-        raise ValueError(
-            f"example must have at least 2 samples, 2 frames, and {2 * f} pixels each way, got "
-            f"{tuple(example.shape)}: a graph takes what there is 1 of for fixed"
-        )
+    f, (samples, channels, *frames, rows, columns) = encoder.config.downsample_factor, example.shape
+    least = [max(2, n) for n in (samples, *frames)], [max(2 * f, n) for n in (rows, columns)]
+    (samples, *frames), sides = least
+    traced = example.new_zeros(samples, channels, *frames, *sides)
     sizes = {axis: Dim.DYNAMIC for axis in range(example.ndim) if axis != 1}
     line = Reconstruction(encoder, decoder, active)
     with torch.inference_mode(False), torch.no_grad():
-        return torch.export.export(line, (example,), dynamic_shapes={"video": sizes}, strict=False)
+        return torch.export.export(line, (traced,), dynamic_shapes={"video": sizes}, strict=False)

@@ -930,13 +930,14 @@ class TemporalVAE(Switches):
             return copy.deepcopy(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        # a generator itself cannot be sent to another process
-        return super().__getstate__() | {"_generator": self._generator.get_state()}  # type: ignore[operator]
+        # as bytes: neither a generator nor a tensor of its own makes its way to another process
+        noise = self._generator.get_state().numpy().tobytes()
+        return {**self.__dict__, "_generator": noise}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         generator = torch.Generator()
-        generator.set_state(state["_generator"])
-        super().__setstate__(state | {"_generator": generator})
+        generator.set_state(torch.frombuffer(bytearray(state["_generator"]), dtype=torch.uint8))
+        super().__setstate__({**state, "_generator": generator})
 
     def deep_copy(self) -> Self:
         """The same as `clone`, by the page's other name; `copy.deepcopy` does it too."""
@@ -1037,10 +1038,10 @@ class TemporalVAE(Switches):
 
         Args:
             example: pixels (B, C, T, H, W), or an image (B, C, H, W), of which rank the graph will
-                take its input; at least 2 samples, 2 frames, and 2 latent cells each way.
+                take its input; of any size.
 
         Raises:
-            ValueError: as `encode`, and for 1 of any of these, which torch would take for fixed.
+            ValueError: as `encode`.
 
         Example:
             >>> vae = TemporalVAE(base_channels=8, channel_multipliers=(1,), seed=0)

@@ -205,6 +205,13 @@ class DiffusersTemporalVAE(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterM
         mixed = torch.is_autocast_enabled(x.device.type)
         return x.to(self.dtype) if x.is_floating_point() and not mixed else x
 
+    def plan_decode(self, z: Tensor, num_frames: int) -> Plan | None:
+        """How latents (N, L, h, w) would be decoded; of their values nothing is needed.
+
+        None if `memory` is. Raises `BudgetError` where it is too little, naming the least.
+        """
+        return self._plan("decode", self._clips(z, num_frames, self.vae.decode_reach))
+
     def _plan(self, operation: Operation, clips: Tensor) -> Plan | None:
         """How to walk clips (B, T, C, H, W); None for what `vae` itself is set to.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -26,7 +27,7 @@ from temporal_vae.cli.info import (
     describe_latents,
     describe_written,
 )
-from temporal_vae.cli.report import MessageOptions, Meter, Result, say_error, show_rows
+from temporal_vae.cli.report import MessageOptions, Meter, Result, say_error, say_warning, show_rows
 from temporal_vae.files.safetensors import SUFFIX
 from temporal_vae.video import VideoError, check_suffix
 
@@ -250,6 +251,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # a name that cannot be printed is no failure
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    warnings.showwarning = say_warning
     try:
         status = command(prog_name="tvae", standalone_mode=False)
     except typer.TyperException as error:  # of the command line: what typer cannot make sense of

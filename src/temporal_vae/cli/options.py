@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from temporal_vae.model import TemporalVAE
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+AUTO = "auto"
 
 
 def device_name(text: str) -> str:
@@ -56,6 +57,13 @@ def dtype_name(text: str) -> str:
     """The text, if it is one of `DTYPES`."""
     if text not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {text!r}")
+    return text
+
+
+def model_dtype_name(text: str) -> str:
+    """The text, if it is "auto" or one of `DTYPES`."""
+    if text != AUTO and text not in DTYPES:
+        raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {text!r}")
     return text
 
 
@@ -136,19 +144,27 @@ class ModelOptions(OptionGroup):
         "auto", "NAME", "Where to compute: cpu, cuda, cuda:1 (the second GPU), mps (Apple), or "
         "auto, the default: a GPU if there is one.", device_name)  # fmt: skip
     dtype: str = option(
-        "float32", "TYPE", "Numbers to compute with: float32, bfloat16, float16 or float64. Those "
-        "of 16 bits take half the memory and are less exact. Default: float32.",
-        dtype_name)  # fmt: skip
+        "float32", "TYPE", "Numbers to compute with: float32, bfloat16, float16 or float64, or "
+        "auto for those that the device is fastest with. Those of 16 bits take half the memory and "
+        "are less exact. Default: float32.",
+        model_dtype_name)  # fmt: skip
     memory: str | None = option(
         None, "SIZE", "Memory the model may use on top of its weights, for example 2GiB; 'auto' "
         "for most of what is free, 'least' for as little as possible. Never changes the picture. "
         "Default: no limit.")  # fmt: skip
 
+    def numbers(self) -> tuple[torch.dtype, torch.device]:
+        """What to compute with, and where."""
+        from temporal_vae.network.kernels.dtypes import fastest
+
+        device = choose_device(self.device)
+        return fastest(device) if self.dtype == AUTO else choose_dtype(self.dtype), device
+
     def load(self) -> TemporalVAE:
         """The model, "tiny" if none is named. Raises as `TemporalVAE.from_pretrained`."""
         from temporal_vae.model import TemporalVAE
 
-        dtype, device = choose_dtype(self.dtype), choose_device(self.device)
+        dtype, device = self.numbers()
         return TemporalVAE.from_pretrained(self.model or "tiny", dtype=dtype, device=device)
 
     def load_with_record(self, default: str = "tiny") -> tuple[TemporalVAE, ModelRecord]:
@@ -158,7 +174,7 @@ class ModelOptions(OptionGroup):
         """
         from temporal_vae.model import TemporalVAE
 
-        dtype, device = choose_dtype(self.dtype), choose_device(self.device)
+        dtype, device = self.numbers()
         name, wide = self.model or default, dtype if dtype.itemsize > 4 else None
         model = TemporalVAE.from_pretrained(name, dtype=wide)
         is_path = name not in locations.builtin_names() and os.path.exists(name)

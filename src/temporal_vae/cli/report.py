@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +38,8 @@ class MessageOptions(OptionGroup):
     def __post_init__(self) -> None:
         if self.quiet and self.verbose:
             raise ValueError("--quiet and --verbose exclude each other")
+        if self.quiet:
+            warnings.simplefilter("ignore")
 
     def tell(self, target: Path, result: Result) -> None:
         """What was done: notes on stderr; on stdout a line, or what is known of the file.
@@ -104,6 +107,11 @@ class Meter:
             # before the first frame nobody knows
             left = f", {max(0, total - done) / rate:.0f} s left" if total and done else ""
             err.print(f"{self._title}: {done} frames{of}{left}, {rate:.2f} frames/s")
+
+
+def say_warning(message: Warning | str, *_: object) -> None:
+    """Print a warning of a library as a note, in one line."""
+    err.print(f"tvae: note: {' '.join(str(message).split())}", markup=False, soft_wrap=True)
 
 
 def say_error(message: str) -> None:

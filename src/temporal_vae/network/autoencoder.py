@@ -34,6 +34,7 @@ from temporal_vae.network.framewise import (
     SpatialAttention,
     Upsample,
 )
+from temporal_vae.network.kernels.dtypes import warn_if_slow
 from temporal_vae.network.layer import Layer
 from temporal_vae.network.primitives import (
     SPATIAL_EPS,
@@ -139,7 +140,10 @@ class Line(Chain):
 
     def ready(self) -> Self:
         """Fit the scales if the weights became float16, or left it, through another owner."""
-        if (next(self.parameters()).dtype == torch.float16) != self._fitted:
+        weight = next(self.parameters())
+        if not torch.compiler.is_compiling():
+            warn_if_slow(weight.dtype, weight.device)
+        if (weight.dtype == torch.float16) != self._fitted:
             self.fit_scales()
         if self.stream_scale != 1.0:
             for layer in self.layers():
@@ -293,7 +297,7 @@ class Decoder(Line):
         self.conv_norm_out = GroupNorm(config.groups(widths[-1]), widths[-1], SPATIAL_EPS)
         self.conv_out = Conv2d(widths[-1], pixel, 3, padding=1)
         kernel, causal = config.temporal_kernel_size, config.causal_mode
-        self.time_conv_out = TimeConv(pixel, kernel, causal) if config.time_conv_out else None
+        self.time_conv_out = TimeConv.of(pixel, kernel, causal) if config.time_conv_out else None
 
     def typical_frames(self) -> Tensor:
         """A few small frames of latents, as a diffusion model would hand them over, unscaled."""

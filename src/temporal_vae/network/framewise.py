@@ -119,7 +119,7 @@ class ResidualBlock(Framewise):
         return (self.norm1, self.norm2)
 
     def channels(self, channels: int) -> int:
-        return self.conv2.out_channels
+        return cast(Any, bare(self.conv2)).out_channels  # type: ignore[no-any-return]
 
 
 class SpatialAttention(Framewise):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -81,9 +81,9 @@ class Scales(NamedTuple):
             return x
         return x.mul_(gain) if values_only(x) and unseen(module) else x * gain
 
-    def shift(self, bias: Tensor) -> Tensor:
+    def shift(self, bias: Tensor | None) -> Tensor | None:
         """What to add."""
-        return bias if self.after == 1.0 else bias * self.after
+        return bias if bias is None or self.after == 1.0 else bias * self.after
 
 
 class Leaf(nn.Module):
@@ -119,7 +119,7 @@ class Conv2d(Scaled, nn.Conv2d):
     """torch's convolution between scales, by our kernel where that is the more exact one."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x, bias = self.scales.enter(x, self), self.scales.shift(cast(Tensor, self.bias))
+        x, bias = self.scales.enter(x, self), self.scales.shift(self.bias)
         return conv2d(x, self.weight, bias, int(self.stride[0]), int(self.padding[0]))
 
 
@@ -134,13 +134,19 @@ class TimeConv(Scaled, nn.Conv3d):
     """A (k, 1, 1) convolution of n + k - 1 frames to n: who calls it puts the frames before and
     after the clip, zeros or remembered ones, there."""
 
-    def __init__(self, channels: int, kernel: int, causal: bool):
-        super().__init__(channels, channels, (kernel, 1, 1))
-        self.past = kernel - 1 if causal else kernel // 2
-        self.future = kernel - 1 - self.past
+    past = future = 0
+    """Frames before and after an output's own that it reads."""
+
+    @classmethod
+    def of(cls, channels: int, kernel: int, causal: bool) -> Self:
+        """One that keeps the channels. (Adapters make others, by the arguments of torch's.)"""
+        conv = cls(channels, channels, (kernel, 1, 1))
+        conv.past = kernel - 1 if causal else kernel // 2
+        conv.future = kernel - 1 - conv.past
+        return conv
 
     def forward(self, x: Tensor) -> Tensor:
-        u, bias = self.scales.enter(x, self), self.scales.shift(cast(Tensor, self.bias))
+        u, bias = self.scales.enter(x, self), self.scales.shift(self.bias)
         return unfold_pixels(F.conv2d(fold_pixels(u), self.weight.squeeze(-1), bias), x.shape[3:])
 
 

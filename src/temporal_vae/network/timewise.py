@@ -141,9 +141,9 @@ class TemporalBlock(Timewise):
         self.width = channels
         kernel, causal = config.temporal_kernel_size, config.causal_mode
         self.norm1 = time_norm(config.temporal_norm, channels, config)
-        self.conv1 = TimeConv(channels, kernel, causal)
+        self.conv1 = TimeConv.of(channels, kernel, causal)
         self.norm2 = time_norm(config.temporal_norm, channels, config)
-        self.conv2 = TimeConv(channels, kernel, causal)
+        self.conv2 = TimeConv.of(channels, kernel, causal)
         self.mix_factor = nn.Parameter(torch.zeros(1))
         self._ahead, self._window = self.conv1.future, kernel - 1
         if config.temporal_norm == "clip":

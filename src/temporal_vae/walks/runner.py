@@ -105,11 +105,11 @@ class Runner:
         offload: Offload = None,
     ) -> Plan:
         """The fastest walk within a budget; see `TemporalVAE.plan`."""
-        full = self._checked_shape(shape, operation)
+        full, line = self._checked_shape(shape, operation), self.line(operation)
         if not dtype.is_floating_point:
             raise ValueError(f"dtype must be floating point, got {dtype}")
         check_budget(budget, self.device)
-        if stream and self.line(operation).reach is None:
+        if stream and line.reach is None:
             raise ValueError(
                 f"this model normalises over the whole clip, so it cannot {operation} a stream"
             )

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from temporal_vae.network.folds import fold_pixels, unfold_pixels
-from temporal_vae.network.kernels.plain import values_only
+from temporal_vae.network.kernels.plain import transformed, values_only
 
 RUN_PIXELS = 256
 """Pixels of one run: few enough to sum in float32, whatever the number of threads."""
@@ -29,6 +29,7 @@ def group_norm_reference(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float
 ) -> Tensor:
     """What `group_norm` computes, by torch: x (N, C, H, W) -> (N, C, H, W), differentiable."""
+    x = x.contiguous() if transformed() else x  # `vmap` knows no other memory order here
     if torch.is_grad_enabled() and weight.requires_grad and not x.requires_grad:
         # torch's channels-last backward writes the gradient of x even where none is wanted, and
         # crashes: behind frozen layers scale and shift stand outside of it
@@ -173,8 +174,8 @@ def _has_kernel(x: Tensor, weight: Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and x.is_contiguous(memory_format=torch.channels_last)
         and values_only(x, weight)
+        and x.is_contiguous(memory_format=torch.channels_last)
     )
 
 

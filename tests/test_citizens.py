@@ -1,0 +1,431 @@
+"""What people's programs do to a VAE of diffusers works on ours too, or is refused in a sentence.
+
+Each habit is done to diffusers' own models and to ours with the same weights, side by side: both
+must give the same, within rounding.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import pickle
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import pytest
+import torch
+from conftest import awake, difference, pixels, redraw
+from diffusers import AutoencoderKL
+from test_foreign import theirs
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn.utils import parametrizations, prune
+from torch.optim.swa_utils import AveragedModel
+
+from temporal_vae import to_diffusers
+from temporal_vae.adapters import diffusers
+from temporal_vae.network.kernels import dtypes
+
+FRAMES = 3
+
+
+def image_vae() -> Any:
+    """An awake `AutoencoderKL`, float64."""
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    model = AutoencoderKL(block_out_channels=(32, 64), layers_per_block=2, **kinds)
+    redraw(model.double())
+    return model.eval()
+
+
+STOCK: dict[str, Callable[[], Any]] = {"image": image_vae, "svd": theirs}
+
+
+def pair(kind: str) -> tuple[Any, Any]:
+    """diffusers' VAE, and ours with the same weights."""
+    stock = STOCK[kind]()
+    return stock, to_diffusers(diffusers._with_weights_of(copy.deepcopy(stock)))
+
+
+def latents() -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(FRAMES, 4, 4, 6, generator=generator, dtype=torch.float64)
+
+
+def decoded(vae: Any, z: Tensor | None = None) -> Tensor:
+    """Pixels of a clip (T, L, h, w), by the arguments that the class has."""
+    z = latents() if z is None else z
+    inner = getattr(vae, "_orig_mod", vae)
+    extra = {} if isinstance(inner, AutoencoderKL) else {"num_frames": len(z)}
+    pixels: Tensor = vae.decode(z, **extra).sample
+    return pixels
+
+
+def frames(x: Tensor) -> Tensor:
+    """Features as frames (T, C, H, W): blocks of ours see clips (1, C, T, H, W)."""
+    return x[0].transpose(0, 1) if x.ndim == 5 else x
+
+
+# Habits: what is done to a VAE -> what both must give alike -----------------------------------
+
+
+def gradient_of_latents(vae: Any) -> Tensor:
+    z = latents().requires_grad_()
+    decoded(vae, z).square().mean().backward()
+    assert z.grad is not None
+    return z.grad
+
+
+def checkpointing(vae: Any) -> Tensor:
+    vae.enable_gradient_checkpointing()
+    assert vae.is_gradient_checkpointing
+    return gradient_of_latents(vae.train())
+
+
+def features(vae: Any, backward: bool = False) -> Tensor:
+    """Kept by hooks: as they were given, and fit for a loss."""
+    names = [
+        "decoder.conv_in", "decoder.mid_block", "decoder.up_blocks.0", "decoder.up_blocks.1",
+        "decoder.conv_norm_out", "decoder.conv_out",
+    ]  # fmt: skip
+    kept = dict[str, Tensor]()
+    for name in names:
+        vae.get_submodule(name).register_forward_hook(
+            lambda _, args, out, name=name: kept.__setitem__(name, out)
+        )
+    z = latents().requires_grad_(backward)
+    with torch.set_grad_enabled(backward):
+        decoded(vae, z)
+        if backward:
+            sum(kept[name].square().mean() for name in names).backward()
+            assert z.grad is not None
+            return z.grad
+        return torch.cat([frames(kept[name]).flatten() for name in names])
+
+
+def loss_on_features(vae: Any) -> Tensor:
+    return features(vae, backward=True)
+
+
+def encoder_features(vae: Any) -> Tensor:
+    kept = list[Tensor]()
+    for name in ("encoder.conv_in", "encoder.down_blocks.0", "encoder.mid_block"):
+        vae.get_submodule(name).register_forward_hook(lambda _, args, out: kept.append(out))
+    with torch.no_grad():
+        vae.encode(pixels()[0].transpose(0, 1))
+    return torch.cat([frames(x).flatten() for x in kept])
+
+
+def resnet_inputs(vae: Any) -> Tensor:
+    """Kept by hooks before a layer: nothing is written over them."""
+    kept = list[Tensor]()
+    block = vae.encoder.down_blocks[0].resnets[0]
+    for part in (block.conv1, block.norm2, block.conv2):
+        part.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
+        part.register_forward_hook(lambda _, args, out: kept.append(out))
+    with torch.no_grad():
+        vae.encode(pixels()[0].transpose(0, 1))
+    return torch.cat([x.flatten() for x in kept])
+
+
+def backward_hook(vae: Any) -> Tensor:
+    kept = list[Tensor]()
+    vae.decoder.up_blocks[0].register_full_backward_hook(
+        lambda _, before, after: kept.append(after[0])
+    )
+    gradient_of_latents(vae)
+    return frames(kept[0])
+
+
+def replaced_output(vae: Any) -> Tensor:
+    """A hook that gives another result is heard."""
+    vae.decoder.mid_block.register_forward_hook(lambda _, args, out: out * 0.5)
+    with torch.no_grad():
+        return decoded(vae)
+
+
+def compiled(vae: Any) -> Tensor:
+    with torch.no_grad():
+        return decoded(torch.compile(vae, backend="eager"))
+
+
+def compiled_in_place(vae: Any) -> Tensor:
+    vae.compile(backend="eager")
+    with torch.no_grad():
+        return decoded(vae)
+
+
+def compiled_decode(vae: Any) -> Tensor:
+    vae.decode = torch.compile(vae.decode, backend="eager")
+    with torch.no_grad():
+        return decoded(vae)
+
+
+def copied(vae: Any) -> Tensor:
+    with torch.no_grad():
+        return decoded(copy.deepcopy(vae))
+
+
+def pickled(vae: Any) -> Tensor:
+    with torch.no_grad():
+        return decoded(pickle.loads(pickle.dumps(vae)))
+
+
+def averaged(vae: Any) -> Tensor:
+    ema = AveragedModel(vae)
+    for p in vae.parameters():
+        p.data.mul_(0.5)
+    ema.update_parameters(vae)
+    ema.update_parameters(vae)
+    with torch.no_grad():
+        return decoded(ema.module)
+
+
+def weight_norm(vae: Any) -> Tensor:
+    parametrizations.weight_norm(vae.decoder.conv_in)
+    vae.decoder.conv_in.parametrizations.weight.original0.data.mul_(2)
+    with torch.no_grad():
+        return decoded(vae)
+
+
+def pruned(vae: Any) -> Tensor:
+    prune.l1_unstructured(vae.decoder.conv_out, "weight", amount=0.5)
+    prune.l1_unstructured(vae.decoder.mid_block.resnets[0].conv1, "weight", amount=0.5)
+    with torch.no_grad():
+        return decoded(vae)
+
+
+def channels_last(vae: Any) -> Tensor:
+    with torch.no_grad():
+        return decoded(vae.to(memory_format=torch.channels_last))
+
+
+def inference(vae: Any) -> Tensor:
+    with torch.inference_mode():
+        return decoded(vae)
+
+
+def frozen_encoder(vae: Any) -> Tensor:
+    vae.encoder.requires_grad_(False)
+    decoded(vae, vae.encode(pixels()[0].transpose(0, 1)).latent_dist.mode()).mean().backward()
+    gradient: Tensor = vae.decoder.conv_in.weight.grad
+    return gradient
+
+
+def switches(vae: Any) -> Tensor:
+    vae.fuse_qkv_projections()
+    vae.unfuse_qkv_projections()
+    vae.set_default_attn_processor()
+    with torch.no_grad():
+        return decoded(vae)
+
+
+def slicing_and_tiling(vae: Any) -> Tensor:
+    """Of a clip that stock cuts into no tiles."""
+    vae.enable_slicing()
+    vae.enable_tiling()
+    with torch.no_grad():
+        cut = decoded(vae)
+        vae.disable_slicing()
+        vae.disable_tiling()
+        return torch.stack([cut, decoded(vae)])
+
+
+def stateless(vae: Any) -> Tensor:
+    """`functional_call` with other weights."""
+    weights = {name: p.detach() * 0.9 for name, p in vae.named_parameters()}
+    given = functional_call(vae, weights, (pixels()[0].transpose(0, 1),))
+    return given.sample  # type: ignore[no-any-return]
+
+
+def functional_gradient(vae: Any) -> Tensor:
+    vae.requires_grad_(False)
+    found: Tensor = grad(lambda z: decoded(vae, z).square().mean())(latents())
+    return found
+
+
+def batched(vae: Any) -> Tensor:
+    vae.requires_grad_(False)
+    found: Tensor = vmap(lambda z: decoded(vae, z[None]))(latents())
+    return found
+
+
+def gradients_of_each(vae: Any) -> Tensor:
+    vae.requires_grad_(False)
+    found: Tensor = vmap(grad(lambda z: decoded(vae, z[None]).square().mean()))(latents())
+    return found
+
+
+BOTH = [
+    gradient_of_latents, checkpointing, features, loss_on_features, encoder_features, resnet_inputs,
+    backward_hook, replaced_output, compiled, compiled_in_place, compiled_decode, copied, pickled,
+    averaged, weight_norm, inference, frozen_encoder, switches, stateless,
+    functional_gradient, batched, gradients_of_each,
+]  # fmt: skip
+CASES = [(habit, kind) for habit in BOTH for kind in STOCK] + [
+    (habit, "image") for habit in (channels_last, pruned, slicing_and_tiling)
+]
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize(
+    ("habit", "kind"), CASES, ids=[f"{habit.__name__}-{kind}" for habit, kind in CASES]
+)
+def test_a_habit_gives_what_stock_gives(habit: Callable[[Any], Tensor], kind: str) -> None:
+    stock, ours = pair(kind)
+    expected = habit(stock)
+    assert expected.abs().max() > 1e-6
+    assert difference(habit(ours), expected) < 1e-6
+
+
+def test_the_comparison_sees_what_is_written_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mutation: in place although hooks hold it."""
+    stock, ours = pair("image")
+    for room in ("primitives", "framewise", "timewise"):
+        module = importlib.import_module(f"temporal_vae.network.{room}")
+        if hasattr(module, "unseen"):
+            monkeypatch.setattr(module, "unseen", lambda module: True)
+    assert difference(resnet_inputs(ours), resnet_inputs(stock)) > 1e-3
+
+
+# Adapters ------------------------------------------------------------------------------------
+
+LORA = [
+    "to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "conv_in", "conv_out", "conv_shortcut",
+    "quant_conv", "post_quant_conv", "conv",
+]  # fmt: skip
+"""The targets that recipes name."""
+
+
+def adapted(vae: Any) -> Any:
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, target_modules=LORA, init_lora_weights=False)
+    peft.inject_adapter_in_model(config, vae)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, p in sorted(vae.named_parameters(), key=lambda item: item[0].split("quant")[-1]):
+            if "lora_" in name:
+                p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.1)
+    return vae.double()
+
+
+def test_lora_gives_what_stock_gives() -> None:
+    stock, ours = map(adapted, pair("image"))
+    plain = pair("image")[0]
+    with torch.no_grad():
+        expected = decoded(stock)
+        assert difference(decoded(plain), expected) > 1e-2
+        assert difference(decoded(ours), expected) < 1e-6
+        ours.enable_tiling()
+        assert difference(decoded(ours), expected) < 1e-6
+        ours.disable_tiling()
+    assert difference(gradient_of_latents(ours), gradient_of_latents(stock)) < 1e-6
+
+
+@pytest.mark.parametrize("options", [{}, {"causal_mode": True, "time_conv_out": True}], ids=str)
+def test_lora_on_convolutions_over_time_is_exact_in_every_walk(options: dict[str, Any]) -> None:
+    model = awake(**options)
+    before = model.decode(z := latents().transpose(0, 1)[None]).detach()
+    wrapped = adapted(model)
+    assert any(isinstance(m, peft.tuners.lora.layer.Conv3d) for m in wrapped.modules())
+    with torch.no_grad():
+        whole = model.decode(z)
+        assert difference(before, whole) > 1e-2
+        assert difference(model.decode(z, plan=model.plan(z.shape, budget="least")), whole) < 1e-10
+        stream = model.decode_stream()
+        parts = [*map(stream.push, z.split(1, 2)), stream.finish()]
+        assert difference(torch.cat([p for p in parts if p is not None], 2), whole) < 1e-10
+
+
+def test_lora_in_float16_that_needs_scales_is_refused() -> None:
+    model = awake(torch.float32)
+    with torch.no_grad():
+        model.decoder.conv_in.weight.mul_(500)
+    model.half()
+    assert model.stream_scales["decoder"] != 1.0
+    adapted_half = peft.inject_adapter_in_model(
+        peft.LoraConfig(r=2, target_modules=["conv1"]), model
+    )
+    with pytest.raises(ValueError, match="merge the adapter"):
+        adapted_half.decode(torch.zeros(1, 4, 1, 4, 4, dtype=torch.float16))
+
+
+# Hooks and gradients in walks that cannot have them ------------------------------------------
+
+
+@torch.no_grad()
+def test_a_hook_that_a_walk_would_not_call_is_refused() -> None:
+    model = awake()
+    z = latents().transpose(0, 1)[None]
+    plan, called = model.plan(z.shape, budget="least"), list[nn.Module]()
+    for module in (model.decoder, model.decoder.mid_block, model.decoder.mid_block.resnets[0]):
+        handle = module.register_forward_hook(lambda module, *_: called.append(module))
+        model.decode(z)
+        assert called == [module]
+        called.clear()
+        for walk in (
+            lambda: model.decode(z, plan=plan),
+            lambda: next(model.iter_decode(z, plan=plan)),
+            lambda: model.decode_stream().push(z),
+            lambda: model.decode_step(z),
+        ):
+            with pytest.raises(ValueError, match="walked whole: take it off"):
+                walk()
+        handle.remove()
+    model.decode(z, plan=plan)
+
+
+def test_gradients_of_latents_within_a_budget_are_those_without() -> None:
+    _, ours = pair("svd")
+    expected = gradient_of_latents(ours)
+    ours.memory = "least"
+    assert torch.equal(gradient_of_latents(ours), expected)
+    many = latents().repeat(4, 1, 2, 2)
+    with pytest.raises(ValueError, match="requires_grad_"):
+        decoded(ours, many)  # the weights alone want one, as those of every model that was just loaded
+    ours.requires_grad_(False)
+    decoded(ours, many)
+
+
+def test_checkpointing_keeps_less() -> None:
+    """The numbers that autograd keeps for the way back."""
+
+    def kept(model: Any) -> int:
+        total = 0
+
+        def pack(x: Tensor) -> Tensor:
+            nonlocal total
+            total += x.numel() if x.untyped_storage().data_ptr() not in weights else 0
+            return x
+
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            model.decode(latents().transpose(0, 1)[None].requires_grad_())
+        return total
+
+    model = awake()
+    plain = kept(model)
+    model.enable_gradient_checkpointing()
+    assert kept(model) < 0.5 * plain
+    model.disable_gradient_checkpointing()
+    assert kept(model) == plain
+
+
+# Numbers that a processor has no instructions for --------------------------------------------
+
+
+def test_a_slow_type_is_told_once_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    for slow, said in ((True, 1), (False, 0)):
+        for cached in (dtypes.is_slow, dtypes.warn_if_slow):
+            cached.cache_clear()
+        with monkeypatch.context() as patched, warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            patched.setattr(dtypes, "_has", lambda dtype: not slow)
+            model = awake().bfloat16()
+            model.plan((1, 4, 3, 4, 6))
+            assert len([w for w in told if "no instructions for bfloat16" in str(w.message)]) == said
+            model.plan((1, 4, 3, 4, 6))
+            assert len([w for w in told if "take float32" in str(w.message)]) == said
+    for cached in (dtypes.is_slow, dtypes.warn_if_slow):
+        cached.cache_clear()
