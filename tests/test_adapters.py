@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -855,3 +857,93 @@ def test_the_library_imports_without_diffusers() -> None:
 def test_the_name_in_files_is_that_of_the_class() -> None:
     assert temporal_vae.DiffusersTemporalVAE.__name__ == pretrained.DROP_IN_CLASS
     assert temporal_vae.ModelMixin.__module__.startswith("diffusers.")
+
+
+# What an upgrade says ------------------------------------------------------------------------
+
+PIPELINES: dict[str, tuple[Callable[[], Any], Callable[[Any], Tensor]]] = {
+    "svd": (svd_pipeline, svd_video), "animatediff": (animatediff_pipeline, animation),
+} | {name: (make, picture) for name, make in IMAGES.items()}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_budget_is_checked_before_the_first_step(name: str) -> None:
+    """With the size that will be decoded: the check and the decoder see the same latents."""
+    make, run = PIPELINES[name]
+    pipe = make()
+    steps, seen = list[Any](), list[tuple[int, ...]]()
+    network = getattr(pipe, "unet", None) or pipe.transformer
+    network.register_forward_pre_hook(lambda *_: steps.append(1))
+    vae = upgrade(pipe, "1GiB").module
+
+    def noted(own: Callable[..., Any]) -> Callable[..., Any]:
+        def note(z: Tensor, num_frames: int = 1, **options: Any) -> Any:
+            seen.append((*z.shape, num_frames))
+            return own(z, num_frames=num_frames, **options)
+
+        return note
+
+    vae.plan_decode, vae.decode = noted(vae.plan_decode), noted(vae.decode)
+    run(pipe)
+    assert len(seen) == 2 and seen[0] == seen[1] and steps
+    steps.clear()
+    vae.memory = 2**12
+    with pytest.raises(budget.BudgetError, match="is below the least"):
+        run(pipe)
+    assert not steps
+
+
+def test_an_unusable_budget_matters_only_where_something_is_decoded() -> None:
+    pipe = svd_pipeline()
+    upgrade(pipe, 2**12)
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    own = pipe.vae.encode
+
+    def encode(*args: Any, **options: Any) -> Any:
+        pipe.vae.memory = None
+        posterior = own(*args, **options)
+        pipe.vae.memory = 2**12
+        return posterior
+
+    pipe.vae.encode = encode
+    latents = pipe(image, height=32, width=32, num_inference_steps=1, output_type="latent").frames
+    assert latents.shape == (1, 5, 4, 16, 16)
+
+
+def test_an_upgrade_says_little_and_verifies_itself() -> None:
+    pipe = svd_pipeline()
+    kind = type(pipe)
+    done = upgrade(pipe)
+    assert repr(done) == "Upgrade(StableVideoDiffusionPipeline, memory='6GiB'): undo() ends it"
+    assert isinstance(pipe, kind) and type(pipe).__name__ == kind.__name__
+    found = done.verify()
+    assert found.ours > 90 and found.chunks < 60, str(found)
+    with torch.no_grad():
+        done.vae.decoder.conv_out.weight = nn.Parameter(done.vae.decoder.conv_out.weight * 1.01)
+    assert done.verify().ours < 60  # the mutation
+    done.undo()
+    assert type(pipe) is kind
+    assert upgrade(sd_pipeline()).verify().ours > 90
+
+
+def test_an_upgraded_pipeline_is_pickled_and_copied() -> None:
+    pipe = svd_pipeline()
+    upgrade(pipe)
+    expected = svd_video(pipe)
+    for other in (pickle.loads(pickle.dumps(pipe)), copy.deepcopy(pipe)):
+        assert torch.equal(svd_video(other, decode_chunk_size=2), expected)
+        assert other.vae is not pipe.vae
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_compiled_vae_is_looked_through(before: bool) -> None:
+    pipe = svd_pipeline()
+    one_clip = svd_video(pipe, decode_chunk_size=5)
+    if before:
+        pipe.vae = torch.compile(pipe.vae, backend="eager")
+    stock, done = pipe.vae, upgrade(pipe)
+    if not before:
+        pipe.vae = torch.compile(pipe.vae, backend="eager")
+    assert difference(svd_video(pipe, decode_chunk_size=2), one_clip) < TOLERANCE
+    done.undo()
+    assert pipe.vae is stock

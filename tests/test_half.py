@@ -217,7 +217,9 @@ def test_a_scale_of_one_is_no_operation() -> None:
     x = torch.ones(2)
     conv = nn.Identity()
     assert Scales().enter(x, conv) is x and Scales().shift(x) is x
-    assert Scales(0.25, 0.25).enter(x, conv) is x, "what only passes a scale on does not touch its input"
+    assert Scales(0.25, 0.25).enter(x, conv) is x, (
+        "what only passes a scale on does not touch its input"
+    )
 
 
 @pytest.mark.parametrize("options", [{"causal_mode": True}, SVD_LIKE], ids=str)
@@ -249,7 +251,7 @@ def test_every_scale_counts(options: dict[str, Any]) -> None:
 
 
 class _BiasForgotten(Scales):
-    def shift(self, bias: Tensor) -> Tensor:
+    def shift(self, bias: Tensor | None) -> Tensor | None:
         return bias
 
 

@@ -389,7 +389,9 @@ def test_a_temporal_convolution_equals_conv3d() -> None:
         conv = OverTime(TimeConv.of(6, kernel, causal)).double()
         redraw(conv)
         padded = F.pad(x, (0, 0, 0, 0, conv.past, conv.future))
-        expected = F.conv3d(padded, conv.conv.weight, conv.conv.bias)
+        expected = F.conv3d(
+            padded, conv.get_parameter("conv.weight"), conv.get_parameter("conv.bias")
+        )
         torch.testing.assert_close(conv(x), expected)
 
 

@@ -120,7 +120,8 @@ class ToyLine(Line):
         )
         super().__init__(config)
         self.row = nn.ModuleList([
-            IntoStream(FirstConv(3, CHANNELS, 3, padding=1)), CausalConv(), TemporalBlock(CHANNELS, config), HalveTime(),
+            IntoStream(FirstConv(3, CHANNELS, 3, padding=1)), CausalConv(),
+            TemporalBlock(CHANNELS, config), HalveTime(),
             Downsample(CHANNELS), Gain(), TemporalAttention(CHANNELS, config), HalveTime(),
             CausalConv(),
             ResidualBlock(CHANNELS, CHANNELS, config), DoubleTime(), Upsample(CHANNELS),

@@ -47,7 +47,9 @@ def test_models_and_files_go_to_another_process(method: str, tmp_path: Path) -> 
     things = {"model": model, "drop-in": to_diffusers(model), "file": file}
     context = mp.get_context(method)
     queue = context.Queue()
-    child = context.Process(target=answer, args=(things, queue))
+    child = context.Process(  # type: ignore[attr-defined]
+        target=answer, args=(things, queue)
+    )
     child.start()
     drawn, decoded, frames, read = map(torch.from_numpy, queue.get(timeout=120))
     child.join()
@@ -118,7 +120,8 @@ for model in (vae, DistributedDataParallel(awake(), find_unused_parameters=True)
     assert all(torch.allclose(a, b) for a, b in zip(ours, theirs, strict=True))
 try:
     with torch.no_grad():
-        vae.decode(torch.zeros(1, 4, 3, 4, 6).double(), plan=awake().plan((1, 4, 3, 4, 6), budget="least"))
+        z = torch.zeros(1, 4, 3, 4, 6).double()
+        vae.decode(z, plan=awake().plan(z.shape, budget="least"))
 except ValueError as error:
     assert "walked whole" in str(error), error
 else:

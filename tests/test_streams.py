@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from temporal_vae import TemporalVAE
-from temporal_vae.network.primitives import PositionNorm
 from temporal_vae.network import timewise
+from temporal_vae.network.primitives import PositionNorm
 from temporal_vae.network.timewise import TemporalAttention
 from temporal_vae.walks import streamed
 

@@ -15,7 +15,7 @@ from dataclasses import fields, replace
 from typing import Any, BinaryIO, Literal, Self, Unpack
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.export import ExportedProgram
 
 from temporal_vae import export, losses, metadata, parameters
@@ -937,7 +937,7 @@ class TemporalVAE(Switches):
     def __setstate__(self, state: dict[str, Any]) -> None:
         generator = torch.Generator()
         generator.set_state(torch.frombuffer(bytearray(state["_generator"]), dtype=torch.uint8))
-        super().__setstate__({**state, "_generator": generator})
+        super().__setstate__({**state, "_generator": generator})  # type: ignore[no-untyped-call]
 
     def deep_copy(self) -> Self:
         """The same as `clone`, by the page's other name; `copy.deepcopy` does it too."""

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -124,15 +124,16 @@ class Upgrade:
             chunk: frames that the pipeline's VAE decodes at a time for the comparison with what
                 pipelines do (`decode_chunk_size`).
         """
-        stock, config = unwrapped(self.stock), self.vae.config
+        stock, config = cast(Any, unwrapped(self.stock)), self.vae.config
         noise = torch.Generator().manual_seed(0)
         z = torch.randn(frames, config.latent_channels, 8, 8, generator=noise)
         z = z.to(self.vae.device, self.vae.dtype)
         timed = "num_frames" in inspect.signature(stock.decode).parameters
 
         def theirs(at_a_time: int) -> Tensor:
-            extra = (lambda part: {"num_frames": len(part)}) if timed else (lambda part: {})
-            return torch.cat([stock.decode(part, **extra(part)).sample for part in z.split(at_a_time)])
+            options = ({"num_frames": len(part)} if timed else {} for part in z.split(at_a_time))
+            parts = zip(z.split(at_a_time), options, strict=True)
+            return torch.cat([stock.decode(part, **option).sample for part, option in parts])
 
         ours = self.module.decode(z, num_frames=frames).sample
         whole, cut = theirs(frames), theirs(chunk)
@@ -143,10 +144,13 @@ class Upgrade:
 
         A call whose size is not known from its arguments is not checked.
         """
-        module = unwrapped(self.pipe.vae)
+        module = cast(Any, unwrapped(self.pipe.vae))
         if module is not self.module or module.device != self.pipe._execution_device:
             return  # which another VAE will decode, or another device
-        if arguments.get("output_type") == "latent" or (size := _size_of(self.pipe, arguments)) is None:
+        if (
+            arguments.get("output_type") == "latent"
+            or (size := _size_of(self.pipe, arguments)) is None
+        ):
             return
         batch, frames, height, width = size
         f, channels = self.vae.downsample_factor, self.vae.latent_channels
@@ -156,7 +160,7 @@ class Upgrade:
     def _apply(self) -> None:
         with _without_hooks(self.pipe):
             self.pipe.vae = self.module
-        self.pipe.__class__ = _checked_class(type(self.pipe))
+        self.pipe.__class__ = _checked_class(cast(Any, type(self.pipe)))
         if self._frames_of is not None:
             self.pipe.decode_latents = self._decode_latents
         setattr(self.pipe, _MARK, self)
@@ -216,26 +220,40 @@ def _decibels(a: Tensor, b: Tensor) -> float:
 
 
 @lru_cache(maxsize=64)
-def _checked_class(kind: type) -> type:
+def _checked_class(kind: Any) -> Any:
     """The same class of pipelines, whose call first checks that its result can be decoded."""
 
     def call(self: Any, *args: Any, **options: Any) -> Any:
         own = vars(self).get(_MARK)
         if own is not None:
-            bound = inspect.signature(kind.__call__).bind(self, *args, **options)  # type: ignore[operator]
+            bound = inspect.signature(kind.__call__).bind(self, *args, **options)
             bound.apply_defaults()
             own.check(bound.arguments)
-        return kind.__call__(self, *args, **options)  # type: ignore[operator]
+        return kind.__call__(self, *args, **options)
 
-    names = {"__module__": kind.__module__, "__doc__": kind.__doc__, "__qualname__": kind.__qualname__}
-    return type(kind.__name__, (kind,), {**names, "__call__": functools.wraps(kind.__call__)(call), _MARK: None})  # type: ignore[operator]
+    def reduce(self: Any, protocol: object) -> Any:  # such a class is found by no name
+        return _empty, (kind,), vars(self)
+
+    members = {
+        "__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__,
+        "__call__": functools.wraps(kind.__call__)(call),
+        "__reduce_ex__": reduce, _MARK: None,
+    }  # fmt: skip
+    return type(kind.__name__, (kind,), members)
+
+
+def _empty(kind: Any) -> Any:
+    """A pipeline of such a class, to be filled with what was pickled."""
+    checked = _checked_class(kind)
+    return checked.__new__(checked)
 
 
 def _size_of(pipe: Any, arguments: Mapping[str, Any]) -> tuple[int, int, int, int] | None:
     """Samples, frames, height and width of what a call will decode; None where it is not known."""
-    prompt, image = arguments.get("prompt"), arguments.get("image")
+    image = arguments.get("image")
     each = arguments.get("num_images_per_prompt") or arguments.get("num_videos_per_prompt") or 1
-    given = image if prompt is None else prompt
+    named = (arguments.get(name) for name in ("prompt", "prompt_embeds", "image"))
+    given = next(value for value in (*named, "") if value is not None)
     batch = each * (len(given) if isinstance(given, (list, Tensor)) else 1)
     frames = arguments.get("num_frames") or 1
     if "num_frames" in arguments and arguments["num_frames"] is None:

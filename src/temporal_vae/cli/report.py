@@ -6,7 +6,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -109,7 +109,7 @@ class Meter:
             err.print(f"{self._title}: {done} frames{of}{left}, {rate:.2f} frames/s")
 
 
-def say_warning(message: Warning | str, *_: object) -> None:
+def say_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     """Print a warning of a library as a note, in one line."""
     err.print(f"tvae: note: {' '.join(str(message).split())}", markup=False, soft_wrap=True)
 

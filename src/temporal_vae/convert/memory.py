@@ -13,9 +13,10 @@ import torch
 from temporal_vae.geometry import Padding
 from temporal_vae.model import TemporalVAE
 from temporal_vae.walks import budget, stages
+from temporal_vae.walks import plan as planning
 from temporal_vae.walks.budget import BudgetError, Limit, in_words
 from temporal_vae.walks.peak import Operation
-from temporal_vae.walks.plan import MARGIN, Plan
+from temporal_vae.walks.plan import Plan
 
 PIECE_FRAMES = 8
 PIECE_PIXELS = PIECE_FRAMES * 640 * 360
@@ -172,7 +173,7 @@ class PiecePlanner:
         layers, shape = list(line.layers()), self._shape(operation, 1)
         activation, _ = stages.arena_sizes(layers, shape, stages.Bounds())
         numbers = activation + math.prod(stages.shape_after(layers, shape))
-        return math.ceil((1 + MARGIN) * numbers * self.model.dtype.itemsize)
+        return math.ceil((1 + planning.MARGIN) * numbers * self.model.dtype.itemsize)
 
     def _within(self, limit: Limit, frames: int, beside: Mapping[Operation, int]) -> Pieces:
         """Plans for pieces of so many frames, `beside` what waits while an operation runs."""

@@ -82,7 +82,6 @@ class Chain(nn.Module):
                 x = part(x)
         return x
 
-
     def _called(self) -> Iterator[nn.Module]:
         """The parts, and in place of a chain that nobody watches its own: a call would keep its
         input to the end."""
@@ -219,7 +218,8 @@ class Level(Chain):
     def parts(self) -> Iterator[nn.Module]:
         """Each spatial block and the temporal ones behind it, then the change of resolution."""
         for resnet, temporals in zip(self.resnets, self.temporals, strict=True):
-            yield from (resnet, *temporals)
+            yield resnet
+            yield from temporals.children()
         yield from (*self.downsamplers, *self.upsamplers)
 
 
@@ -239,9 +239,11 @@ class MidBlock(Chain):
 
     def parts(self) -> Iterator[nn.Module]:
         """The first spatial block and the temporal ones behind it, attention, the last blocks."""
-        (first, behind_first), (last, behind_last) = zip(self.resnets, self.temporals, strict=True)
-        yield from (first, *behind_first, *self.attentions, *self.temporal_attentions)
-        yield from (last, *behind_last)
+        (first, last), (behind_first, behind_last) = self.resnets, self.temporals
+        yield first
+        yield from behind_first.children()
+        yield from (*self.attentions, *self.temporal_attentions, last)
+        yield from behind_last.children()
 
 
 class Encoder(Line):

@@ -10,6 +10,7 @@ its kernels.)
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 

@@ -118,6 +118,9 @@ class Scaled(Leaf):
 class Conv2d(Scaled, nn.Conv2d):
     """torch's convolution between scales, by our kernel where that is the more exact one."""
 
+    bias: Tensor
+    """None only in those that adapters make."""
+
     def forward(self, x: Tensor) -> Tensor:
         x, bias = self.scales.enter(x, self), self.scales.shift(self.bias)
         return conv2d(x, self.weight, bias, int(self.stride[0]), int(self.padding[0]))
@@ -134,6 +137,7 @@ class TimeConv(Scaled, nn.Conv3d):
     """A (k, 1, 1) convolution of n + k - 1 frames to n: who calls it puts the frames before and
     after the clip, zeros or remembered ones, there."""
 
+    bias: Tensor
     past = future = 0
     """Frames before and after an output's own that it reads."""
 

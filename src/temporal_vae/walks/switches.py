@@ -1,4 +1,4 @@
-"""The setters of a model: how it walks where a call gives no plan, by the page's and diffusers' names."""
+"""The setters of a model: how it walks where a call gives no plan; also by diffusers' names."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Switches(nn.Module):
         self.set_tiling_enabled(False)
 
     def enable_gradient_checkpointing(self) -> None:
-        """Compute each layer again for its gradients from now on, in place of keeping what is in it.
+        """Compute each layer again for its gradients from now on, and keep only its input.
 
         Training takes much less memory, and about a third more time; gradients stay the same.
         """

@@ -120,10 +120,10 @@ class Moments:
 
 
 def normalise(x: Tensor, moments: Moments, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """x (N, C, H, W), or a clip (B, C, T, H, W), by the moments of the whole it is a part of, scaled
-    and shifted per channel.
+    """A part of what has these moments by them, scaled and shifted per channel.
 
-    No gradient goes through. 16-bit input is computed in float32.
+    x is (N, C, H, W) or (B, C, T, H, W). No gradient goes through. 16-bit input is computed in
+    float32.
     """
     if x.ndim == 5:
         y = normalise(fold_pixels(x), moments, weight, bias, eps)
