@@ -6,7 +6,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Generic, Literal, TypeVar
 
 import numpy as np
@@ -41,6 +41,12 @@ class Walk(Generic[T]):
 
     pieces: Iterator[T | None]
     stamps: deque[int]
+
+
+def counted(frames: Iterator[Frame]) -> tuple[Iterator[Frame], int | None]:
+    """The same frames, and their number if there is only one: then they are an image."""
+    first = list(islice(frames, 2))
+    return chain(first, frames), 1 if len(first) == 1 else None
 
 
 def encode_walk(

@@ -66,7 +66,10 @@ def decode(
         info = file.info
         notes = _compare(file, model, record, any_model)
         clip = info.clip_frames or (None if model.decode_reach is not None else info.frames)
-        planner = PiecePlanner(model, ("decode",), (info.height, info.width), limit, clip)
+        planner = PiecePlanner(
+            model, ("decode",), (info.height, info.width), limit, clip, info.frames,
+            info.bit_depth or 8,
+        )  # fmt: skip
         latents, shown = _stored(file, planner, generator), _video_info(file)
         walk = chunks.decode_walk(latents, planner, output.depth(shown.bit_depth))
         done, lost = output.write(walk, shown, progress)

@@ -97,8 +97,11 @@ def encode(
         atomic_path(target) as path,
         LatentWriter(path, _latent_info(reader, model, record, how, length, generator)) as writer,
     ):
-        planner = PiecePlanner(model, ("encode",), reader.size, limit, length)
-        walk = chunks.encode_walk(ends.timed(reader), planner, generator, moments=generator is None)
+        frames, known = chunks.counted(ends.timed(reader))
+        planner = PiecePlanner(
+            model, ("encode",), reader.size, limit, length, known, reader.info.bit_depth
+        )
+        walk = chunks.encode_walk(frames, planner, generator, moments=generator is None)
 
         def write(latents: Tensor) -> int:
             stamps = [walk.stamps.popleft() for _ in range(latents.shape[2])]

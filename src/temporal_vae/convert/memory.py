@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -22,12 +22,11 @@ PIECE_FRAMES = 8
 PIECE_PIXELS = PIECE_FRAMES * 640 * 360
 """A stream without a budget takes in so many frames at a time, or as few as have so many pixels, at
 least one."""
+SHORT_CLIPS = (16, 4, 1)
+"""Frames of clips that are proposed where memory is too little."""
 PLANNED_PIECES = (32, 16, 8, 4, 2)
 """Frames of a piece that are tried for a stream with a budget; one if none of them fits."""
 
-HEAP_PERCENT = 12
-"""Added to what the walk takes for what the allocator loses: blocks of up to 4 MiB share a heap, in
-which gaps stay open between those in use."""
 CODEC_BYTES = 24 * 2**20
 """What codecs, their threads and their libraries hold, however small the frames."""
 CODEC_BYTES_A_PIXEL = 1.5
@@ -43,13 +42,10 @@ class Overhead(NamedTuple):
     """Bytes of the piece's frames, in the forms they have on their way to the model."""
     codecs: int
     """Bytes that reading and writing the video takes."""
-    heap_percent: int
-    """Percent of the walk and the frames that the allocator loses."""
 
     def reserved(self, walk: int) -> int:
         """Bytes to reserve for a walk of so many: all but the codecs."""
-        size = walk + self.frames
-        return size + -(-size * self.heap_percent // 100)
+        return walk + self.frames
 
     def total(self, walk: int) -> int:
         """Bytes of all together."""
@@ -57,20 +53,22 @@ class Overhead(NamedTuple):
 
     def left(self, limit: int) -> int:
         """Bytes that a walk may take for all to be within a limit."""
-        return (limit - self.codecs) * 100 // (100 + self.heap_percent) - self.frames
+        return limit - self.codecs - self.frames
 
     @classmethod
     def of(
-        cls, model: TemporalVAE, frames: int, size: tuple[int, int], looked_ahead: int
+        cls, model: TemporalVAE, frames: int, size: tuple[int, int], looked_ahead: int, depth: int
     ) -> Overhead:
-        """For pieces of frames of (height, width), and an encoder that looks so many ahead."""
+        """For pieces of frames of (height, width) and so many bits, and an encoder of videos that
+        looks so many ahead."""
         pixels = size[0] * size[1]
-        # Three times in 16 bits, once in float32 and twice in the dtype of the model.
-        taken = frames * pixels * model.input_channels * (6 + 4 + 2 * model.dtype.itemsize)
+        # three times as they are in the file, once in float32, and in the dtype of the model
+        each = 3 * (1 if depth == 8 else 2) + 4
+        each += 0 if model.dtype == torch.float32 else model.dtype.itemsize
+        taken = frames * pixels * model.input_channels * each
         if model.device.type != "cpu":  # codecs and the heap are not in the memory of the device
-            return cls(taken, 0, 0)
-        codecs = CODEC_BYTES + int(looked_ahead * pixels * CODEC_BYTES_A_PIXEL)
-        return cls(taken, codecs, HEAP_PERCENT)
+            return cls(taken, 0)
+        return cls(taken, CODEC_BYTES + int(looked_ahead * pixels * CODEC_BYTES_A_PIXEL))
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +90,8 @@ class PiecePlanner:
 
     Frames have a `size` of (height, width), padded to whole latent cells. With `clip_frames` each
     piece is a clip of its own, of so many frames or fewer; otherwise the video is one clip that
-    streams, in pieces of a length that is chosen here.
+    streams, in pieces of a length that is chosen here. A video of one frame is an image: a clip
+    that remembers nothing.
     """
 
     model: TemporalVAE
@@ -100,10 +99,16 @@ class PiecePlanner:
     size: tuple[int, int]
     limit: Limit
     clip_frames: int | None
+    frames: int | None = None
+    """Frames of the whole video, where that is certain."""
+    depth: int = 8
+    """Bits of a component of its frames."""
     _found: Pieces | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.size = Padding.to_cells(*self.size, self.model.downsample_factor).padded
+        if self.frames == 1:
+            self.clip_frames = 1
 
     @property
     def piece_frames(self) -> int:
@@ -132,6 +137,10 @@ class PiecePlanner:
             latents = math.prod(self._shape("decode", clip)) * self.model.dtype.itemsize
             held = latents if len(self.operations) > 1 else 0  # from one operation to the other
             found = self._within(self.limit, clip, dict.fromkeys(self.operations, held))
+        free = budget.available_bytes(self.model.device)
+        if free is not None and found.reserved > free:
+            # Linux would give it, and end the process when it is used
+            raise BudgetError(self._too_little(in_words(free) + " are free,", found), found.total)
         reserve(found.reserved, self.model.device)
         if self.limit != "least":
             # Others may have taken the rest of what was free by now.
@@ -190,13 +199,36 @@ class PiecePlanner:
         if not least:
             return self._pieces(frames, plans, beside)
         assert isinstance(limit, int)
-        what = f"a clip of {frames} frames" if self.clip_frames else "a stream"
-        least = self._overhead(frames).total(least)
-        raise BudgetError(
-            f"{in_words(limit)} are below the least that {what} of {self.size[1]}x{self.size[0]} "
-            f"can do with: {in_words(least)}; give --memory as much, or take smaller frames",
-            least,
+        needed = self._within("least", frames, beside)
+        needed = replace(needed, total=self._overhead(frames).total(least))
+        raise BudgetError(self._too_little(f"{in_words(limit)} are", needed, limit), needed.total)
+
+    def _too_little(self, given: str, needed: Pieces, limit: int | None = None) -> str:
+        """That so much is less than the least, what takes that, and what would take less."""
+        if self.frames == 1:
+            what = "an image"
+        else:
+            what = f"a clip of {needed.frames} frames" if self.clip_frames else "a stream"
+        plan = max(needed.plans.values(), key=lambda plan: plan.peak_bytes)
+        name, size = max(plan.parts, key=lambda part: part[1])
+        ways = [] if self.frames == 1 else self._shorter_clips(needed.frames, limit)
+        ways += ["smaller frames (--height)"]
+        ways += ["--dtype bfloat16"] if self.model.dtype.itemsize > 2 else []
+        return (
+            f"{given} below the least that {what} of {self.size[1]}x{self.size[0]} can do with: "
+            f"{in_words(needed.total)}, of which {in_words(size)} are {name}: give --memory as "
+            f"much, or take {', or '.join(ways)}"
         )
+
+    def _shorter_clips(self, frames: int, limit: int | None) -> list[str]:
+        """What clips would need that fit the limit, or of one frame, which always need least."""
+        clips = [n for n in SHORT_CLIPS if not self.clip_frames or n < frames]
+        for length in clips:
+            clip = replace(self, limit="least", clip_frames=length, frames=None)
+            needed = clip._within("least", length, dict.fromkeys(self.operations, 0)).total
+            if length == clips[-1] or (limit is not None and needed <= limit):
+                return [f"clips that are walked apart (--clip-frames {length}: {in_words(needed)})"]
+        return []
 
     def _pieces(
         self, frames: int, plans: Mapping[Operation, Plan], beside: Mapping[Operation, int]
@@ -220,21 +252,16 @@ class PiecePlanner:
         return (1, self.model.latent_channels, frames, *cells)
 
     def _overhead(self, frames: int) -> Overhead:
-        ahead = LOOKED_AHEAD if "decode" in self.operations else 0
-        return Overhead.of(self.model, frames, self.size, ahead)
+        ahead = min(LOOKED_AHEAD, self.frames or LOOKED_AHEAD)
+        ahead = ahead if "decode" in self.operations else 0
+        return Overhead.of(self.model, frames, self.size, ahead, self.depth)
 
 
 def reserve(size: int, device: torch.device) -> None:
     """Take memory and let it go: what cannot be had is missed now, not in the middle.
 
-    Raises `ValueError` for more than is free, or than the process may have.
+    Raises `ValueError` for more than the process may have.
     """
-    free = budget.available_bytes(device)
-    if free is not None and size > free:  # Linux would give it, and end the process when it is used
-        raise ValueError(
-            f"the walk needs {in_words(size)}, and {free / 2**30:.3f} GiB are free: give a smaller "
-            "--memory, or free some"
-        )
     try:
         torch.empty(max(0, size), dtype=torch.uint8, device=device).fill_(0)
     except RuntimeError as error:  # torch's own for the CPU; for a GPU a kind of it

@@ -57,8 +57,11 @@ def reconstruct(
     ):
         (height, width), ratio = reader.size, reader.sample_aspect_ratio
         info = replace(reader.info, height=height, width=width, sample_aspect_ratio=ratio)
-        planner = PiecePlanner(model, ("encode", "decode"), reader.size, limit, length)
-        latents = chunks.encode_walk(ends.timed(reader), planner)
+        frames, known = chunks.counted(ends.timed(reader))
+        planner = PiecePlanner(
+            model, ("encode", "decode"), reader.size, limit, length, known, info.bit_depth
+        )
+        latents = chunks.encode_walk(frames, planner)
         walk = chunks.decode_walk(latents, planner, output.depth(info.bit_depth))
         done, lost = output.write(walk, info, progress, copied)
     settled = set() if copied is None else set(copied.settled)

@@ -26,10 +26,12 @@ from temporal_vae.walks.budget import Budget, BudgetError, parse_budget
 from temporal_vae.walks.peak import Offload, Operation, Part, Peak, PlanRequest
 from temporal_vae.walks.stages import Bounds
 
-MARGIN = 0.2
-"""Share of the count that is added for what it does not see: sums, slices, copies in kernels, and
-the gaps that the system's allocator leaves between blocks, which differ from run to run by most of
-it."""
+MARGIN = 0.06
+"""Share of the count that is added for what it does not see: sums, slices, copies in kernels."""
+GAPS_BYTES = 160 * 2**20
+"""Added for the gaps that the system's allocator leaves between the blocks of pieces: as much as
+the pieces take, and so much at the most, as large blocks are mapped each on their own. They differ
+from run to run by most of it."""
 KERNELS_BYTES = 32 * 2**20
 """What kernels and their threads keep for themselves, however small the walk."""
 NEARLY_LEAST = 1.05
@@ -145,7 +147,9 @@ class Planner:
         if (rest := found.after - sum(size for _, size in parts)) > 0:
             parts.append(("what is made of the result", rest))
         margin = math.ceil(MARGIN * sum(size for _, size in parts))
-        parts += [("margin", margin), ("the kernels' own", KERNELS_BYTES)]
+        gaps = 0 if bounds is None else min(GAPS_BYTES, found.workspace)
+        parts += [("margin", margin), ("gaps", gaps), ("the kernels' own", KERNELS_BYTES)]
+        parts = [(name, size) for name, size in parts if size]
         walked = None if bounds is None else replace(bounds, workspace=found.workspace)
         plan = Plan(
             operation=request.operation, shape=request.shape, dtype=request.dtype,

@@ -125,8 +125,12 @@ def shapes_in(layers: Iterable[Layer], shape: Shape, begins: bool = True) -> lis
 
 
 def arena_sizes(layers: Iterable[Layer], shape: Shape, bounds: Bounds) -> tuple[int, int]:
-    """Elements of the largest activation that waits between runs, and between stages of a frame."""
-    clip, frame, shape = 0, 0, (1, *shape[1:])
+    """Elements of the largest activation that waits between runs, and between stages of a frame.
+
+    Where there is one frame only, both are one: the second is 0.
+    """
+    clip, frame, shape, layers = 0, 0, (1, *shape[1:]), list(layers)
+    alone = all(each[2] == 1 for each in shapes_in(layers, shape))
     for run in runs(layers):
         if run[0].cut != "frames":
             clip = max(clip, math.prod(shape))
@@ -136,4 +140,4 @@ def arena_sizes(layers: Iterable[Layer], shape: Shape, bounds: Bounds) -> tuple[
                 here = shape_after(stage, here)
                 frame = max(frame, math.prod(here))
         shape = shape_after(run, shape, begins=False)
-    return clip, frame
+    return (max(clip, frame), 0) if alone else (clip, frame)

@@ -25,7 +25,8 @@ class Workspace:
         clip, frame = arena_sizes(layers, tuple(x.shape), bounds)
         self.bounds, self.device = bounds, x.device
         self.clip = Arena(clip, x, bounds.offload)
-        self.frame = Arena(frame, x, bounds.offload)
+        # what a stage reads is overwritten behind it, wherever that lies
+        self.frame = Arena(frame, x, bounds.offload) if frame else self.clip
 
     def reserve(self) -> None:
         """Take what pieces need at the most, and let it go.
