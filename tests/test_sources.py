@@ -376,3 +376,11 @@ def test_gaps_in_numbers_are_named(tmp_path: Path, names: list[str], missing: li
     assert len(images) == len(names)
     assert len(told) == len(missing)
     assert all(words in note for words, note in zip(missing, told, strict=True))
+
+
+def test_an_empty_packet_is_not_the_end(make: Callable[..., Path]) -> None:
+    """Theora has one where a frame is shown for longer; frames after it were left out."""
+    path = make("a.ogv", "-c:v", "libtheora", "-pix_fmt", "yuv420p")
+    times, _, video = read(path)
+    assert times == seconds_by_ffprobe(path) and times[-1] == Fraction(29, 25)
+    assert_whole(video)

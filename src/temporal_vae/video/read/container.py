@@ -180,9 +180,15 @@ class ContainerReader(Source):
                     self._packets_lost += 1
 
     def _images(self, packet: Packet[VideoStream]) -> Iterator[Packet[VideoStream] | None]:
-        """What to decode of a packet: None at the end, a TIFF once for each page."""
-        if not packet.size or self._container.format.name not in IMAGES:
-            yield packet if packet.size else None
+        """What to decode of a packet: None at the end, a TIFF once for each page.
+
+        An empty packet with a time says that the frame before it is still shown, as in Theora.
+        """
+        if not packet.size:
+            yield from () if packet.pts is not None else (None,)
+            return
+        if self._container.format.name not in IMAGES:
+            yield packet
             return
         for page in self._pages or (0,):
             if page:
