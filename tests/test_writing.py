@@ -350,7 +350,7 @@ REFUSED = [
     ("a.webm", Format(depth=10), (8, 8, 3), "with 8 bits, not 10: take h264 or h265 or ffv1"),
     ("a.mp4", Format(quality=52), (8, 8, 3), r"0 \(best\) to 51, not 52"),
     ("a.mkv", Format(quality=3), (8, 8, 3), "loses nothing"),
-    ("a.mp4", Format(), (8, 8, 4), r"alpha: take .mkv \(FFV1\), a folder of PNG"),
+    ("a.mp4", Format(), (8, 8, 4), r"alpha: take .mkv \(FFV1\), PNG or WebP"),
     ("a.mkv", Format(depth=14), (8, 8, 4), "alpha is written with 8, 10, 12, 16 bits"),
     ("a.mp4", Format(codec="h265"), (63, 64, 3), "from 64x64 on, not 64x63: take codec h264"),
     ("a.mkv", Format(), (8, 8, 2), "not 2"),

@@ -41,9 +41,9 @@ LatentSources = Annotated[list[Path], typer.Argument(
     metavar="LATENTS", help="Files of latents, folders of them, or patterns.",
 )]  # fmt: skip
 VideoTarget = Annotated[Path, typer.Argument(
-    metavar="OUT", help="Video to write: .mp4, .mov, .mkv (lossless), .webm, .y4m or .rgb; a name "
-    "without a suffix for a folder of PNG images; - for a pipe (.mkv). For several inputs, a "
-    "folder.",
+    metavar="OUT", help="Video to write: .mp4, .mov, .mkv (lossless), .webm, .gif, .webp, .y4m or "
+    ".rgb; .png or .jpg for one frame; a name without a suffix for a folder of PNG images; - for a "
+    "pipe (.mkv). For several inputs, a folder.",
 )]  # fmt: skip
 LatentTarget = Annotated[Path, typer.Argument(
     metavar="LATENTS", help="File to write, .safetensors. For several inputs, a folder.",

@@ -235,13 +235,15 @@ class VideoFileOptions(FileOptions):
     """How videos are written."""
 
     codec: str | None = option(
-        None, "NAME", "h264, h265, vp9, ffv1 (lossless), png, y4m or rgb, if OUT can hold it. "
-        "Default: by the suffix of OUT.")  # fmt: skip
+        None, "NAME", "h264, h265, vp9, ffv1 (lossless), png, jpeg, webp, gif, y4m or rgb, if OUT "
+        "can hold it. Default: by the suffix of OUT.")  # fmt: skip
     depth: int | None = option(
         None, "BITS", "Bits of each colour component: 8, 10, 12, 14 or 16, if the codec has them. "
         "Default: enough for those of the source.")  # fmt: skip
     quality: float | None = option(
-        None, "NUMBER", "Quality of a lossy codec: 0 is the best, 51 (VP9: 63) the worst."
+        None,
+        "NUMBER",
+        "Quality of a lossy codec: 0 is the best, 51 (VP9: 63, JPEG: 30, WebP: 100) the worst.",
     )
     suffix: str = option(
         ".mp4", ".SUFFIX", "Suffix of the files in OUT when it is a folder; '' for PNG images. "

@@ -115,8 +115,8 @@ class VideoTarget:
         keeps_alpha = model.input_channels == 4 and alpha != "drop"
         if keeps_alpha and not video.choose(path, format).codec.alpha:
             raise VideoError(
-                f"{name} has no place for the alpha channel that the model gives: take .mkv (FFV1) "
-                "or a folder of PNG, or --alpha drop, which writes the colours alone"
+                f"{name} has no place for the alpha channel that the model gives: take .mkv "
+                "(FFV1), PNG or WebP, or --alpha drop, which writes the colours alone"
             )
         return cls(path, format, 4 if keeps_alpha else 3)
 
@@ -132,6 +132,7 @@ class VideoTarget:
 
         The file appears whole or not at all.
         """
+        video.choose(self.path, self.format).check_frames(info.frames)
         ratio, channels = info.sample_aspect_ratio, self.channels
         format = replace(self.format, depth=self.depth(info.bit_depth))
         with (

@@ -44,6 +44,8 @@ def to_pixels(frames: Image) -> Tensor:
     """uint8 or uint16 (T, H, W, C) -> float32 (1, C, T, H, W) in [-1, 1]."""
     import torch
 
+    if min(frames.strides) < 0:  # a view of something backwards, which torch does not take
+        frames = frames.copy()
     half = float(np.iinfo(frames.dtype).max) / 2
     video = torch.from_numpy(frames).permute(3, 0, 1, 2).unsqueeze(0).to(torch.float32)
     return video.div_(half).sub_(1)
@@ -143,7 +145,7 @@ class VideoInfo:
     def expected_frames(self) -> int | None:
         """The stated number of frames, or else the length times the rate, or else None."""
         if self.frames is None and self.end is not None:
-            return max(1, round(self.end * float(self.fps)))
+            return max(1, round((self.end - self.start) * float(self.fps)))
         return self.frames
 
 

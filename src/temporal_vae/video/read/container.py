@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -12,6 +11,7 @@ from typing import Protocol
 
 import av
 from av.codec.context import CodecContext
+from av.packet import Packet
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
@@ -26,14 +26,9 @@ from temporal_vae.video.frames import (
     is_regular_file,
     not_copied,
 )
-from temporal_vae.video.read.orientation import (
-    UPRIGHT,
-    OrientationCache,
-    has_exif,
-    orientation,
-    refuse_mirrored,
-    turned_size,
-)
+from temporal_vae.video.read.exif import exif_of, turn_to_page
+from temporal_vae.video.read.orientation import UPRIGHT, OrientationCache, orientation, turned_size
+from temporal_vae.video.read.timeline import timeline_of
 from temporal_vae.video.read.to_rgb import depth_of, has_alpha
 
 MAX_PIXELS = 1 << 27
@@ -47,6 +42,8 @@ NO_TIMESTAMPS = 0x80
 """libav's flag of formats, such as bare H.264, whose timestamps are guesses."""
 OFTEN_OPAQUE = {"gif", "png", "apng", "tiff", "bmp", "webp", "mjpeg", "jpeg2000", "targa"}
 """Codecs of images, whose files often have an alpha channel that is opaque everywhere."""
+IMAGES = ("image2", "jpeg_pipe", "png_pipe", "tiff_pipe", "webp_pipe")
+"""Formats whose packet is the file of an image, which may have Exif."""
 ALPHA_DECODERS = {"vp9": "libvpx-vp9", "vp8": "libvpx"}
 """Decoders that read the alpha stored beside a stream; libav's default ones ignore it."""
 
@@ -60,6 +57,8 @@ class Source(Protocol):
     info: VideoInfo
     opaque_until_seen: bool
     """If true, an alpha channel is an error only from the first frame on that is not opaque."""
+    takes_rate: bool = False
+    """If true, it states no rate, and takes the `fps` that is asked for as its own."""
 
     @property
     def shift(self) -> Fraction:
@@ -87,16 +86,19 @@ class Source(Protocol):
 class ContainerReader(Source):
     """A video file, or standard input for "-"; `raw` says how to read one of bare numbers.
 
-    With `alpha` an alpha channel that is stored beside the stream is decoded too. Raises
-    `VideoError` for what cannot be read, or would come out wrong.
+    With `alpha` an alpha channel that is stored beside the stream is decoded too. `pages`, as
+    `tiff_pages` gives them, are those to read of a TIFF. Raises `VideoError` for what cannot be
+    read, or would come out wrong.
     """
 
-    def __init__(self, path: str, alpha: bool, raw: Raw | None = None):
-        self.path, self._alpha, self._raw = path, alpha, raw
+    def __init__(self, path: str, alpha: bool, raw: Raw | None = None, pages: Sequence[int] = ()):
+        self.path, self._alpha, self._raw, self._pages = path, alpha, raw, pages
         self._packets_lost = self._timestamps_made = self._damaged = self._count = 0
         self._count_is_from_first = True
         self._end = 0.0
         self._orientation = OrientationCache(path)
+        self._frames: Iterator[VideoFrame] = iter(())
+        self._head: VideoFrame | None = None
         self._container = _open(path, raw)
         try:
             head = self._decode_first()
@@ -104,7 +106,7 @@ class ContainerReader(Source):
         except BaseException:
             self.close()
             raise
-        self._head: VideoFrame | None = head
+        self._head = head
         self.opaque_until_seen = self.info.codec in OFTEN_OPAQUE or head.format.has_palette
 
     def _decode_first(self) -> VideoFrame:
@@ -117,6 +119,10 @@ class ContainerReader(Source):
         if self._alpha and self._alpha_beside and name is not None:
             self._decoder = _alpha_decoder(name, self._stream, self.path)
         self._decoder.options = {"max_pixels": str(MAX_PIXELS)}
+        self._decoder.copy_opaque = True  # by which a frame gets its packet's
+        if self._pages:  # which all lie in one packet
+            self._decoder.thread_count = 1
+        self._timeline = timeline_of(self._container, self._stream, self.path)
         self._frames = self._decode()
         head = next(self._frames, None)
         if head is None:
@@ -132,6 +138,8 @@ class ContainerReader(Source):
 
     def close(self) -> None:
         """See `Source`."""
+        # they refer to this reader, and would stay until the garbage collector runs
+        self._frames, self._head = iter(()), None
         self._container.close()
 
     def frames(self, start: int) -> Iterator[Stamped]:
@@ -161,12 +169,32 @@ class ContainerReader(Source):
             except av.error.FFmpegError:
                 self._packets_lost += 1
                 return
-            try:
-                yield from self._decoder.decode(packet if packet.size else None)
-            except av.error.EOFError:  # flushed before
-                return
-            except av.error.FFmpegError:
-                self._packets_lost += 1
+            for image in self._images(packet):
+                try:
+                    for frame in self._decoder.decode(image):
+                        frame.pts = self._timeline(frame)
+                        yield frame
+                except av.error.EOFError:  # flushed before
+                    return
+                except av.error.FFmpegError:
+                    self._packets_lost += 1
+
+    def _images(self, packet: Packet[VideoStream]) -> Iterator[Packet[VideoStream] | None]:
+        """What to decode of a packet: None at the end, a TIFF once for each page.
+
+        An empty packet with a time says that the frame before it is still shown, as in Theora.
+        """
+        if not packet.size:
+            yield from () if packet.pts is not None else (None,)
+            return
+        if self._container.format.name not in IMAGES:
+            yield packet
+            return
+        for page in self._pages or (0,):
+            if page:
+                turn_to_page(memoryview(packet), page)
+            packet.opaque = exif_of(bytes(packet))
+            yield packet
 
     # Seeking -----------------------------------------------------------------------------------
 
@@ -176,7 +204,8 @@ class ContainerReader(Source):
         It is safe if the timestamps show that it landed on a keyframe at or before `start`, and
         all frames from there to `start` are undamaged and in order.
         """
-        if not is_regular_file(self.path) or self._container.format.flags & NO_TIMESTAMPS:
+        unstamped = self._container.format.flags & NO_TIMESTAMPS
+        if unstamped or not self._timeline.can_seek or not is_regular_file(self.path):
             return None
         for seconds in SEEK_BACK:
             aim = start - self._shift - int(seconds / self.info.time_base)
@@ -243,19 +272,16 @@ class ContainerReader(Source):
         refuse_colour(colour, path)
         refuse_colour(replace(colour, transfer=codec.color_trc), path)
         _refuse_samples(head, path)
-        if is_regular_file(path) and codec.name in OFTEN_OPAQUE and has_exif(head):
-            refuse_mirrored(path)
-        fps = Fraction(stream.average_rate or stream.guessed_rate or 25)
-        time_base = Fraction(stream.time_base or 1 / fps)
-        self._step = max(1, round(1 / (fps * time_base)))
+        timeline = self._timeline
+        time_base, self._step = timeline.time_base, timeline.step
         first = head.pts or 0
         self._shift, self._origin = max(0, -first), max(0, first)
         others = [s for s in self._container.streams if s is not stream]
         notes = [not_copied(other.type, other.index) for other in others]
         notes += tag_notes(Colour(codec.color_primaries, codec.color_trc))
         info = first_frame_info(
-            head, path, codec=codec.name, fps=fps, time_base=time_base,
-            frames=stream.frames or None, notes=notes,
+            head, path, codec=codec.name, fps=timeline.rate, time_base=time_base,
+            frames=timeline.frames, notes=notes,
         )  # fmt: skip
         if self._shift:
             moved = f"timestamps start at {float(first * time_base):.3f} s: moved to 0"
@@ -263,8 +289,9 @@ class ContainerReader(Source):
         ratio = stream.sample_aspect_ratio or None
         if ratio is not None and self._orientation(head)[0, 0] == 0:  # turned by a quarter
             ratio = 1 / ratio
+        end = None if timeline.end is None else timeline.end + float(self._shift * time_base)
         return replace(
-            info, end=_claimed_end(self._container, stream), sample_aspect_ratio=ratio,
+            info, end=end, sample_aspect_ratio=ratio,
             alpha=info.alpha or self._alpha_beside, start=float(self._origin * time_base),
         )  # fmt: skip
 
@@ -282,12 +309,9 @@ class ContainerReader(Source):
     def _missing_frames(self) -> Iterator[str]:
         """A line if the file claims more than came, or claims nothing to compare with."""
         claimed, end, counted = self.info.frames, self.info.end, self._count_is_from_first
-        if claimed is not None and counted:
+        if claimed is not None and counted and self._timeline.counts_lost_frames:
             if self._count < claimed:
-                yield (
-                    f"{self._count} of {claimed} frames could be read: the file is damaged, or its "
-                    "edit list hides the others"
-                )
+                yield f"{self._count} of {claimed} frames could be read: the file is damaged"
         elif end is not None:
             if end - self._end > 2 / self.info.fps:
                 yield f"frames end at {self._end:.3f} s of {end:.3f} s: the file is damaged"
@@ -366,7 +390,8 @@ def _video_stream(container: av.container.InputContainer, path: str) -> VideoStr
     if not streams:
         kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
         raise VideoError(f"{path}: no video stream, only {kinds}")
-    stream = streams[0]
+    best = container.streams.best("video")  # as players choose: the default, one of many frames
+    stream = best if isinstance(best, VideoStream) and best in streams else streams[0]
     if stream.codec_context is None or not stream.width or not stream.pix_fmt:
         raise VideoError(f"{path}: the video stream cannot be decoded (unknown codec or damaged)")
     stream.thread_type = "AUTO"
@@ -382,19 +407,3 @@ def _alpha_decoder(name: str, stream: VideoStream, path: str) -> VideoCodecConte
     decoder.extradata = stream.codec_context.extradata
     decoder.width, decoder.height = stream.width, stream.height
     return decoder
-
-
-def _claimed_end(container: av.container.InputContainer, stream: VideoStream) -> float | None:
-    """Seconds at which the video ends: by its stream, or by the container if it is the only one.
-
-    Some containers count a length from 0, and some from the first frame. It is taken as counted
-    from 0: where that is wrong, a loss at the end is noticed only if it is longer than the start.
-    """
-    if stream.duration is not None and stream.time_base is not None:
-        return float(stream.duration * stream.time_base)
-    tag = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
-    if tag:  # Matroska: 00:00:05.280000000
-        return 3600 * int(tag[1]) + 60 * int(tag[2]) + float(tag[3])
-    if container.duration is not None and len(container.streams) == 1:
-        return float(container.duration) / av.time_base
-    return None

@@ -15,7 +15,7 @@ from av.video.frame import VideoFrame
 
 from temporal_vae.video.frames import FRACTION_LIMIT, Frame, Image, VideoError, VideoInfo, to_pixels
 from temporal_vae.video.read.container import ContainerReader, Source, Stamped
-from temporal_vae.video.read.images import is_animated_webp, open_folder, open_webp
+from temporal_vae.video.read.images import is_animated_webp, open_folder, open_pages, open_webp
 from temporal_vae.video.read.prefetch import Prefetcher
 from temporal_vae.video.read.selection import Options, Selection, even, finest
 from temporal_vae.video.read.to_rgb import ALPHA_LOST, Converter, FrameSpec
@@ -53,11 +53,10 @@ class VideoReader:
     ):
         self.path = os.fspath(path)
         self._selection = Selection(width=width, multiple=multiple, **options)
-        # a folder of images takes the rate for its own
-        self._new_rate = None if os.path.isdir(self.path) else self._selection.rate
         self._converted: Prefetcher[Frame] | None = None
         self._decoded: Prefetcher[Stamped] | None = None
         self._source = _open(self.path, self._selection)
+        self._new_rate = None if self._source.takes_rate else self._selection.rate
         try:
             self._file_info = self._source.info
             self._spec = self._frame_spec()
@@ -187,7 +186,7 @@ def _open(path: str, selection: Selection) -> Source:
     if is_animated_webp(path):
         return open_webp(path)
     alpha = selection.channels == 4 or selection.alpha == "keep"
-    return ContainerReader(path, alpha, selection.raw)
+    return open_pages(path, selection.rate) or ContainerReader(path, alpha, selection.raw)
 
 
 def read_clip(

@@ -16,9 +16,10 @@ SMALLEST_H265 = 64
 class Format:
     """How a video is written; what is None follows from the name of the file.
 
-    `codec` is h264, h265, vp9, ffv1 (lossless), png (a folder of images), y4m (raw YUV) or rgb (raw
-    RGB). `depth` is the bits of a component, 8 by default. `quality` is the rate factor (CRF) of a
-    lossy codec: from 0, the best, to 51, or to 63 for VP9.
+    `codec` is h264, h265, vp9, ffv1 (lossless), png (an image, or a folder of them), jpeg, webp,
+    gif, y4m (raw YUV) or rgb (raw RGB). `depth` is the bits of a component, 8 by default. `quality`
+    of a lossy codec is from 0, the best, to 51 (the rate factor, CRF), or to 63 for VP9, 30 for
+    JPEG and 100 for WebP.
     """
 
     codec: str | None = None
@@ -39,19 +40,19 @@ class Codec:
     worst: int = 51
     alpha: tuple[int, ...] = ()
     """The depths at which it takes alpha."""
-
-    @property
-    def subsampled(self) -> bool:
-        """Whether colours are stored at half the size, in YUV."""
-        return self.quality is not None
+    subsampled: bool = False
+    """Whether it stores YUV, with colours of half the size where that can be."""
 
 
 CODECS = {
-    "h264": Codec("H.264", (8, 10), "libx264", 14),
-    "h265": Codec("H.265", (8, 10), "libx265", 14),
-    "vp9": Codec("VP9", (8,), "libvpx-vp9", 18, worst=63),
+    "h264": Codec("H.264", (8, 10), "libx264", 14, subsampled=True),
+    "h265": Codec("H.265", (8, 10), "libx265", 14, subsampled=True),
+    "vp9": Codec("VP9", (8,), "libvpx-vp9", 18, worst=63, subsampled=True),
     "ffv1": Codec("FFV1, lossless RGB", (8, 10, 12, 14, 16), "ffv1", alpha=(8, 10, 12, 16)),
     "png": Codec("PNG images", (8, 16), alpha=(8, 16)),
+    "jpeg": Codec("JPEG", (8,), quality=1, worst=30, subsampled=True),
+    "webp": Codec("WebP", (8,), quality=10, worst=100, alpha=(8,)),
+    "gif": Codec("GIF", (8,)),
     "y4m": Codec("raw YUV", (8, 10, 12, 16)),
     "rgb": Codec("raw RGB without a header", (8, 16)),
 }
@@ -62,12 +63,21 @@ CODECS_BY_SUFFIX = {
     ".mov": ("h264", "h265"),
     ".mkv": ("ffv1", "h264", "h265", "vp9"),
     ".webm": ("vp9",),
+    ".png": ("png",),
+    ".jpg": ("jpeg",),
+    ".jpeg": ("jpeg",),
+    ".webp": ("webp",),
+    ".gif": ("gif",),
     ".y4m": ("y4m",),
     ".rgb": ("rgb",),
     FOLDER: ("png",),
     PIPE: ("ffv1", "h264", "h265", "vp9", "y4m", "rgb"),
 }
 """What a file may hold; the first is the default."""
+STILLS = (".png", ".jpg", ".jpeg")
+"""Files of one frame."""
+ANIMATIONS = (".webp", ".gif")
+"""Images of one frame or several, with times."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +99,21 @@ class ChosenFormat:
         """Whether one of libav's containers holds it, with timestamps and colour tags."""
         return self.codec.encoder is not None
 
+    def check_frames(self, count: int | None) -> None:
+        """Raise `VideoError` for more frames than a file can hold; None are unknown."""
+        if self.suffix in STILLS and (count or 1) > 1:
+            raise VideoError(
+                f"a {self.suffix} file holds one frame, and there are several: take .gif, .webp, "
+                "a video such as .mp4, or a name without a suffix for a folder of PNG"
+            )
+
     def check(self, height: int, width: int, channels: int) -> None:
         """Raise `VideoError` for frames that this format cannot hold."""
         if channels not in (1, 3, 4):
             raise VideoError(f"frames have 1 (grey), 3 (RGB) or 4 (RGBA) channels, not {channels}")
         if channels == 4 and not self.codec.alpha:
             raise VideoError(
-                f"{self.codec.title} is not written with alpha: take .mkv (FFV1), a folder of PNG, "
+                f"{self.codec.title} is not written with alpha: take .mkv (FFV1), PNG or WebP, "
                 "or drop the fourth channel"
             )
         if channels == 4 and self.depth not in self.codec.alpha:

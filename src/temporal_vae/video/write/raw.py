@@ -1,51 +1,16 @@
-"""Frames without a container: PNG images in a folder, y4m, and headerless RGB."""
+"""Frames without a container: y4m, and headerless RGB."""
 
 from __future__ import annotations
 
 import os
 import sys
 from fractions import Fraction
-from pathlib import Path
 from typing import BinaryIO
-
-from av.codec.context import CodecContext
-from av.video.codeccontext import VideoCodecContext
 
 from temporal_vae.files.streams import write_all
 from temporal_vae.video.colour import LIMITED, MATRICES, tag_notes
 from temporal_vae.video.frames import PIPE, Image
 from temporal_vae.video.write.output import Output, Target
-
-
-class ImageFolderWriter(Output):
-    """PNG images 000001.png, 000002.png, ... in a folder that exists."""
-
-    def __init__(self, target: Target):
-        self._target, self._count = target, 0
-
-    def write(self, image: Image, pts: int) -> None:
-        """See `Output`; the timestamp is not kept."""
-        self._count += 1
-        layout = self._target.layout
-        encoder = CodecContext.create("png", "w")
-        assert isinstance(encoder, VideoCodecContext)
-        encoder.height, encoder.width, _ = layout.shape
-        encoder.pix_fmt, encoder.time_base = layout.pixel_format, Fraction(1)
-        encoder.thread_count = 1
-        frame = layout.frame(image)
-        # programs take an image without tags for sRGB, which is how they show video too
-        frame.color_primaries = frame.color_trc = 2
-        packets = [*encoder.encode(frame), *encoder.encode(None)]
-        with (Path(self._target.path) / f"{self._count:06d}.png").open("wb") as file:
-            for packet in packets:
-                write_all(file, bytes(packet))
-
-    def close(self, complete: bool) -> None:
-        """See `Output`; nothing is open between two images."""
-
-    def notes(self) -> list[str]:
-        """See `Output`."""
-        return tag_notes(self._target.layout.colour)
 
 
 class RawWriter(Output):

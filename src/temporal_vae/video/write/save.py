@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from temporal_vae.files.atomic import atomic_folder, atomic_path
 from temporal_vae.video.frames import PIPE, Colour, VideoInfo, exact_rate, to_bytes
-from temporal_vae.video.write.formats import Format, choose, depth_for, depth_notes
+from temporal_vae.video.write.formats import FOLDER, Format, choose, depth_for, depth_notes
 from temporal_vae.video.write.writer import VideoWriter
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def writable(target: str | os.PathLike[str], format: Format | None = None) -> It
     """
     if os.fspath(target) == PIPE:
         yield PIPE
-    elif choose(target, format).name == "png":
+    elif choose(target, format).suffix == FOLDER:
         with atomic_folder(target) as folder:
             yield os.fspath(folder)
     else:
@@ -50,10 +50,10 @@ def save_video(
 ) -> tuple[str, ...]:
     """Write (1, C, T, H, W) or (C, T, H, W) in [-1, 1]; the file appears whole or not at all.
 
-    The name chooses: .mp4 and .mov (H.264), .mkv (FFV1, lossless), .webm (VP9), .y4m, .rgb, a name
-    without a suffix for a folder of PNG; `codec`, `depth` and `quality` as in `Format`. C is 1 for
-    grey, 3 for RGB, 4 for RGB and alpha where the file can have it. Values out of range are
-    clipped.
+    The name chooses: .mp4 and .mov (H.264), .mkv (FFV1, lossless), .webm (VP9), .gif, .webp,
+    .y4m, .rgb, .png and .jpg for one frame, a name without a suffix for a folder of PNG;
+    `codec`, `depth` and `quality` as in `Format`. C is 1 for grey, 3 for RGB, 4 for RGB and
+    alpha where the file can have it. Values out of range are clipped.
 
     Rate, colours, pixel aspect ratio and depth are those of `info`, as `load_video` gives it, where
     they are not given; without `info`, `fps` is needed. `timestamps` are in units of `time_base`,
@@ -76,6 +76,7 @@ def save_video(
         colour, bits = colour or info.colour, info.bit_depth
         if (height, width) == (info.height, info.width):
             ratio = info.sample_aspect_ratio
+    choose(path, format).check_frames(frames)
     lost = depth_notes(path, format, bits)
     format = replace(format, depth=depth_for(path, format, bits))
     sizes = (height, width, rate, base, ratio)

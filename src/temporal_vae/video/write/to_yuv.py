@@ -13,7 +13,15 @@ import numpy as np
 import numpy.typing as npt
 from av.video.frame import VideoFrame
 
-from temporal_vae.video.colour import BT709, FULL, LIMITED, MATRICES, WEIGHTS, assumed_matrix
+from temporal_vae.video.colour import (
+    BT470BG,
+    BT709,
+    FULL,
+    LIMITED,
+    MATRICES,
+    WEIGHTS,
+    assumed_matrix,
+)
 from temporal_vae.video.frames import Colour, Image, Uint8Frames
 from temporal_vae.video.write.formats import ChosenFormat
 
@@ -105,7 +113,7 @@ def rgb_planes(image: Image, pixel_format: str) -> list[Plane]:
     if pixel_format.startswith("gbr"):
         order = (1, 2, 0, 3)[: image.shape[2]]
         return [image[..., channel] for channel in order]
-    if pixel_format == "bgr0":
+    if image.shape[2] == 3 and pixel_format in ("bgr0", "bgra"):
         padded: Uint8Frames = np.full((*image.shape[:2], 4), 255, np.uint8)
         padded[..., :3] = image[..., ::-1]
         image = padded
@@ -144,7 +152,7 @@ class PixelLayout:
             )
         if self.yuv is not None:
             return self.yuv(image)
-        if self.pixel_format.startswith("rgb") and self.shape[2] == 1:
+        if self.shape[2] == 1 and not self.pixel_format.startswith("gray"):
             image = np.repeat(image, 3, 2)
         return rgb_planes(to_depth(image, self.depth), self.pixel_format)
 
@@ -167,6 +175,8 @@ def layout_of(
         halved = chosen.name == "vp9" or not (height % 2 or width % 2)
         tags = yuv_colour(colour)
         name = ("yuv420p" if halved else "yuv444p") + bits
+        if chosen.name == "jpeg":  # which is always of this matrix and range
+            name, tags = name.replace("yuv", "yuvj"), replace(tags, matrix=BT470BG, range=FULL)
         return PixelLayout(shape, name, depth, tags, Yuv(tags, depth, halved))
     if chosen.name == "y4m" and channels == 3:
         # a y4m file does not state its matrix, so it has to be the one that players assume
@@ -175,6 +185,8 @@ def layout_of(
     name = {
         "ffv1": {1: "gray", 3: "gbrp", 4: "gbrap"} if bits else {1: "gray", 3: "bgr0", 4: "bgra"},
         "png": {1: "gray", 3: "rgb48", 4: "rgba64"} if bits else {1: "gray", 3: "rgb24", 4: "rgba"},
+        "webp": dict.fromkeys((1, 3, 4), "bgra"),
+        "gif": dict.fromkeys((1, 3), "rgb24"),
         "y4m": {1: "gray"},
         "rgb": dict.fromkeys((1, 3), "rgb48" if bits else "rgb24"),
     }[chosen.name][channels]

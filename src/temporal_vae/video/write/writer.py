@@ -1,4 +1,4 @@
-"""`VideoWriter`: frames with timestamps to a video, to a folder of images, or into a pipe."""
+"""`VideoWriter`: frames with timestamps to a video, to images, or into a pipe."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ import av
 
 from temporal_vae.video.frames import PIPE, Colour, Image, VideoError
 from temporal_vae.video.write.container import ContainerWriter
-from temporal_vae.video.write.formats import Format, choose
+from temporal_vae.video.write.formats import ANIMATIONS, FOLDER, STILLS, Format, choose
 from temporal_vae.video.write.output import Output, Target
-from temporal_vae.video.write.raw import ImageFolderWriter, RawWriter
+from temporal_vae.video.write.pictures import AnimationWriter, ImageFolderWriter, StillWriter
+from temporal_vae.video.write.raw import RawWriter
 from temporal_vae.video.write.remux import CopiedStreams
 from temporal_vae.video.write.to_yuv import layout_of
 
 
 class VideoWriter:
-    """Write frames to `path`: a video, raw frames, a folder of images, or "-", standard output.
+    """Write frames to `path`: a video, raw frames, images, or "-", standard output.
 
     What is written follows from the name and from `format`: by default .mkv is lossless FFV1 in
     RGB, .mp4 is H.264. Files are written in place, so use it inside `writable`; a folder must
@@ -59,7 +60,9 @@ class VideoWriter:
         self._count, self._evenly_spaced = 0, True
         self.notes: list[str] = []
         self.keeps_aspect = chosen.suffix in (".mp4", ".mov") or chosen.name == "y4m"
-        self.keeps_tags = self._keeps_timestamps = chosen.in_container
+        self.keeps_tags = chosen.in_container
+        # a still has none, and an animation says itself what it loses
+        self._keeps_timestamps = chosen.in_container or chosen.suffix in STILLS + ANIMATIONS
         target = Target(self.path, chosen, layout, fps, self._base, sample_aspect_ratio)
         with _video_errors(f"cannot write {self.path}"):
             self._output = _open(target, copied)
@@ -101,7 +104,11 @@ class VideoWriter:
 def _open(target: Target, copied: CopiedStreams | None) -> Output:
     if target.format.in_container:
         return ContainerWriter(target, copied)
-    return ImageFolderWriter(target) if target.format.name == "png" else RawWriter(target)
+    if target.format.suffix in ANIMATIONS:
+        return AnimationWriter(target)
+    if target.format.suffix in STILLS:
+        return StillWriter(target)
+    return ImageFolderWriter(target) if target.format.suffix == FOLDER else RawWriter(target)
 
 
 @contextmanager
