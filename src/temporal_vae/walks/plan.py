@@ -27,8 +27,9 @@ from temporal_vae.walks.peak import Offload, Operation, Part, Peak, PlanRequest
 from temporal_vae.walks.stages import Bounds
 
 MARGIN = 0.12
-"""Share of the count that is added for what it does not see: sums, slices, copies in kernels, and the
-gaps that the system's allocator leaves between blocks, which differ from run to run by as much."""
+"""Share of the count that is added for what it does not see: sums, slices, copies in kernels, and
+the gaps that the system's allocator leaves between blocks, which differ from run to run by as much.
+"""
 KERNELS_BYTES = 32 * 2**20
 """What kernels and their threads keep for themselves, however small the walk."""
 NEARLY_LEAST = 1.05

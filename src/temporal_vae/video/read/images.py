@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from fractions import Fraction
@@ -34,9 +35,8 @@ class ImageFolder(Source):
     opaque_until_seen = True
 
     def __init__(self, path: str, fps: Fraction | None):
-        entries = sorted(Path(path).iterdir(), key=lambda p: natural_order(p.name))
-        visible = [entry for entry in entries if not entry.name.startswith(".")]
-        self._files = [entry for entry in visible if entry.suffix.lower() in SUFFIXES]
+        visible = [entry for entry in Path(path).iterdir() if not entry.name.startswith(".")]
+        self._files = image_files(path)
         if not self._files:
             raise VideoError(f"{path}: the folder holds no images ({', '.join(SUFFIXES)})")
         head, codec = _image(self._files[0])
@@ -62,6 +62,12 @@ class ImageFolder(Source):
                     f"{self._size[0]}x{self._size[1]}: images of a clip are of one size"
                 )
             yield frame, index
+
+
+def image_files(folder: str | os.PathLike[str]) -> list[Path]:
+    """The images of a folder that are read as a clip, in their order."""
+    entries = sorted(Path(folder).iterdir(), key=lambda p: natural_order(p.name))
+    return [e for e in entries if e.name[0] != "." and e.suffix.lower() in SUFFIXES]
 
 
 class AnimatedWebP(Source):

@@ -56,6 +56,7 @@ class VideoReader:
         # a folder of images takes the rate for its own
         self._new_rate = None if os.path.isdir(self.path) else self._selection.rate
         self._converted: Prefetcher[Frame] | None = None
+        self._taken = False
         self._decoded: Prefetcher[Stamped] | None = None
         self._source = _open(self.path, self._selection)
         try:
@@ -83,10 +84,16 @@ class VideoReader:
             self._source.close()
 
     def __iter__(self) -> Iterator[Frame]:
-        if self._converted is not None:
+        if self._taken:
             raise VideoError(f"{self.path} has been read: open it again to read it again")
-        self._converted = Prefetcher(self._frames(), CONVERTED_AHEAD)
-        yield from self._converted
+        self._taken = True
+        yield from self.start()
+
+    def start(self) -> Prefetcher[Frame]:
+        """Begin to decode ahead, before the first frame is asked for."""
+        if self._converted is None:
+            self._converted = Prefetcher(self._frames(), CONVERTED_AHEAD)
+        return self._converted
 
     @property
     def size(self) -> tuple[int, int]:
