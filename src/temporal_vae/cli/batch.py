@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from temporal_vae.cli.inputs import NAMED, Job
 from temporal_vae.cli.options import FolderOptions
@@ -23,33 +22,54 @@ OriginOf = Callable[[Path, int], "Origin"]
 FAILURES = (VideoError, ValueError, OSError)
 
 
-def run(
-    doing: str, jobs: Sequence[Job], make: Make, origin_of: OriginOf, folder: FolderOptions,
-    overwrite: bool, messages: MessageOptions,
-) -> None:  # fmt: skip
-    """Make the files of all jobs, but for those that `folder` says to skip.
+Numbered = tuple[int, Path, Path]
+"""The number of a job among all that were asked for, its source and its file."""
 
-    One of several that fails is told and passed over, and in the end raised. What killed runs have
-    left beside the files is removed first.
+
+def left_to_do(
+    jobs: Sequence[Job], origin_of: OriginOf, folder: FolderOptions, overwrite: bool,
+    messages: MessageOptions,
+) -> list[Numbered]:  # fmt: skip
+    """The jobs that `folder` does not say to skip.
+
+    What killed runs have left beside the files is removed. Raises `ValueError` for files that are
+    there and would be made otherwise now, unless they may be replaced.
     """
     clear_partials(out for _, out in jobs)
-    skipped: set[int] = set()
-    if folder.skip_existing:
-        skipped = _made_before(jobs, origin_of, overwrite, messages)
-        messages.tell_skipped([out for index, (_, out) in enumerate(jobs) if index in skipped])
-    whole = Whole(doing, len(jobs) - len(skipped))
-    notes, failed = Notes(len(jobs)), 0
+    numbered = [(index, source, out) for index, (source, out) in enumerate(jobs)]
+    if not folder.skip_existing:
+        return numbered
+    same, others = set(), []
+    with Meter("comparing", messages.quiet, unit="files") as meter:
+        for index, source, out in numbered:
+            meter(index, len(jobs))
+            reason = _difference(source, out, origin_of(out, index)) if out.exists() else None
+            if reason is not None:
+                others.append(reason)
+            elif out.exists():
+                same.add(index)
+    if others and not overwrite:
+        _refuse(others)
+    messages.tell_skipped([out for index, _, out in numbered if index in same])
+    return [job for job in numbered if job[0] not in same]
+
+
+def run(
+    doing: str, todo: Sequence[Numbered], make: Make, origin_of: OriginOf, folder: FolderOptions,
+    messages: MessageOptions,
+) -> None:  # fmt: skip
+    """Make the files. One of several that fails is told and passed over, and in the end raised."""
+    whole, notes, failed = Whole(doing, len(todo)), Notes(len(todo)), 0
     try:
-        for index, (source, out) in enumerate(jobs):
-            if index in skipped:
-                continue
+        for index, source, out in todo:
             try:
                 with Meter(f"{doing} {source.name}", messages.quiet, whole) as meter:
                     done = make(source, out, index, meter)
             except FAILURES as error:
-                if folder.skip_existing and _is_made(source, out, origin_of(out, index)):
+                is_made = folder.skip_existing and out.exists()
+                if is_made and _difference(source, out, origin_of(out, index)) is None:
                     continue  # another run was faster
-                if len(jobs) == 1:
+                if len(todo) == 1:
                     raise
                 failed += 1
                 say_error(str(error))
@@ -59,44 +79,25 @@ def run(
     finally:
         notes.tell(messages.quiet)
     if failed:
-        raise ValueError(f"{failed} of {len(jobs)} failed")
+        raise ValueError(f"{failed} of {len(todo)} failed")
 
 
-def _is_made(source: Path, out: Path, wanted: Origin) -> bool:
+def _difference(source: Path, out: Path, wanted: Origin) -> str | None:
+    """Why a file is not what would be made now; None where it is."""
     from temporal_vae.convert import origin
 
-    with suppress(origin.OriginError):
-        if out.exists():
-            origin.check_made(out, source, wanted)
-            return True
-    return False
+    try:
+        origin.check_made(out, source, wanted)
+    except origin.OriginError as error:
+        return str(error)
+    return None
 
 
-def _made_before(
-    jobs: Sequence[Job], origin_of: OriginOf, overwrite: bool, messages: MessageOptions
-) -> set[int]:
-    """Numbers of the jobs whose file is there, and the same.
-
-    Raises `ValueError` for files that are there and others, unless they may be replaced.
-    """
-    from temporal_vae.convert import origin
-
-    same, others = set(), []
-    with Meter("comparing", messages.quiet, unit="files") as meter:
-        for index, (source, out) in enumerate(jobs):
-            meter(index, len(jobs))
-            try:
-                if out.exists():
-                    origin.check_made(out, source, origin_of(out, index))
-                    same.add(index)
-            except origin.OriginError as error:
-                others.append(str(error))
-    if others and not overwrite:
-        for other in others[1:NAMED]:
-            say_error(other)
-        more = len(others) - NAMED
-        raise ValueError(
-            f"{others[0]}: give --overwrite too to make such files again"
-            + (f" (and {more} more; nothing was done)" if more > 0 else "")
-        )
-    return same
+def _refuse(others: Sequence[str]) -> NoReturn:
+    for other in others[1:NAMED]:
+        say_error(other)
+    more = len(others) - NAMED
+    raise ValueError(
+        f"{others[0]}: give --overwrite too to make such files again"
+        + (f" (and {more} more; nothing was done)" if more > 0 else "")
+    )

@@ -36,14 +36,19 @@ def find_inputs(words: Sequence[Path], suffixes: frozenset[str]) -> list[Path]:
     return [path for word in words for path, _ in _named(word, suffixes, None)]
 
 
-def passed_over(words: Sequence[Path], suffixes: frozenset[str]) -> list[Path]:
-    """Folders in those that words name, in which nothing is looked for without `recursive`."""
+def passed_over(words: Sequence[Path], suffixes: frozenset[str], target: Path) -> list[Path]:
+    """Folders in those that words name, in which nothing is looked for without `recursive`.
+
+    The target is none of them.
+    """
+    below = os.path.realpath(target)
     return [
         entry
         for word in words
         if word.is_dir()
         for entry in _visible(word)
         if entry.is_dir() and not (suffixes is VIDEO_SUFFIXES and _is_clip(entry))
+        if os.path.realpath(entry) != below
     ]
 
 
@@ -144,7 +149,7 @@ def _named(word: Path, suffixes: frozenset[str], below: Path | None) -> list[Pla
     if word.is_dir() and str(word) != PIPE:
         inside = _tree(word, suffixes, below)
         if not inside:
-            others = [] if below else passed_over([word], suffixes)
+            others = [] if below else passed_over([word], suffixes, word)
             hint = f"; --recursive looks into {some_of(others)}" if others else ""
             raise ValueError(f"{word}{os.sep} holds none of {', '.join(sorted(suffixes))}{hint}")
         return inside

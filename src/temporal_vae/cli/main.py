@@ -111,8 +111,9 @@ def reconstruct(
     def origin(out: Path, index: int) -> Origin:
         return reconstructing.origin(out, vae, record, frames.clip_frames, selected, format)
 
-    with ReadAhead([source for source, _ in jobs], vae, selected, folder.jobs) as ahead:
-        batch.run("reconstructing", jobs, work, origin, folder, output.overwrite, messages)
+    todo = batch.left_to_do(jobs, origin, folder, output.overwrite, messages)
+    with ReadAhead([source for _, source, _ in todo], vae, selected, folder.jobs) as ahead:
+        batch.run("reconstructing", todo, work, origin, folder, messages)
 
 
 @command.command()
@@ -156,8 +157,9 @@ def encode(
         its = replace(how, seed=latents.seed_of(index))
         return encoding.origin(vae, record, its, selected)
 
-    with ReadAhead([source for source, _ in jobs], vae, selected, folder.jobs) as ahead:
-        batch.run("encoding", jobs, work, origin, folder, output.overwrite, messages)
+    todo = batch.left_to_do(jobs, origin, folder, output.overwrite, messages)
+    with ReadAhead([source for _, source, _ in todo], vae, selected, folder.jobs) as ahead:
+        batch.run("encoding", todo, work, origin, folder, messages)
 
 
 @command.command()
@@ -197,7 +199,8 @@ def decode(
         return decoding.origin(out, vae, record, sample=latents.sample, alpha=latents.alpha,
                                seed=latents.seed_of(index), format=output.format())  # fmt: skip
 
-    batch.run("decoding", jobs, work, origin, folder, output.overwrite, messages)
+    todo = batch.left_to_do(jobs, origin, folder, output.overwrite, messages)
+    batch.run("decoding", todo, work, origin, folder, messages)
 
 
 @command.command()
@@ -248,7 +251,7 @@ def _plan(
     jobs = inputs.plan_jobs(
         sources, target, suffixes, suffix, overwrite or folder.skip_existing, folder.recursive
     )
-    over = [] if folder.recursive else inputs.passed_over(sources, suffixes)
+    over = [] if folder.recursive else inputs.passed_over(sources, suffixes, target)
     if over and not messages.quiet:
         say(f"note: passed over: {inputs.some_of(over)}: --recursive looks into folders too")
     return jobs

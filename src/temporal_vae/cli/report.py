@@ -166,7 +166,7 @@ class Meter:
         """Show that `done` frames of `total` are done."""
         self._done, seconds = done, max(time.monotonic() - self._start, 1e-9)
         of = "" if total is None else f" of {total}"
-        words = f"{done}{of} {self._unit}, {done / seconds:.2f} {self._unit}/s"
+        words = f"{done} {self._unit}{of}, {done / seconds:.2f} {self._unit}/s"
         words += _left(seconds, done, total)
         self._bar.update(self._task, completed=done, total=total, words=words)
         title = self._title

@@ -92,7 +92,10 @@ class VideoReader:
     def start(self) -> Prefetcher[Frame]:
         """Begin to decode ahead, before the first frame is asked for."""
         if self._converted is None:
-            self._converted = Prefetcher(self._frames(), CONVERTED_AHEAD)
+            # decoded in a thread of its own, since converting takes about as long
+            decoded = islice(self._selected(), self._selection.frames)
+            self._decoded = Prefetcher(decoded, DECODED_AHEAD)
+            self._converted = Prefetcher(self._frames(self._decoded), CONVERTED_AHEAD)
         return self._converted
 
     @property
@@ -123,13 +126,11 @@ class VideoReader:
         """Seconds that were added to the file's timestamps, so that none is below 0."""
         return self._source.shift
 
-    def _frames(self) -> Iterator[Frame]:
+    def _frames(self, decoded_frames: Prefetcher[Stamped]) -> Iterator[Frame]:
         """Converted frames; then `notes` is complete."""
         last: tuple[VideoFrame, Frame] | None = None
         limit, count = self._selection.frames, 0
-        # decoded in a thread of its own, since converting takes about as long
-        self._decoded = Prefetcher(islice(self._selected(), limit), DECODED_AHEAD)
-        for decoded, pts in self._decoded:
+        for decoded, pts in decoded_frames:
             if last is None or last[0] is not decoded:  # a frame may be repeated
                 try:
                     last = decoded, self._converter(decoded, pts)
