@@ -224,7 +224,7 @@ def test_progress_in_a_log(
             meter(done, 40)
     said = capsys.readouterr().err
     assert "working: 0 frames of 40, 0.00" in said
-    assert "working: 20 frames of 40" in said and "s left" in said and "frames/s" in said
+    assert "working: 20 frames of 40" in said and " left" in said and "frames/s" in said
 
 
 def test_clips(tmp_path: Path) -> None:

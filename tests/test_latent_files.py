@@ -122,7 +122,7 @@ def test_every_field_is_kept(tmp_path: Path) -> None:
         model="ein Modell é",
         encoder_sha256="0" * 64, decoder_sha256="1" * 64, colour=(("matrix", "bt709"),),
         source="é\ud800.mp4".encode(errors="replace").decode(), source_sha256="2" * 64,
-        library="x",
+        options='{"dtype": "float32"}', library="x",
     )  # fmt: skip
     defaults = LatentInfo(kind="moments", dtype=torch.float32, frames=1, channels=4, rows=3,
                           columns=2, height=12, width=8)  # fmt: skip
@@ -392,7 +392,7 @@ WRONG = {
 
 def test_no_field_is_left_out() -> None:
     """All but those of the shape, and of free text."""
-    free = {"model", "source", "library", "channels", "rows", "columns", "colour"}
+    free = {"model", "source", "options", "library", "channels", "rows", "columns", "colour"}
     assert {f.name for f in fields(LatentInfo)} - free == set(WRONG) - {
         "format", "format_version", "colour_MATRIX"
     }  # fmt: skip
@@ -422,7 +422,8 @@ def test_a_missing_field_is_one_line(tmp_path: Path, name: str) -> None:
     path = tmp_path / "a.safetensors"
     info = write_latents(path, posterior(), RECORD)
     optional = {"step", "sample_aspect_ratio", "clip_frames", "seed", "model", "encoder_sha256",
-                "decoder_sha256", "source", "source_sha256", "library", "bit_depth"}  # fmt: skip
+                "decoder_sha256", "source", "source_sha256", "options", "library",
+                "bit_depth"}  # fmt: skip
     rewritten(path, lambda content: content["__metadata__"].pop(name, None))
     if name == "step":  # then the timestamps must be listed
         assert "timestamps" in assert_refused(path)

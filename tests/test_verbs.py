@@ -373,7 +373,7 @@ def test_folders_and_patterns(
     assert [row["seed"] for row in rows] == [7, 8, 9]  # no two clips share their noise
     names = ["a.safetensors", "b.safetensors", "c.safetensors"]
     assert sorted(os.listdir("lat")) == names
-    assert "exists" in run("encode", "clips", "lat", *options).stderr
+    assert "exist: give" in run("encode", "clips", "lat", *options).stderr
     assert run("encode", "clips/*.mkv", "more", *options).returncode == 0
     assert sorted(os.listdir("more")) == names[1:]
     assert run("encode", "clips/a*", "one.safetensors", *options).returncode == 0

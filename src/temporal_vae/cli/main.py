@@ -10,16 +10,15 @@ import io
 import signal
 import sys
 import warnings
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from temporal_vae.cli import allocator, inputs, options
+from temporal_vae.cli import allocator, batch, inputs, options
 from temporal_vae.cli.groups import with_groups
 from temporal_vae.cli.info import (
     describe,
@@ -27,9 +26,20 @@ from temporal_vae.cli.info import (
     describe_latents,
     describe_written,
 )
-from temporal_vae.cli.report import MessageOptions, Meter, Result, say_error, say_warning, show_rows
+from temporal_vae.cli.report import (
+    MessageOptions,
+    Meter,
+    Result,
+    say,
+    say_error,
+    say_warning,
+    show_rows,
+)
 from temporal_vae.files.safetensors import SUFFIX
-from temporal_vae.video import VideoError, check_suffix
+from temporal_vae.video import VideoError, check_suffix, choose
+
+if TYPE_CHECKING:
+    from temporal_vae.convert.origin import Origin
 
 LATENTS = frozenset([SUFFIX])
 
@@ -78,6 +88,7 @@ def reconstruct(
     target: VideoTarget,
     model: options.ModelOptions,
     frames: options.FrameOptions,
+    folder: options.VideoFolderOptions,
     output: options.VideoFileOptions,
     messages: MessageOptions,
 ) -> None:
@@ -89,21 +100,29 @@ def reconstruct(
       tvae reconstruct clips/ out/ --suffix .mkv
     """
     selected, format = frames.selected(), output.format()
-    jobs = inputs.plan_jobs(sources, target, inputs.VIDEO_SUFFIXES, output.suffix, output.overwrite)
+    jobs = _plan(sources, target, inputs.VIDEO_SUFFIXES, output.suffix, folder, output.overwrite,
+                 messages)  # fmt: skip
     inputs.refuse_terminal(*jobs[0])
-    check_suffix(jobs[0][1], format)
+    _check_output(jobs[0][1], output, folder)
     allocator.settle(model.memory)
     from temporal_vae.convert import reconstruct as reconstructing
+    from temporal_vae.convert.ahead import ReadAhead
 
-    vae = model.load()
+    vae, record = model.load_with_record()
 
     def work(source: Path, out: Path, index: int, meter: Meter) -> Result:
         done = reconstructing.reconstruct(
             source, out, vae, frames.clip_frames, meter, model.memory, selected, format,
-            overwrite=output.overwrite)  # fmt: skip
+            overwrite=output.overwrite, record=record, opening=lambda: ahead.take(source),
+        )  # fmt: skip
         return done, describe_written(out)
 
-    _work("reconstructing", jobs, work, messages)
+    def origin(out: Path, index: int) -> Origin:
+        return reconstructing.origin(out, vae, record, frames.clip_frames, selected, format)
+
+    todo = batch.left_to_do(jobs, origin, folder, output.overwrite, messages)
+    with ReadAhead([source for _, source, _ in todo], vae, selected, folder.jobs) as ahead:
+        batch.run("reconstructing", todo, work, origin, folder, messages)
 
 
 @command.command()
@@ -114,6 +133,7 @@ def encode(
     model: options.ModelOptions,
     latents: options.EncodeOptions,
     frames: options.FrameOptions,
+    folder: options.VideoFolderOptions,
     output: options.FileOptions,
     messages: MessageOptions,
 ) -> None:
@@ -125,9 +145,10 @@ def encode(
       tvae encode in.mp4 clip.safetensors --start 1:02.5 --frames 49 --size 256x256 --crop centre
     """
     selected = frames.selected()
-    jobs = inputs.plan_jobs(sources, target, inputs.VIDEO_SUFFIXES, SUFFIX, output.overwrite)
+    jobs = _plan(sources, target, inputs.VIDEO_SUFFIXES, SUFFIX, folder, output.overwrite, messages)
     allocator.settle(model.memory)
     from temporal_vae.convert import encode as encoding
+    from temporal_vae.convert.ahead import ReadAhead
     from temporal_vae.convert.ends import Summary
 
     how = latents.encoding(frames.clip_frames, model.memory)
@@ -136,11 +157,18 @@ def encode(
     def work(source: Path, out: Path, index: int, meter: Meter) -> Result:
         its = replace(how, seed=latents.seed_of(index))
         done = encoding.encode(source, out, vae, record, its, options=selected,
-                               overwrite=output.overwrite, progress=meter)  # fmt: skip
+                               overwrite=output.overwrite, progress=meter,
+                               opening=lambda: ahead.take(source))  # fmt: skip
         summary = Summary(done.info.frames, done.seconds, done.info.clip_frames, done.notes)
         return summary, describe_latents(str(out))
 
-    _work("encoding", jobs, work, messages)
+    def origin(out: Path, index: int) -> Origin:
+        its = replace(how, seed=latents.seed_of(index))
+        return encoding.origin(vae, record, its, selected)
+
+    todo = batch.left_to_do(jobs, origin, folder, output.overwrite, messages)
+    with ReadAhead([source for _, source, _ in todo], vae, selected, folder.jobs) as ahead:
+        batch.run("encoding", todo, work, origin, folder, messages)
 
 
 @command.command()
@@ -150,6 +178,7 @@ def decode(
     target: VideoTarget,
     model: options.ModelOptions,
     latents: options.DecodeOptions,
+    folder: options.FolderOptions,
     output: options.VideoFileOptions,
     messages: MessageOptions,
 ) -> None:
@@ -160,9 +189,9 @@ def decode(
       tvae decode latents/ videos/ --suffix .mkv
       tvae decode clip.safetensors out.mov --codec h265 --depth 10 --quality 18
     """
-    jobs = inputs.plan_jobs(sources, target, LATENTS, output.suffix, output.overwrite)
+    jobs = _plan(sources, target, LATENTS, output.suffix, folder, output.overwrite, messages)
     inputs.refuse_terminal(*jobs[0])
-    check_suffix(jobs[0][1], output.format())
+    _check_output(jobs[0][1], output, folder)
     allocator.settle(model.memory)
     from temporal_vae.convert import decode as decoding
 
@@ -175,7 +204,12 @@ def decode(
             memory=model.memory, overwrite=output.overwrite, progress=meter)  # fmt: skip
         return done, describe_written(out)
 
-    _work("decoding", jobs, work, messages)
+    def origin(out: Path, index: int) -> Origin:
+        return decoding.origin(out, vae, record, sample=latents.sample, alpha=latents.alpha,
+                               seed=latents.seed_of(index), format=output.format())  # fmt: skip
+
+    todo = batch.left_to_do(jobs, origin, folder, output.overwrite, messages)
+    batch.run("decoding", todo, work, origin, folder, messages)
 
 
 @command.command()
@@ -218,28 +252,30 @@ def stats(
     show_rows(asdict(found), as_json)
 
 
-def _work(
-    title: str,
-    jobs: list[inputs.Job],
-    work: Callable[[Path, Path, int, Meter], Result],
-    messages: MessageOptions,
+def _plan(
+    sources: list[Path], target: Path, suffixes: frozenset[str], suffix: str,
+    folder: options.FolderOptions, overwrite: bool, messages: MessageOptions,
+) -> list[inputs.Job]:  # fmt: skip
+    """What is to be made, and a word on folders that are not looked into."""
+    jobs = inputs.plan_jobs(
+        sources, target, suffixes, suffix, overwrite or folder.skip_existing, folder.recursive
+    )
+    over = [] if folder.recursive else inputs.passed_over(sources, suffixes, target)
+    if over and not messages.quiet:
+        say(f"note: passed over: {inputs.some_of(over)}: --recursive looks into folders too")
+    return jobs
+
+
+def _check_output(
+    out: Path, output: options.VideoFileOptions, folder: options.FolderOptions
 ) -> None:
-    """Do all jobs. One of several that fails is told and passed over, and in the end raised."""
-    failed = 0
-    for index, (source, target) in enumerate(jobs):
-        name = title if len(jobs) == 1 else f"{title} {source.name} ({index + 1} of {len(jobs)})"
-        try:
-            with Meter(name, quiet=messages.quiet) as meter:
-                result = work(source, target, index, meter)
-        except (VideoError, ValueError, OSError) as error:
-            if len(jobs) == 1:
-                raise
-            failed += 1
-            say_error(str(error))
-        else:
-            messages.tell(target, result)
-    if failed:
-        raise ValueError(f"{failed} of {len(jobs)} failed")
+    """Raise `VideoError` for a video that cannot be written, or cannot tell what it was made of."""
+    check_suffix(out, output.format())
+    if folder.skip_existing and not choose(out, output.format()).in_container:
+        raise VideoError(
+            f"{out}: --skip-existing compares what a file says it was made of, and only .mp4, "
+            ".mov, .mkv and .webm have a place for that: take one of them, or leave it out"
+        )
 
 
 def main() -> None:

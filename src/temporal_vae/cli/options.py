@@ -231,6 +231,34 @@ class FileOptions(OptionGroup):
 
 
 @dataclass(frozen=True)
+class FolderOptions(OptionGroup):
+    """How several files are gone through."""
+
+    panel = "Folders"
+    skip_existing: bool = option(
+        False, "", "Keep files that exist and would be made the same: of the same bytes, by the "
+        "same model, with the same options. Any other is an error that says what differs, or with "
+        "--overwrite made again.")  # fmt: skip
+    recursive: bool = option(
+        False, "", "Look into the folders in a folder too; OUT gets the same folders. Hidden ones "
+        "are passed over.")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class VideoFolderOptions(FolderOptions):
+    """The same for videos."""
+
+    jobs: int = option(
+        1, "NUMBER", "Videos that are read at a time: the one that is encoded, and the next ones. "
+        "Each takes the memory of its decoder and of up to ten frames, beyond --memory. Never "
+        "changes what is written. Default: 1.")  # fmt: skip
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.jobs <= 64:
+            raise ValueError(f"--jobs takes a number of videos from 1 to 64, got {self.jobs}")
+
+
+@dataclass(frozen=True)
 class VideoFileOptions(FileOptions):
     """How videos are written."""
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 
 from temporal_vae.cli.groups import OptionGroup, option
 from temporal_vae.cli.info import Rows, shown, to_json
+from temporal_vae.cli.inputs import some_of
 from temporal_vae.video import PIPE
 
 if TYPE_CHECKING:
@@ -42,13 +45,8 @@ class MessageOptions(OptionGroup):
             warnings.simplefilter("ignore")
 
     def tell(self, target: Path, result: Result) -> None:
-        """What was done: notes on stderr; on stdout a line, or what is known of the file.
-
-        On stderr all of it where the video is on stdout.
-        """
+        """What was done, on stdout; on stderr where the video is on stdout."""
         done, rows = result
-        for note in () if self.quiet else done.notes:
-            err.print(f"tvae: note: {note}", markup=False, soft_wrap=True)
         console = err if str(target) == PIPE else out
         if self.json:
             # last, as a file may not state how many frames it has
@@ -64,6 +62,15 @@ class MessageOptions(OptionGroup):
             for name, value in shown(rows).items() if self.verbose else ():
                 console.print(f"  {name}: {value}", markup=False, soft_wrap=True)
 
+    def tell_skipped(self, targets: Sequence[Path]) -> None:
+        """The files that were there already."""
+        for target in targets if self.json else ():
+            row: Rows = {"path": str(target), "skipped": True}
+            out.print(to_json(row), markup=False, soft_wrap=True)
+        if targets and not self.quiet:
+            many = f"{len(targets)} files are" if len(targets) > 1 else f"{targets[0]} is"
+            say(f"{many} there already, of the same source, model and options: skipped")
+
 
 def show_rows(rows: Rows, as_json: bool) -> None:
     """Print rows on stdout: as a table, or as one line of JSON."""
@@ -76,37 +83,113 @@ def show_rows(rows: Rows, as_json: bool) -> None:
     out.print(table, markup=False, soft_wrap=True)
 
 
-class Meter:
-    """Progress on stderr: a bar with frames/s and time left; in a log, a line every ten seconds."""
+class Notes:
+    """What was not carried over, or could not be read: each said once, with the files it is of."""
 
-    def __init__(self, title: str, quiet: bool = False):
-        self._quiet = quiet
-        self._title, self._start, self._said = title, time.monotonic(), time.monotonic()
+    def __init__(self, files: int):
+        self._files = files
+        self._sources: dict[str, list[Path]] = {}
+
+    def add(self, source: Path, notes: Sequence[str]) -> None:
+        """Keep the notes on a file, to be told at the end."""
+        for note in notes:
+            self._sources.setdefault(note, []).append(source)
+
+    def tell(self, quiet: bool) -> None:
+        """Say all of them on stderr, unless `quiet`."""
+        for note, sources in () if quiet else self._sources.items():
+            many = "" if len(sources) == 1 else f" ({len(sources)} of {self._files} files)"
+            say(f"note: {some_of(sources)}: {note}{many}")
+
+
+class Whole:
+    """How far a command is that makes several files."""
+
+    def __init__(self, doing: str, files: int):
+        self.doing, self.files = doing, files
+        self.ended, self._frames = 0, 0
+        self._start = self.said = time.monotonic()
+
+    def end_file(self, frames: int) -> None:
+        """Count a file that is done, or failed, and its frames."""
+        self.ended += 1
+        self._frames += frames
+
+    def now(self, frames: int, total: int | None) -> tuple[float, str]:
+        """Files that are done, and in words; of the present one so many frames of a total are."""
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        done = self.ended + min(1, frames / total if total else 0)
+        words = (
+            f"{self.ended + 1} of {self.files}, {(self._frames + frames) / seconds:.2f} frames/s"
+        )
+        return done, words + _left(seconds, done, self.files)
+
+
+def _left(seconds: float, done: float, total: float | None) -> str:
+    """The time that is left, in words; before the first frame nobody knows."""
+    if not done or total is None:
+        return ""
+    left = timedelta(seconds=round(seconds * max(0, total - done) / done))
+    return f", {left} left"
+
+
+class Meter:
+    """Progress on stderr: a bar with frames/s and time left; in a log, a line every ten seconds.
+
+    Where it is one of several files there is a bar for all of them above its own.
+    """
+
+    def __init__(
+        self, title: str, quiet: bool = False, whole: Whole | None = None, unit: str = "frames"
+    ):
+        self._quiet, self._unit = quiet, unit
+        self._whole = whole if whole is not None and whole.files > 1 else None
+        self._title, self._start, self._done = title, time.monotonic(), 0
+        self.said = self._start
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
-            TextColumn("{task.completed:.0f} frames, {task.fields[rate]}"), TimeRemainingColumn(),
+            TextColumn("{task.fields[words]}"),
             console=err, transient=True, disable=quiet or not err.is_terminal,
         )  # fmt: skip
-        self._task = self._bar.add_task(title, total=None, rate="")
+        if self._whole is not None:
+            self._all = self._bar.add_task(self._whole.doing, total=self._whole.files, words="")
+        self._task = self._bar.add_task(title, total=None, words="")
 
     def __enter__(self) -> Meter:
         self._bar.start()
+        self(0, None)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+        if self._whole is not None:
+            self._whole.end_file(self._done)
 
     def __call__(self, done: int, total: int | None) -> None:
         """Show that `done` frames of `total` are done."""
-        now = time.monotonic()
-        rate = done / max(now - self._start, 1e-9)
-        self._bar.update(self._task, completed=done, total=total, rate=f"{rate:.2f} frames/s")
-        if not err.is_terminal and not self._quiet and now - self._said > 10:
-            self._said = now
-            of = "" if total is None else f" of {total}"
-            # before the first frame nobody knows
-            left = f", {max(0, total - done) / rate:.0f} s left" if total and done else ""
-            err.print(f"{self._title}: {done} frames{of}{left}, {rate:.2f} frames/s")
+        self._done, seconds = done, max(time.monotonic() - self._start, 1e-9)
+        of = "" if total is None else f" of {total}"
+        words = f"{done} {self._unit}{of}, {done / seconds:.2f} {self._unit}/s"
+        words += _left(seconds, done, total)
+        self._bar.update(self._task, completed=done, total=total, words=words)
+        title = self._title
+        if self._whole is not None:
+            all_done, all_words = self._whole.now(done, total)
+            self._bar.update(self._all, completed=all_done, words=all_words)
+            title = f"{self._whole.doing} {all_words}; {title}"
+        self._say_rarely(f"{title}: {words}")
+
+    def _say_rarely(self, line: str) -> None:
+        """Print a line where there are no bars, unless one was printed in the last ten seconds."""
+        now, clock = time.monotonic(), self._whole or self
+        if not err.is_terminal and not self._quiet and now - clock.said > 10:
+            clock.said = now
+            err.print(line, markup=False, soft_wrap=True)
+
+
+def say(message: str) -> None:
+    """Print a line on stderr."""
+    err.print(f"tvae: {message}", markup=False, soft_wrap=True)
 
 
 def say_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from temporal_vae.checkpoints import pretrained
 from temporal_vae.convert import chunks, ends
+from temporal_vae.convert import origin as origins
 from temporal_vae.convert.encode import Encoding
 from temporal_vae.convert.memory import PiecePlanner
 from temporal_vae.geometry import spans
@@ -32,6 +33,17 @@ def model_of(path: str | os.PathLike[str]) -> str:
             f"{file.path} was encoded by {file.info.model or 'a model that it does not name'}, "
             "which is not a built-in one: name it with --model"
         )
+
+
+def origin(
+    target: str | os.PathLike[str], model: TemporalVAE, record: ModelRecord, *,
+    sample: bool = False, seed: int | None = None, alpha: Alpha | None = None,
+    format: Format | None = None,
+) -> origins.Origin:  # fmt: skip
+    """What decides the video that `decode` makes, but for the source."""
+    chosen = origins.options_as_typed(dtype=model.dtype, sample=sample, seed=seed, alpha=alpha)
+    its = {"decoder_sha256": str(record.decoder_sha256)}
+    return origins.Origin(model=its, options=chosen | origins.format_as_typed(target, format))
 
 
 def decode(
@@ -62,6 +74,7 @@ def decode(
     output = ends.VideoTarget.checked(target, format, model, alpha, overwrite)
     generator = Encoding(sample=sample, seed=seed).generator()
     start, limit = time.monotonic(), memory_budget(memory, model.device)
+    made = origin(target, model, record, sample=sample, seed=seed, alpha=alpha, format=format)
     with LatentFile(source) as file:
         info = file.info
         notes = _compare(file, model, record, any_model)
@@ -72,8 +85,8 @@ def decode(
         )  # fmt: skip
         latents, shown = _stored(file, planner, generator), _video_info(file)
         walk = chunks.decode_walk(latents, planner, output.depth(shown.bit_depth))
-        done, lost = output.write(walk, shown, progress)
-    return ends.Summary.since(start, done, info.clip_frames, source, notes + lost)
+        done, lost = output.write(walk, shown, progress, comment=made.of(source).comment)
+    return ends.Summary.since(start, done, info.clip_frames, notes + lost)
 
 
 def _video_info(file: LatentFile) -> VideoInfo:

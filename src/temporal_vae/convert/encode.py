@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import secrets
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from temporal_vae.convert import chunks, ends
+from temporal_vae.convert import origin as origins
 from temporal_vae.convert.memory import PiecePlanner
 from temporal_vae.files.atomic import atomic_path
 from temporal_vae.geometry import Padding
@@ -57,6 +57,18 @@ class Encoding:
         return torch.Generator().manual_seed(seed)
 
 
+def origin(
+    model: TemporalVAE, record: ModelRecord, how: Encoding, options: Options | None = None
+) -> origins.Origin:
+    """What decides the latents that `encode` makes, but for the source."""
+    length = origins.length_as_typed(chunks.clip_length(model, how.clip_frames))
+    chosen = origins.options_as_typed(
+        dtype=model.dtype, latent_dtype=how.dtype or model.dtype, sample=how.sample, seed=how.seed,
+        scaled=how.scaled, clip_frames=length, **(options or {}),
+    )  # fmt: skip
+    return origins.Origin(model=origins.encoder_of(record), options=chosen)
+
+
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """What `encode` wrote."""
@@ -77,12 +89,13 @@ def encode(
     options: Options | None = None,
     overwrite: bool = False,
     progress: ends.Progress | None = None,
+    opening: ends.Opening | None = None,
 ) -> Encoded:
     """Encode a video to a file of latents, in memory that does not grow with its length.
 
     Walks as `reconstruct` does, by the same `options`, and records what `decode` needs to give back
     the same frames. With a decoder as well, the picture is that of `reconstruct`. `target` appears
-    whole or not at all.
+    whole or not at all. `opening` gives the video where it is opened elsewhere, see `ReadAhead`.
 
     Raises `VideoError` for a source that cannot be read, `LatentFileError` for a target that cannot
     be written, `ValueError` for memory that cannot do.
@@ -92,10 +105,14 @@ def encode(
     limit = memory_budget(how.memory, model.device)
     length, generator = chunks.clip_length(model, how.clip_frames), how.generator()
     start = time.monotonic()
+    opened = opening() if opening else ends.open_video(source, model, options)
+    made = replace(origin(model, record, how, options), source=opened.sha256)
     with (
-        ends.open_reader(source, model, options) as reader,
-        atomic_path(target) as path,
-        LatentWriter(path, _latent_info(reader, model, record, how, length, generator)) as writer,
+        opened.reader as reader,
+        atomic_path(target, overwrite) as path,
+        LatentWriter(
+            path, _latent_info(reader, model, record, how, length, generator, made)
+        ) as writer,
     ):
         frames, known = chunks.counted(ends.timed(reader))
         planner = PiecePlanner(
@@ -109,20 +126,12 @@ def encode(
             return len(stamps)
 
         ends.write_pieces(walk, write, progress, reader.info.expected_frames)
-        info = writer.finish(source_sha256=_checksum(source))
+        info = writer.finish()
         kept = tag_notes(reader.info.colour)  # which the header has
-        notes = [f"{os.fspath(source)}: {note}" for note in reader.notes if note not in kept]
+        notes = [note for note in reader.notes if note not in kept]
     if info.source_sha256 is None:
-        notes.append(f"{os.fspath(source)} is no file, so it has no checksum in the latents")
+        notes.append("it can be read only once, so it has no checksum in the latents")
     return Encoded(info, os.path.getsize(target), time.monotonic() - start, tuple(notes))
-
-
-def _checksum(source: str | os.PathLike[str]) -> str | None:
-    """SHA-256 of a file; None of what is no file."""
-    if not os.path.isfile(source):
-        return None
-    with open(source, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _latent_info(
@@ -132,6 +141,7 @@ def _latent_info(
     how: Encoding,
     length: int | None,
     generator: torch.Generator | None,
+    made: origins.Origin,
 ) -> LatentInfo:
     """The header of a video's latents, as far as it is known before the first frame."""
     factor, video = model.downsample_factor, reader.info
@@ -158,5 +168,7 @@ def _latent_info(
         clip_frames=None if length in (None, sys.maxsize) else length,
         seed=None if generator is None else generator.initial_seed(),
         source=None if name == PIPE else os.fsencode(name).decode(errors="replace"),
+        source_sha256=made.source,
+        options=made.options_text,
         **record_fields(record),
     )

@@ -14,6 +14,7 @@ import numpy as np
 
 from temporal_vae import video
 from temporal_vae.convert.chunks import T, Walk
+from temporal_vae.convert.origin import checksum
 from temporal_vae.model import TemporalVAE
 from temporal_vae.video import (
     CopiedStreams,
@@ -40,16 +41,36 @@ class Summary:
     clip_frames: int | None
     """Frames of each clip; None when the video was taken as one."""
     notes: tuple[str, ...]
-    """What was not carried over, or could not be read; a line each."""
+    """What of the source was not carried over, or could not be read; a line each."""
 
     @classmethod
-    def since(
-        cls, start: float, frames: int, clip_frames: int | None, source: Path, notes: list[str]
-    ) -> Summary:
-        """Of a conversion that began at `start` of `time.monotonic`; notes name the source."""
-        told = tuple(f"{os.fspath(source)}: {note}" for note in notes)
+    def since(cls, start: float, frames: int, clip_frames: int | None, notes: list[str]) -> Summary:
+        """Of a conversion that began at `start` of `time.monotonic`."""
         cut = None if clip_frames == sys.maxsize else clip_frames
-        return cls(frames, time.monotonic() - start, cut, told)
+        return cls(frames, time.monotonic() - start, cut, tuple(notes))
+
+
+@dataclass(frozen=True, slots=True)
+class OpenVideo:
+    """A video that is being read."""
+
+    reader: VideoReader
+    sha256: str | None
+    """Of its bytes, see `origin.checksum`."""
+
+
+Opening = Callable[[], OpenVideo]
+"""Opens a video, or waits for one that is being opened already."""
+
+
+def open_video(source: Path, model: TemporalVAE, options: Options | None = None) -> OpenVideo:
+    """A video to be read. Raises as `open_reader`.
+
+    The checksum is taken first: of a file that changes meanwhile it is that of older bytes, so that
+    what is made of it is never taken for what the newer ones give.
+    """
+    sha256 = checksum(source)
+    return OpenVideo(open_reader(source, model, options), sha256)
 
 
 def open_reader(source: Path, model: TemporalVAE, options: Options | None = None) -> VideoReader:
@@ -97,6 +118,7 @@ class VideoTarget:
     path: Path
     format: Format
     channels: int
+    overwrite: bool
 
     @classmethod
     def checked(
@@ -118,7 +140,7 @@ class VideoTarget:
                 f"{name} has no place for the alpha channel that the model gives: take .mkv "
                 "(FFV1), PNG or WebP, or --alpha drop, which writes the colours alone"
             )
-        return cls(path, format, 4 if keeps_alpha else 3)
+        return cls(path, format, 4 if keeps_alpha else 3, overwrite)
 
     def depth(self, bits: int) -> int:
         """Bits of the components that are written, for a source of so many."""
@@ -126,20 +148,21 @@ class VideoTarget:
 
     def write(
         self, walk: Walk[Image], info: VideoInfo, progress: Progress | None,
-        copied: CopiedStreams | None = None,
+        copied: CopiedStreams | None = None, comment: str | None = None,
     ) -> tuple[int, list[str]]:  # fmt: skip
         """Write frames, cropped to the size in `info`; gives their number, and notes on losses.
 
-        The file appears whole or not at all.
+        The file appears whole or not at all, with `comment` where it has a place for one.
         """
         video.choose(self.path, self.format).check_frames(info.frames)
         ratio, channels = info.sample_aspect_ratio, self.channels
         format = replace(self.format, depth=self.depth(info.bit_depth))
         with (
-            video.writable(self.path, format) as path,
+            video.writable(self.path, format, self.overwrite) as path,
             video.VideoWriter(
                 path, info.height, info.width, info.fps, info.time_base, ratio,
                 channels=channels, format=format, colour=info.colour, copied=copied,
+                comment=comment,
             ) as writer,
         ):  # fmt: skip
 

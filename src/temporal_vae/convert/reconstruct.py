@@ -8,10 +8,27 @@ from dataclasses import replace
 from typing import Literal
 
 from temporal_vae.convert import chunks, ends
+from temporal_vae.convert import origin as origins
 from temporal_vae.convert.memory import PiecePlanner
+from temporal_vae.latents import ModelRecord
 from temporal_vae.model import TemporalVAE
 from temporal_vae.video import Format, Options, VideoError, choose, tag_notes
 from temporal_vae.walks.budget import Budget, memory_budget
+
+
+def origin(
+    target: str | os.PathLike[str],
+    model: TemporalVAE,
+    record: ModelRecord,
+    clip_frames: int | Literal["all"] | None = None,
+    options: Options | None = None,
+    format: Format | None = None,
+) -> origins.Origin:
+    """What decides the video that `reconstruct` makes, but for the source."""
+    length = origins.length_as_typed(chunks.clip_length(model, clip_frames))
+    chosen = origins.options_as_typed(dtype=model.dtype, clip_frames=length, **(options or {}))
+    its = {half: str(getattr(record, half)) for half in ("encoder_sha256", "decoder_sha256")}
+    return origins.Origin(model=its, options=chosen | origins.format_as_typed(target, format))
 
 
 def reconstruct(
@@ -25,6 +42,8 @@ def reconstruct(
     format: Format | None = None,
     *,
     overwrite: bool = True,
+    record: ModelRecord | None = None,
+    opening: ends.Opening | None = None,
 ) -> ends.Summary:
     """Encode a video to the posterior mean, decode it, and write the result.
 
@@ -40,6 +59,8 @@ def reconstruct(
     One that exists is replaced, unless `overwrite` is False.
     `format` says more than its name of how it is written; a source deeper than 8 bits is written as
     deep where that can be. Its colours' tags, its sound and its subtitles are passed on.
+    With the `record` of the model a comment in the file says what it was made of, and how.
+    `opening` gives the video where it is opened elsewhere, see `ReadAhead`.
 
     Raises `VideoError` for a source that cannot be read or a target that cannot be written,
     `ValueError` for memory that cannot do.
@@ -51,8 +72,13 @@ def reconstruct(
     output = ends.VideoTarget.checked(target, format, model, options.get("alpha"), overwrite)
     length, limit = chunks.clip_length(model, clip_frames), memory_budget(memory, model.device)
     start = time.monotonic()
+    opened = opening() if opening else ends.open_video(source, model, options)
+    comment = None
+    if record is not None:
+        made = origin(target, model, record, clip_frames, options, format)
+        comment = replace(made, source=opened.sha256).comment
     with (
-        ends.open_reader(source, model, options) as reader,
+        opened.reader as reader,
         ends.copied_streams(source, reader, options) as copied,
     ):
         (height, width), ratio = reader.size, reader.sample_aspect_ratio
@@ -63,9 +89,9 @@ def reconstruct(
         )
         latents = chunks.encode_walk(frames, planner)
         walk = chunks.decode_walk(latents, planner, output.depth(info.bit_depth))
-        done, lost = output.write(walk, info, progress, copied)
+        done, lost = output.write(walk, info, progress, copied, comment)
     settled = set() if copied is None else set(copied.settled)
     if choose(target, output.format).in_container:
         settled |= set(tag_notes(info.colour))
     notes = [note for note in reader.notes if note not in settled] + lost
-    return ends.Summary.since(start, done, length, source, notes)
+    return ends.Summary.since(start, done, length, notes)

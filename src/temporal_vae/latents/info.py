@@ -191,6 +191,8 @@ class LatentInfo:
     source: Annotated[str | None, _TEXT] = None
     """Name of the source's file."""
     source_sha256: Annotated[str | None, _HASH] = None
+    options: Annotated[str | None, _TEXT] = None
+    """How it was made, as JSON: options of the command by name, those left out that are not set."""
     library: Annotated[str | None, _TEXT] = None
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ from temporal_vae.video.frames import (
     to_bytes,
     to_pixels,
 )
+from temporal_vae.video.read.container import comment_of
 from temporal_vae.video.read.reader import VideoReader, load_video, read_clip
 from temporal_vae.video.read.selection import Alpha, Options, Selection
 from temporal_vae.video.write.formats import Format, choose, depth_for, depth_notes
@@ -41,6 +42,7 @@ __all__ = [
     "VideoWriter",
     "check_suffix",
     "choose",
+    "comment_of",
     "depth_for",
     "depth_notes",
     "load_video",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from fractions import Fraction
 from itertools import chain
@@ -380,6 +381,27 @@ def _open(path: str, raw: Raw | None) -> av.container.InputContainer:
     except (av.error.FFmpegError, OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise VideoError(f"{path}: not a video that can be read ({reason})") from error
+
+
+def comment_of(path: str) -> str | None:
+    """The comment in a video that has all it says it has; None if there is none.
+
+    Raises `VideoError` for what is no video, or was cut short.
+    """
+    with _open(path, None) as container:
+        stated = (container.duration or 0) / av.time_base
+        with suppress(av.error.FFmpegError):  # then all packets come
+            container.seek(max(0, int((stated - 1) * av.time_base)))
+        rate = _video_stream(container, path).average_rate or Fraction(1)
+        end = 0.0
+        with suppress(av.error.FFmpegError):
+            for packet in container.demux():
+                if packet.pts is not None:
+                    end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        if end < stated - 1.5 / rate:
+            raise VideoError(f"{path}: it was cut short, at {end:.3f} of {stated:.3f} s")
+        tags = {name.lower(): text for name, text in container.metadata.items()}
+        return tags.get("comment")
 
 
 def _video_stream(container: av.container.InputContainer, path: str) -> VideoStream:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -99,6 +100,12 @@ def _opened(file: Path, pages: Pages) -> ContainerReader:
     return ContainerReader(str(file), alpha=False, pages=pages)
 
 
+def image_files(folder: str | os.PathLike[str]) -> list[Path]:
+    """The images of a folder that are read as a clip, in their order."""
+    entries = sorted(Path(folder).iterdir(), key=lambda p: natural_order(p.name))
+    return [e for e in entries if e.name[0] != "." and e.suffix.lower() in SUFFIXES]
+
+
 class AnimatedWebP(Source):
     """The frames of a WebP animation through Pillow, since libav does not decode it."""
 
@@ -148,9 +155,8 @@ def is_animated_webp(path: str) -> bool:
 def open_folder(path: str, fps: Fraction | None) -> Pictures:
     """Raises `VideoError` for a folder without images, or one that cannot be read."""
     try:
-        entries = sorted(Path(path).iterdir(), key=lambda p: natural_order(p.name))
-        visible = [entry for entry in entries if not entry.name.startswith(".")]
-        files = [entry for entry in visible if entry.suffix.lower() in SUFFIXES]
+        visible = [entry for entry in Path(path).iterdir() if not entry.name.startswith(".")]
+        files = image_files(path)
     except OSError as error:
         raise VideoError(f"{path}: the folder cannot be read ({error.strerror})") from error
     if not files:

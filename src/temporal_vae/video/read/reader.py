@@ -54,6 +54,7 @@ class VideoReader:
         self.path = os.fspath(path)
         self._selection = Selection(width=width, multiple=multiple, **options)
         self._converted: Prefetcher[Frame] | None = None
+        self._taken = False
         self._decoded: Prefetcher[Stamped] | None = None
         self._source = _open(self.path, self._selection)
         self._new_rate = None if self._source.takes_rate else self._selection.rate
@@ -82,10 +83,19 @@ class VideoReader:
             self._source.close()
 
     def __iter__(self) -> Iterator[Frame]:
-        if self._converted is not None:
+        if self._taken:
             raise VideoError(f"{self.path} has been read: open it again to read it again")
-        self._converted = Prefetcher(self._frames(), CONVERTED_AHEAD)
-        yield from self._converted
+        self._taken = True
+        yield from self.start()
+
+    def start(self) -> Prefetcher[Frame]:
+        """Begin to decode ahead, before the first frame is asked for."""
+        if self._converted is None:
+            # decoded in a thread of its own, since converting takes about as long
+            decoded = islice(self._selected(), self._selection.frames)
+            self._decoded = Prefetcher(decoded, DECODED_AHEAD)
+            self._converted = Prefetcher(self._frames(self._decoded), CONVERTED_AHEAD)
+        return self._converted
 
     @property
     def size(self) -> tuple[int, int]:
@@ -115,13 +125,11 @@ class VideoReader:
         """Seconds that were added to the file's timestamps, so that none is below 0."""
         return self._source.shift
 
-    def _frames(self) -> Iterator[Frame]:
+    def _frames(self, decoded_frames: Prefetcher[Stamped]) -> Iterator[Frame]:
         """Converted frames; then `notes` is complete."""
         last: tuple[VideoFrame, Frame] | None = None
         limit, count = self._selection.frames, 0
-        # decoded in a thread of its own, since converting takes about as long
-        self._decoded = Prefetcher(islice(self._selected(), limit), DECODED_AHEAD)
-        for decoded, pts in self._decoded:
+        for decoded, pts in decoded_frames:
             if last is None or last[0] is not decoded:  # a frame may be repeated
                 try:
                     last = decoded, self._converter(decoded, pts)

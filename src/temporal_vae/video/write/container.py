@@ -42,9 +42,12 @@ class ContainerWriter(Output):
         options = {"avoid_negative_ts": "disabled"}
         if not self._in_milliseconds:
             options = _movie_clock([self._base, *(copied.time_bases if copied else ())])
+        options["fflags"] = "+bitexact"  # no random numbers: the same video is the same bytes
         url = "pipe:1" if target.path == PIPE else os.path.abspath(target.path)
         self._container = av.open(url, "w", format=name, options=options)
         try:
+            if target.comment is not None:
+                self._container.metadata["comment"] = target.comment
             self._stream = self._add_stream()
             if copied is not None:
                 copied.join(self._container)

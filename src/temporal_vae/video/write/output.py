@@ -21,6 +21,8 @@ class Target:
     fps: Fraction
     time_base: Fraction
     sample_aspect_ratio: Fraction | None
+    comment: str | None = None
+    """Kept where the file has a place for it."""
 
 
 class Output(Protocol):

@@ -19,10 +19,13 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def writable(target: str | os.PathLike[str], format: Format | None = None) -> Iterator[str]:
+def writable(
+    target: str | os.PathLike[str], format: Format | None = None, replace: bool = True
+) -> Iterator[str]:
     """A temporary path to write to, which takes the name of `target` when the block ends.
 
-    It is a file or a folder, as the format asks; "-" stays "-". Raises `VideoError` for a name or
+    It is a file or a folder, as the format asks; "-" stays "-". A file that somebody else has made
+    meanwhile is kept unless `replace`, see `atomic_path`. Raises `VideoError` for a name or
     format that cannot be written, and `OSError` where no file can be made in that place.
     """
     if os.fspath(target) == PIPE:
@@ -31,7 +34,7 @@ def writable(target: str | os.PathLike[str], format: Format | None = None) -> It
         with atomic_folder(target) as folder:
             yield os.fspath(folder)
     else:
-        with atomic_path(target) as file:
+        with atomic_path(target, replace) as file:
             yield os.fspath(file)
 
 

@@ -30,7 +30,8 @@ class VideoWriter:
 
     FFV1 and images keep every number. The others store YUV in the matrix and range of `colour`
     (BT.709 and limited where it has none), with chroma of half the size if both sides are even.
-    The tags of `colour` are passed on. The streams of `copied` are put in the same file.
+    The tags of `colour` are passed on. The streams of `copied` are put in the same file, and
+    `comment` where it has a place for one.
 
     After the end `notes` says what is not in the file. Raises `VideoError` for what cannot be
     written.
@@ -49,6 +50,7 @@ class VideoWriter:
         format: Format | None = None,
         colour: Colour | None = None,
         copied: CopiedStreams | None = None,
+        comment: str | None = None,
     ):
         self.path = os.fspath(path)
         chosen = choose(self.path, format)
@@ -63,7 +65,8 @@ class VideoWriter:
         self.keeps_tags = chosen.in_container
         # a still has none, and an animation says itself what it loses
         self._keeps_timestamps = chosen.in_container or chosen.suffix in STILLS + ANIMATIONS
-        target = Target(self.path, chosen, layout, fps, self._base, sample_aspect_ratio)
+        ratio = sample_aspect_ratio
+        target = Target(self.path, chosen, layout, fps, self._base, ratio, comment)
         with _video_errors(f"cannot write {self.path}"):
             self._output = _open(target, copied)
 
