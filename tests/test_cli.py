@@ -626,15 +626,15 @@ def test_memory_is_reserved_before_the_first_frame(
     assert not seen and not (tmp_path / "out.mkv").exists()
 
 
-@pytest.mark.parametrize("memory", ["least", "64MiB"])
+@pytest.mark.parametrize("memory", ["least", "4MiB"])
 def test_a_refusal_of_memory_names_what_takes_it_and_what_would_take_less(
     memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, size = awake(torch.float32, base_channels=32), (320, 400)
+    model, size = awake(torch.float32, base_channels=16), (80, 120)
     source = write(tmp_path / "in.mkv", smooth(2, *size))
     if memory == "least":
-        monkeypatch.setattr(budget, "available_bytes", lambda device: 2**26)
-    with pytest.raises(BudgetError, match="below the least that a stream of 400x320") as error:
+        monkeypatch.setattr(budget, "available_bytes", lambda device: 2**22)
+    with pytest.raises(BudgetError, match="below the least that a stream of 120x80") as error:
         reconstructing.reconstruct(source, tmp_path / "out.mkv", model, memory=memory)
     said = str(error.value)
     assert ("are free" in said) == (memory == "least")
@@ -644,8 +644,8 @@ def test_a_refusal_of_memory_names_what_takes_it_and_what_would_take_less(
     monkeypatch.undo()
     reconstructing.reconstruct(source, tmp_path / "out.mkv", model, clip, memory=least)
     image = write(tmp_path / "image.mkv", smooth(1, *size))
-    with pytest.raises(BudgetError, match="least that an image of 400x320") as alone:
-        reconstructing.reconstruct(image, tmp_path / "image-out.mkv", model, memory="20MiB")
+    with pytest.raises(BudgetError, match="least that an image of 120x80") as alone:
+        reconstructing.reconstruct(image, tmp_path / "image-out.mkv", model, memory="500KiB")
     assert alone.value.least < error.value.least / 2 and "--clip-frames" not in str(alone.value)
     reconstructing.reconstruct(image, tmp_path / "i.mkv", model, memory=alone.value.least)
 

@@ -828,7 +828,14 @@ def test_a_graph_of_images_and_of_masks() -> None:
     assert difference(graph(other), model.predict(other)) < 1e-4
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 1, 8, 8), (1, 3, 8, 8), (2, 3, 1, 2, 2)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 3, 1, 2, 2),
+        *(pytest.param(s, marks=pytest.mark.slow) for s in ((1, 3, 8, 8), (2, 3, 1, 8, 8))),
+    ],
+    ids=str,
+)
 def test_any_example_makes_a_graph_of_any_size(shape: tuple[int, ...]) -> None:
     """One sample, one frame, one latent cell: what the graph is traced with is another matter."""
     model = awake(torch.float32, **SLIM)

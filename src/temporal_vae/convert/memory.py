@@ -134,9 +134,7 @@ class PiecePlanner:
         if clip is None:
             found = self._stream(self.limit)
         else:
-            latents = math.prod(self._shape("decode", clip)) * self.model.dtype.itemsize
-            held = latents if len(self.operations) > 1 else 0  # from one operation to the other
-            found = self._within(self.limit, clip, dict.fromkeys(self.operations, held))
+            found = self._within(self.limit, clip, self._held(clip))
         free = budget.available_bytes(self.model.device)
         if free is not None and found.reserved > free:
             # Linux would give it, and end the process when it is used
@@ -146,6 +144,11 @@ class PiecePlanner:
             # Others may have taken the rest of what was free by now.
             self.limit = min(self.limit, found.total)
         return found
+
+    def _held(self, clip: int) -> dict[Operation, int]:
+        """Bytes of latents that lie between the operations."""
+        latents = math.prod(self._shape("decode", clip)) * self.model.dtype.itemsize
+        return dict.fromkeys(self.operations, latents if len(self.operations) > 1 else 0)
 
     def _stream(self, limit: Limit) -> Pieces:
         """The most frames that are not cut into bands, whose edges would be computed twice."""
@@ -225,7 +228,7 @@ class PiecePlanner:
         clips = [n for n in SHORT_CLIPS if not self.clip_frames or n < frames]
         for length in clips:
             clip = replace(self, limit="least", clip_frames=length, frames=None)
-            needed = clip._within("least", length, dict.fromkeys(self.operations, 0)).total
+            needed = clip._within("least", length, self._held(length)).total
             if length == clips[-1] or (limit is not None and needed <= limit):
                 return [f"clips that are walked apart (--clip-frames {length}: {in_words(needed)})"]
         return []

@@ -69,10 +69,10 @@ def parse_budget(budget: Budget) -> Limit:
     if budget == "least":
         return "least"
     if isinstance(budget, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]i?)?B?\s*", budget)
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]i?)?B?\s*", budget)
         if match:
             unit = match[2] or ""
-            power = " kMGT".index(unit[:1] or " ")
+            power = " KMGT".index(unit[:1].upper() or " ")
             size = int(float(match[1]) * (1024 if unit.endswith("i") else 1000) ** power)
             if size > 0:
                 return size
