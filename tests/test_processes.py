@@ -5,17 +5,23 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
 from conftest import awake, difference, pixels
+from test_video import write
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from temporal_vae import LatentFile, LatentFileError, to_diffusers, write_latents
+from temporal_vae.latents import LatentWriter
+from temporal_vae.video import VideoError, VideoReader, VideoWriter
 
 FRAMES = 200
 
@@ -94,6 +100,80 @@ def test_forked_workers_read_the_frames_they_ask_for(tmp_path: Path) -> None:
         found = list(loader)
     assert len(found) == FRAMES and all(index == low == high for index, low, high in found)
 
+
+# Videos --------------------------------------------------------------------------------------
+
+
+def levels(reader: VideoReader) -> list[int]:
+    """The grey of each frame."""
+    return [int(frame.image.mean()) for frame in reader]
+
+
+def forked(work: Callable[[], object]) -> object:
+    """What some work gives, or raises, in a forked process."""
+    context = mp.get_context("fork")
+    queue = context.Queue()
+
+    def run() -> None:
+        try:
+            queue.put(work())
+        except Exception as error:
+            queue.put(f"{type(error).__name__}: {error}")
+
+    child = context.Process(target=run)
+    child.start()
+    try:
+        return queue.get(timeout=60)
+    finally:
+        child.kill()
+        child.join()
+
+
+@pytest.fixture
+def grey(tmp_path: Path) -> Path:
+    """Sixty frames, each brighter than the last."""
+    frames = np.arange(60, dtype=np.uint8).reshape(60, 1, 1, 1) * 4
+    return write(tmp_path / "grey.mkv", np.broadcast_to(frames, (60, 48, 64, 3)).copy())
+
+
+def test_a_reader_that_has_not_begun_is_opened_again_elsewhere(grey: Path) -> None:
+    with VideoReader(grey) as before:  # which leaves a decoder with threads to be freed
+        assert len(levels(before)) == 60
+    with VideoReader(grey, start=0.4, stride=2, width=32) as reader:
+        with pickle.loads(pickle.dumps(reader)) as other:
+            there = levels(other)
+        assert len(there) == 25 and forked(lambda: levels(reader)) == there
+        assert levels(reader) == there  # nobody has moved its place in the file
+
+
+def test_a_reader_that_has_begun_is_refused_elsewhere(grey: Path) -> None:
+    with VideoReader(grey) as reader:
+        frames = iter(reader)
+        next(frames)
+        with pytest.raises(VideoError, match="open it in the process"):
+            pickle.dumps(reader)
+        assert "cannot be read on in a forked process" in str(forked(lambda: next(frames)))
+        assert forked(reader.close) is None  # which waits for no thread
+        assert len(list(frames)) == 59
+
+
+def test_writers_stay_where_they_are(tmp_path: Path) -> None:
+    model = awake(torch.float32)
+    path = numbered(tmp_path / "z.safetensors")
+    with (
+        LatentFile(path) as file,
+        LatentWriter(tmp_path / "other", file.info) as latents,
+        pytest.raises(TypeError, match="written by one process"),
+    ):
+        pickle.dumps(latents)
+    with VideoWriter(tmp_path / "a.mkv", 16, 16, Fraction(25)) as video:
+        with pytest.raises(TypeError, match="written by one process"):
+            pickle.dumps(video)
+        video.write(np.zeros((16, 16, 3), np.uint8), 0)
+    assert pickle.loads(pickle.dumps(model.decode_stream().state)) == ()
+
+
+# Models in parts -----------------------------------------------------------------------------
 
 SHARDED = """
 import os, sys, torch, torch.distributed as dist

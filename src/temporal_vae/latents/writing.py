@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from fractions import Fraction
 from importlib.metadata import version
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, NoReturn, Self
 
 import torch
 from torch import Tensor
@@ -53,6 +53,11 @@ class LatentWriter:
     def unscaled(self) -> LatentInfo:
         """The header of the same latents before they are scaled."""
         return replace(self._info, scaled=False)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"{self.path} is being written: a file of latents is written by one process"
+        )
 
     def __enter__(self) -> Self:
         return self

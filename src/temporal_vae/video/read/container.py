@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -84,6 +86,19 @@ class Source(Protocol):
         return
 
 
+_OPEN: weakref.WeakSet[ContainerReader] = weakref.WeakSet()
+_NEVER_FREED: list[ContainerReader] = []
+"""In a forked process. libav frees a decoder by ending its threads, which a fork does not have: it
+would wait for ever."""
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=gc.collect,  # for which closed ones may wait
+        after_in_child=lambda: _NEVER_FREED.extend(_OPEN),
+    )
+
+
 class ContainerReader(Source):
     """A video file, or standard input for "-"; `raw` says how to read one of bare numbers.
 
@@ -101,6 +116,7 @@ class ContainerReader(Source):
         self._frames: Iterator[VideoFrame] = iter(())
         self._head: VideoFrame | None = None
         self._container = _open(path, raw)
+        _OPEN.add(self)
         try:
             head = self._decode_first()
             self.info = self._describe(head)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 import weakref
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+
+from temporal_vae.video.frames import VideoError
 
 T = TypeVar("T")
 
@@ -27,7 +30,7 @@ class Prefetcher(Generic[T]):
 
     def __init__(self, items: Iterator[T], depth: int):
         self._queue: Queue[tuple[T | None, BaseException | None]] = Queue(depth)
-        self._closed = threading.Event()
+        self._closed, self._process = threading.Event(), os.getpid()
         self._thread = threading.Thread(
             target=self._make, args=(items,), name="video decoder", daemon=True
         )
@@ -51,6 +54,11 @@ class Prefetcher(Generic[T]):
 
     def __iter__(self) -> Iterator[T]:
         while not self._closed.is_set():
+            if self._process != os.getpid():  # a fork has no threads but the one that forked
+                raise VideoError(
+                    "a video that is being read cannot be read on in a forked process: open it "
+                    "there"
+                )
             try:
                 item, error = self._queue.get(timeout=POLL_SECONDS)
             except Empty:  # the thread is slow, or `close` has emptied the queue
@@ -66,6 +74,8 @@ class Prefetcher(Generic[T]):
 
         Returns False if it has not ended, as when it waits for a pipe that nobody writes to.
         """
+        if self._process != os.getpid():  # where a lock may be held for ever
+            return False
         self._closed.set()
         with suppress(Empty):
             while True:

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from fractions import Fraction
 from itertools import islice
-from typing import TYPE_CHECKING, Self, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import av
 import numpy as np
 from av.video.frame import VideoFrame
 
-from temporal_vae.video.frames import FRACTION_LIMIT, Frame, Image, VideoError, VideoInfo, to_pixels
+from temporal_vae.video.frames import (
+    FRACTION_LIMIT,
+    PIPE,
+    Frame,
+    Image,
+    VideoError,
+    VideoInfo,
+    to_pixels,
+)  # fmt: skip
 from temporal_vae.video.read.container import ContainerReader, Source, Stamped
 from temporal_vae.video.read.images import is_animated_webp, open_folder, open_pages, open_webp
 from temporal_vae.video.read.prefetch import Prefetcher
@@ -42,6 +50,9 @@ class VideoReader:
     Raises `VideoError` for a video that cannot be read, or whose frames would come out wrong; the
     message gives a way out. After the iteration `notes` says what of the file was assumed, changed,
     left out or lost.
+
+    A reader that has not begun may be sent to another process, or be there after a fork: it opens
+    its file again. One that has begun raises `VideoError` there.
     """
 
     def __init__(
@@ -54,7 +65,7 @@ class VideoReader:
         self.path = os.fspath(path)
         self._selection = Selection(width=width, multiple=multiple, **options)
         self._converted: Prefetcher[Frame] | None = None
-        self._taken = False
+        self._taken, self._process = False, os.getpid()
         self._decoded: Prefetcher[Stamped] | None = None
         self._source = _open(self.path, self._selection)
         self._new_rate = None if self._source.takes_rate else self._selection.rate
@@ -68,6 +79,17 @@ class VideoReader:
         except BaseException:
             self._source.close()
             raise
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._taken or self._converted is not None:
+            raise VideoError(f"{self.path} is being read: open it in the process that reads it")
+        return _reopen, (type(self), os.path.abspath(self._again()), self._selection)
+
+    def _again(self) -> str:
+        """The path, if it can be opened a second time."""
+        if self.path == PIPE:
+            raise VideoError("standard input cannot be read in two processes: read it in one")
+        return self.path
 
     def __enter__(self) -> Self:
         return self
@@ -91,6 +113,8 @@ class VideoReader:
     def start(self) -> Prefetcher[Frame]:
         """Begin to decode ahead, before the first frame is asked for."""
         if self._converted is None:
+            if self._process != os.getpid():  # which has the same place in the same open file
+                self._source, self._process = _open(self._again(), self._selection), os.getpid()
             # decoded in a thread of its own, since converting takes about as long
             decoded = islice(self._selected(), self._selection.frames)
             self._decoded = Prefetcher(decoded, DECODED_AHEAD)
@@ -186,6 +210,11 @@ class VideoReader:
             length = min(selection.frames, length or selection.frames)
         whole = selection.frames is None and not selection.start and fps == info.fps
         return replace(info, fps=fps, time_base=base, frames=info.frames if whole else length)
+
+
+def _reopen(kind: type[VideoReader], path: str, selection: Selection) -> VideoReader:
+    options = {field.name: getattr(selection, field.name) for field in fields(selection)}
+    return kind(path, **options)
 
 
 def _open(path: str, selection: Selection) -> Source:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from numbers import Integral
-from typing import Self
+from typing import NoReturn, Self
 
 import av
 
@@ -69,6 +69,9 @@ class VideoWriter:
         target = Target(self.path, chosen, layout, fps, self._base, ratio, comment)
         with _video_errors(f"cannot write {self.path}"):
             self._output = _open(target, copied)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"{self.path} is being written: a video is written by one process")
 
     def __enter__(self) -> Self:
         return self
