@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import resource
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import awake, thinned
+from conftest import awake, pixels, thinned
 from hypothesis import given
 from hypothesis import strategies as st
 from test_bounded import SVD_LIKE
@@ -28,10 +30,11 @@ from torch import Tensor
 
 from temporal_vae import TemporalVAE
 from temporal_vae.cli import report
-from temporal_vae.convert import chunks, memory
+from temporal_vae.convert import chunks, ends, memory
 from temporal_vae.convert import reconstruct as reconstructing
 from temporal_vae.evaluation.evaluate import reconstruct_frames
 from temporal_vae.evaluation.metrics import psnr
+from temporal_vae.network.kernels import work
 from temporal_vae.video import Frame, VideoError, VideoReader, VideoWriter, read_clip, to_bytes
 from temporal_vae.walks import budget
 from temporal_vae.walks.budget import BudgetError, Limit
@@ -201,17 +204,60 @@ def test_what_is_not_carried_is_said(tmp_path: Path, echo: Echo) -> None:
     assert "4/3" in note and ".mp4 only" in note
 
 
-def test_progress_knows_what_is_left(tmp_path: Path, echo: Echo) -> None:
-    """Also for a container that does not count its frames."""
-    seen: list[tuple[int, int | None]] = []
-    for name in ("a.mp4", "a.mkv"):
-        source = write(tmp_path / name, smooth(20, 16, 16))
+@pytest.mark.parametrize("memory", [None, "least"])
+def test_progress_knows_what_is_left(
+    memory: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also for a container that does not count its frames, and while the model waits."""
+    monkeypatch.setattr(ends, "TOLD_SECONDS", 0.0)
+    model = awake(torch.float32)
+    for name, frames in (("a.mp4", 20), ("b.mkv", 20), ("image.mkv", 1)):
+        seen: list[tuple[float, int | None, str]] = []
+        source = write(tmp_path / name, smooth(frames, 32, 48))
         reconstructing.reconstruct(
-            source, tmp_path / f"out_{name}", echo, None, lambda *n: seen.append(n)
+            source,
+            tmp_path / f"out_{name}",
+            model,
+            None,
+            lambda *n, seen=seen: seen.append(n),
+            memory,
         )
-        assert seen[-1] == (20, 20)
-    assert all(total == 20 for _, total in seen)
-    assert [done for done, _ in seen][:3] == [4, 8, 10]  # it moves while the model still waits
+        done = [told[0] for told in seen]
+        assert done == sorted(done) and done[-1] == frames
+        assert all(total == frames for _, total, _ in seen)
+        assert len({d for d in done if 0 < d < 1}) > 5, "nothing moves inside a frame"
+        assert max(b - a for a, b in pairwise(done)) < 0.5 * frames
+        assert ("bounded walk" if memory else "whole walk") in seen[-1][2]
+
+
+def test_the_operations_that_are_foreseen_are_those_that_are_done() -> None:
+    """But for the linear layers of attention; in bands some rows are computed twice."""
+    for options in ({}, {"causal_mode": True}, SVD_LIKE):
+        model, done = awake(torch.float32, **options), list[int]()
+        planner = memory.PiecePlanner(model, ("encode", "decode"), (32, 48), None, 4)
+        video = pixels(4, 32, 48).float()
+        plan = model.plan(video.shape, "encode", budget="least")
+        with torch.no_grad(), work.told_to(done.append):
+            model.decode(model.encode(video, False))
+            whole = sum(done)
+            assert 0.85 * whole < 4 * planner.frame_operations() < 1.15 * whole
+            done.clear()
+            model.encode(video, False, plan=plan)
+        assert 0.3 * whole < sum(done) < 0.9 * whole
+
+
+def test_a_long_run_says_once_how_long(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step, said in ((7, 1), (0.6, 0)):
+        clock = (n * step for n in itertools.count())
+        monkeypatch.setattr(time, "monotonic", clock.__next__)
+        with report.Meter("working") as meter:
+            for done in range(1, 40):
+                meter(done, 40, "bounded walks, in 2 GiB")
+        lines = capsys.readouterr().err.splitlines()
+        told = [line for line in lines if "in all: bounded walks, in 2 GiB" in line]
+        assert len(told) == said and all(": about 0:" in line for line in told)
 
 
 def test_progress_in_a_log(

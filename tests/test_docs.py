@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import doctest
+import importlib.util
 import re
 from pathlib import Path
 
 import pytest
+import torch
 from test_adapters import svd_pipeline
 from test_checkpoints import image_vae, save_single
 from test_foreign import theirs
 from test_laws import FLOORS
 
 import temporal_vae
-from temporal_vae import model
+from temporal_vae import TemporalVAE, model
+from temporal_vae.walks import plan
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -131,3 +134,29 @@ def test_the_map_draws_every_room() -> None:
     for room in FLOORS:
         name = f"{room}/" if (ROOT / "src" / "temporal_vae" / room).is_dir() else f"{room}.py"
         assert re.search(rf"\b{re.escape(name)}", drawing), f"the floors lack {name}"
+
+
+def test_the_table_of_memory_is_what_plans_say() -> None:
+    spec = importlib.util.spec_from_file_location("budgets", ROOT / "benchmarks" / "budgets.py")
+    assert spec is not None and spec.loader is not None
+    budgets = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patched:  # as it is outside of tests, see conftest
+        patched.setattr(plan, "KERNELS_BYTES", 32 * 2**20)
+        patched.setattr(plan, "GAPS_BYTES", 160 * 2**20)
+        plan.planner.cache_clear()
+        spec.loader.exec_module(budgets)
+        cells = [
+            ("SVD", "float32", "256x256", "14 frames"), ("SDXL", "bfloat16", "832x480", "image"),
+            ("tiny", "float32", "3840x2160", "image"), ("tiny", "bfloat16", "256x256", "stream"),
+        ]  # fmt: skip
+        found = [budgets.cell(name, getattr(torch, dtype), *rest) for name, dtype, *rest in cells]
+    plan.planner.cache_clear()
+    page = (ROOT / "docs" / "memory.md").read_text()
+    assert page.startswith(budgets.HEAD)
+    for (name, dtype, size, kind), cell in zip(cells, found, strict=True):
+        table = page.split(f"## {name}, {dtype}")[1].split("##")[0]
+        row = next(line for line in table.splitlines() if line.startswith(f"| {size} "))
+        stated = row.split("|")[2 + list(budgets.KINDS).index(kind)].strip()
+        assert stated == " / ".join(map(budgets.in_words, cell))
+    tiny = TemporalVAE.from_pretrained("tiny").bfloat16()  # whose least is enough
+    assert tiny.plan((1, 4, 1, 32, 32), budget=found[3][0], stream=True, keep_state=False)

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 err = Console(stderr=True, highlight=False)
 out = Console(highlight=False)
 
+TIMED_SECONDS, LONG_SECONDS = 5.0, 60.0
+"""After so many seconds it is known what all will take; it is told if it is more than so many."""
+
 Result = tuple["Summary", Rows]
 """What was done, and what there is to say of the file that was written."""
 
@@ -115,7 +118,7 @@ class Whole:
         self.ended += 1
         self._frames += frames
 
-    def now(self, frames: int, total: int | None) -> tuple[float, str]:
+    def now(self, frames: float, total: int | None) -> tuple[float, str]:
         """Files that are done, and in words; of the present one so many frames of a total are."""
         seconds = max(time.monotonic() - self._start, 1e-9)
         done = self.ended + min(1, frames / total if total else 0)
@@ -145,7 +148,7 @@ class Meter:
         self._quiet, self._unit = quiet, unit
         self._whole = whole if whole is not None and whole.files > 1 else None
         self._title, self._start, self._done = title, time.monotonic(), 0
-        self.said = self._start
+        self.said, self._told = self._start, False
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
             TextColumn("{task.fields[words]}"),
@@ -165,12 +168,15 @@ class Meter:
         if self._whole is not None:
             self._whole.end_file(self._done)
 
-    def __call__(self, done: int, total: int | None) -> None:
-        """Show that `done` frames of `total` are done."""
-        self._done, seconds = done, max(time.monotonic() - self._start, 1e-9)
+    def __call__(self, done: float, total: int | None, how: str = "") -> None:
+        """Show that `done` frames of `total` are done; once also how, if it takes long."""
+        self._done, seconds = int(done), max(time.monotonic() - self._start, 1e-9)
         of = "" if total is None else f" of {total}"
-        words = f"{done} {self._unit}{of}, {done / seconds:.2f} {self._unit}/s"
+        some = f"{done:.2f}" if total == 1 else f"{int(done)}"
+        words = f"{some} {self._unit}{of}, {done / seconds:.2f} {self._unit}/s"
         words += _left(seconds, done, total)
+        if how and total and not self._told and seconds > TIMED_SECONDS and done:
+            self._tell_if_long(seconds * total / done, how)
         self._bar.update(self._task, completed=done, total=total, words=words)
         title = self._title
         if self._whole is not None:
@@ -178,6 +184,13 @@ class Meter:
             self._bar.update(self._all, completed=all_done, words=all_words)
             title = f"{self._whole.doing} {all_words}; {title}"
         self._say_rarely(f"{title}: {words}")
+
+    def _tell_if_long(self, seconds: float, how: str) -> None:
+        """Say once how long it takes in all, if that is long."""
+        self._told = True
+        if seconds > LONG_SECONDS and not self._quiet:
+            whole = timedelta(seconds=round(seconds))
+            err.print(f"{self._title}: about {whole} in all: {how}", markup=False, soft_wrap=True)
 
     def _say_rarely(self, line: str) -> None:
         """Print a line where there are no bars, unless one was printed in the last ten seconds."""

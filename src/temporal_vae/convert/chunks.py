@@ -41,6 +41,7 @@ class Walk(Generic[T]):
 
     pieces: Iterator[T | None]
     stamps: deque[int]
+    planner: PiecePlanner
 
 
 def counted(frames: Iterator[Frame]) -> tuple[Iterator[Frame], int | None]:
@@ -80,20 +81,21 @@ def encode_walk(
         yield from () if stream is None else stream.flush()
 
     if planner.clip_frames is not None:
-        return Walk(stepwise(None), stamps)
+        return Walk(stepwise(None), stamps, planner)
     plan = planner.pieces().plans.get("encode")
     if moments:
-        return Walk(stepwise(model.moments_stream(plan)), stamps)
-    return Walk(stepwise(model.encode_stream(sampled, generator, plan)), stamps)
+        return Walk(stepwise(model.moments_stream(plan)), stamps, planner)
+    return Walk(stepwise(model.encode_stream(sampled, generator, plan)), stamps, planner)
 
 
 def decode_walk(latents: Walk[Tensor], planner: PiecePlanner, depth: int = 8) -> Walk[Image]:
     """The frames of unscaled latents (1, L, n, h, w): uint8, or uint16 for more than 8 bits."""
     depth = 8 if depth == 8 else 16
     if planner.clip_frames is not None:
-        return Walk(_decode_clips(latents.pieces, planner, depth), latents.stamps)
+        return Walk(_decode_clips(latents.pieces, planner, depth), latents.stamps, planner)
     stream = planner.model.decode_stream(planner.pieces().plans.get("decode"))
-    return Walk(_decode_stream(_joined(latents.pieces), stream, depth), latents.stamps)
+    pieces = _decode_stream(_joined(latents.pieces), stream, depth)
+    return Walk(pieces, latents.stamps, planner)
 
 
 def _joined(latents: Iterator[Tensor | None]) -> Iterator[Tensor | None]:

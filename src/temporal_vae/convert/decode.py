@@ -112,7 +112,7 @@ def _stored(
             latents = file.latents(first, end - first, sample_mode=sampled, generator=generator)
             yield latents.to(model.device, model.dtype)
 
-    return chunks.Walk(pieces(), stamps)
+    return chunks.Walk(pieces(), stamps, planner)
 
 
 def colour_of(info: LatentInfo) -> Colour:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from temporal_vae import video
 from temporal_vae.convert.chunks import T, Walk
 from temporal_vae.convert.origin import checksum
 from temporal_vae.model import TemporalVAE
+from temporal_vae.network.kernels import work
 from temporal_vae.video import (
     CopiedStreams,
     Format,
@@ -28,8 +30,11 @@ from temporal_vae.video import (
 from temporal_vae.video.frames import NOT_COPIED
 
 Path = str | os.PathLike[str]
-Progress = Callable[[int, int | None], None]
-"""Called with the frames done, one on the way counting half, and the frames the file claims."""
+Progress = Callable[[float, int | None, str], None]
+"""Called with the frames done, those on the way counting by what is computed of them, the frames
+the file claims, and how they are walked, in words."""
+TOLD_SECONDS = 0.1
+"""Progress is told so often, at the most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,9 +189,33 @@ def write_pieces(
     walk: Walk[T], write: Callable[[T], int], progress: Progress | None, expected: int | None
 ) -> int:
     """Write all pieces of a walk, by a function that gives their frames; gives all frames."""
-    done = 0
-    for piece in walk.pieces:
-        done += 0 if piece is None else write(piece)
-        if progress is not None:  # a frame taken in, and not given yet, is half done
-            progress(done + len(walk.stamps) // 2, expected)
+    done, counted = 0, _Counted(walk, progress, expected)
+    with work.told_to(None if progress is None else counted):
+        for piece in walk.pieces:
+            done += 0 if piece is None else write(piece)
+            counted.tell(done)
     return done
+
+
+class _Counted:
+    """Turns the multiplications that are done into frames that are done."""
+
+    def __init__(self, walk: Walk[Any], progress: Progress | None, expected: int | None):
+        self._walk, self._progress, self._expected = walk, progress, expected
+        self._each = max(1, walk.planner.frame_operations())
+        self._operations, self._written, self._told = 0, 0, time.monotonic()
+
+    def __call__(self, operations: int) -> None:
+        """Count what is being computed."""
+        self._operations += operations
+        if time.monotonic() - self._told > TOLD_SECONDS:
+            self.tell(self._written)
+
+    def tell(self, written: int) -> None:
+        """Tell of the frames that are written, and those on the way."""
+        self._written, self._told = written, time.monotonic()
+        if self._progress is None:
+            return
+        on_the_way = written + 0.99 * len(self._walk.stamps)
+        done = max(written, min(self._operations / self._each, on_the_way))
+        self._progress(done, self._expected, self._walk.planner.explain())

@@ -127,6 +127,24 @@ class PiecePlanner:
             self._found = self._planned(clip)
         return self._found
 
+    def frame_operations(self) -> int:
+        """About how many multiplications a frame takes, in all operations together."""
+        total = 0
+        for operation in self.operations:
+            line = self.model.encoder if operation == "encode" else self.model.decoder
+            shape = self._shape(operation, 1)
+            for layer in line.layers():
+                total += layer.operations(shape)
+                shape = layer.output_shape(shape)
+        return total
+
+    def explain(self) -> str:
+        """How the video is walked, in a few words."""
+        if self._found is None or not self._found.plans:
+            return "whole walks, in as much memory as they take"
+        kinds = sorted({plan.walk for plan in self._found.plans.values()})
+        return f"{' and '.join(kinds)} walks, in {in_words(self._found.total)}"
+
     def _planned(self, clip: int | None) -> Pieces:
         if self.limit is None:
             most = PIECE_PIXELS // (self.size[0] * self.size[1])

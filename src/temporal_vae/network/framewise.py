@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from temporal_vae.config import TemporalVAEConfig
 from temporal_vae.network.folds import fold_frames, unfold_frames
 from temporal_vae.network.kernels.attention import attention
-from temporal_vae.network.layer import Layer, Ports
+from temporal_vae.network.layer import Layer, Ports, Shape
 from temporal_vae.network.primitives import (
     SPATIAL_EPS,
     Conv2d,
@@ -148,6 +148,10 @@ class SpatialAttention(Framewise):
         together = torch.cat(mixed, 1) if len(mixed) > 1 else mixed[0]
         y: Tensor = together.transpose(1, 2).unflatten(2, x.shape[2:])
         return join(y, x, self.to_out, self.to_out[0])
+
+    def operations(self, shape: Shape) -> int:
+        b, c, t, h, w = shape
+        return super().operations(shape) + 2 * b * t * c * (h * w) ** 2
 
     def _attend(self, tokens: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         q, k, v = (x.unsqueeze(1) for x in (self.to_q(tokens), keys, values))

@@ -112,6 +112,11 @@ class Layer(nn.Module):
         frames = math.ceil(t * self.rate)
         return (b, self.channels(c), frames, int(h * self.scale), int(w * self.scale))
 
+    def operations(self, shape: Shape) -> int:
+        """About how many multiplications a clip (B, C, T, H, W) takes."""
+        b, _, t, h, w = self.output_shape(shape)
+        return b * t * h * w * sum(p.numel() for p in self.parameters())
+
     def compute(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
         """(B, C, T, H, W) -> (B, C', T', H', W'): a whole clip, or a part along `cut`.
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from temporal_vae.config import NormScope, TemporalVAEConfig
 from temporal_vae.network.folds import fold_pixels, unfold_pixels
+from temporal_vae.network.kernels import work
 from temporal_vae.network.kernels.conv import conv2d
 from temporal_vae.network.kernels.norm import group_norm
 from temporal_vae.network.kernels.plain import values_only
@@ -123,7 +124,9 @@ class Conv2d(Scaled, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         x, bias = self.scales.enter(x, self), self.scales.shift(self.bias)
-        return conv2d(x, self.weight, bias, int(self.stride[0]), int(self.padding[0]))
+        y = conv2d(x, self.weight, bias, int(self.stride[0]), int(self.padding[0]))
+        work.count(y, self.weight[0].numel())
+        return y
 
 
 class FirstConv(Conv2d):
@@ -151,7 +154,9 @@ class TimeConv(Scaled, nn.Conv3d):
 
     def forward(self, x: Tensor) -> Tensor:
         u, bias = self.scales.enter(x, self), self.scales.shift(self.bias)
-        return unfold_pixels(F.conv2d(fold_pixels(u), self.weight.squeeze(-1), bias), x.shape[3:])
+        y = F.conv2d(fold_pixels(u), self.weight.squeeze(-1), bias)
+        work.count(y, self.weight[0].numel())
+        return unfold_pixels(y, x.shape[3:])
 
 
 class Linear(Scaled, nn.Linear):

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from temporal_vae.network.kernels import work
 from temporal_vae.network.kernels.norm import Moments, normalise
 from temporal_vae.network.primitives import Norm, own_norm
 
@@ -31,7 +32,8 @@ def input_of(
         return before(module, x)
 
     try:
-        compute(stop_there)
+        with work.told_to(None):  # it is all computed again with what is found here
+            compute(stop_there)
     except _Reached as reached:
         return reached.input
     raise RuntimeError(f"{type(wanted).__name__} is declared by its layer and never reached")

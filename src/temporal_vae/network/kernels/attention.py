@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from temporal_vae.network.kernels import work
 from temporal_vae.network.kernels.plain import transformed
 
 
@@ -18,4 +19,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Te
     """
     plain = sdpa_kernel(SDPBackend.MATH) if transformed() else contextlib.nullcontext()
     with plain:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    work.count(y, 2 * k.shape[2])
+    return y
