@@ -32,11 +32,11 @@ first number is the least that any budget can name: with less a plan is refused,
 second is comfortable: that of the fastest walk in pieces, from which on more memory buys little. No
 number changes the picture.
 
-SVD and tiny are video models; SDXL is the image VAE of Stable Diffusion's layout, frame by frame. A
-stream has any length, and is walked a frame at a time here; SVD has norms over the clip, so it
-takes clips. `tvae` counts frames on their way and codecs on top, and says what it needs where a budget is
-too small. Clips that are walked apart (`--clip-frames`), `--dtype bfloat16` (where the processor has
-it) and smaller frames take less.
+SVD and tiny are video models; SDXL is the image VAE of Stable Diffusion's layout, frame by frame.
+A stream has any length, and is walked a frame at a time here; SVD has norms over the clip, so it
+takes clips. `tvae` counts frames on their way and codecs on top, and says what it needs where a
+budget is too small. Clips that are walked apart (`--clip-frames`), `--dtype bfloat16` (where the
+processor has it) and smaller frames take less.
 
 Made by `python benchmarks/budgets.py`, without running anything: these are the plans' own numbers.
 """
