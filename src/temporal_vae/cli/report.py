@@ -60,8 +60,14 @@ class MessageOptions(OptionGroup):
         elif not self.quiet:
             cut, rate = done.clip_frames, done.frames / max(done.seconds, 1e-9)
             clips = "as one clip" if cut is None else f"in clips of {cut} frames"
-            line = f"{target}: {done.frames} frames in {done.seconds:.1f} s, {rate:.2f} frames/s"
-            console.print(f"{line}, {clips}", markup=False, soft_wrap=True)
+            if done.frames == 1:
+                line = f"{target}: 1 frame in {done.seconds:.1f} s"
+            else:
+                line = (
+                    f"{target}: {done.frames} frames in {done.seconds:.1f} s, {rate:.2f} frames/s"
+                )
+                line += f", {clips}"
+            console.print(line, markup=False, soft_wrap=True)
             for name, value in shown(rows).items() if self.verbose else ():
                 console.print(f"  {name}: {value}", markup=False, soft_wrap=True)
 
