@@ -877,9 +877,9 @@ def test_a_budget_is_checked_before_the_first_step(name: str) -> None:
     vae = upgrade(pipe, "1GiB").module
 
     def noted(own: Callable[..., Any]) -> Callable[..., Any]:
-        def note(z: Tensor, num_frames: int = 1, **options: Any) -> Any:
+        def note(z: Tensor, num_frames: int = 1, *args: Any, **options: Any) -> Any:
             seen.append((*z.shape, num_frames))
-            return own(z, num_frames=num_frames, **options)
+            return own(z, num_frames, *args, **options)
 
         return note
 
@@ -947,3 +947,52 @@ def test_a_compiled_vae_is_looked_through(before: bool) -> None:
     assert difference(svd_video(pipe, decode_chunk_size=2), one_clip) < TOLERANCE
     done.undo()
     assert pipe.vae is stock
+
+
+def test_the_check_never_gets_in_the_way() -> None:
+    """Images in forms whose size is not known before, sizes that the pipeline refuses itself."""
+    pipe = sd_pipeline(StableDiffusionImg2ImgPipeline)
+    upgrade(pipe, "1GiB")
+    pixels = torch.rand(3, 32, 48)
+    forms = [pixels, [pixels], [pixels.permute(1, 2, 0).numpy()], torch.randn(1, 4, 16, 24)]
+    for image in forms:
+        found = pipe(
+            image=image, prompt_embeds=embeds(1, 4, 8), negative_prompt_embeds=embeds(1, 4, 8),
+            num_inference_steps=2, strength=1.0, output_type="np",
+        )  # fmt: skip
+        assert found.images.shape[1:3] == (32, 48)
+    pipe = sd_pipeline()
+    upgrade(pipe, "1GiB")
+    with pytest.raises(ValueError, match=r"height.*width.*divisible"):
+        pipe(
+            prompt_embeds=embeds(1, 4, 8), negative_prompt_embeds=embeds(1, 4, 8), height=1, width=1
+        )
+
+
+def test_offload_does_not_hide_a_budget() -> None:
+    pipe = sd_pipeline()
+    pipe.enable_model_cpu_offload(device="cpu")
+    upgrade(pipe, 2**12)
+    steps = list[int]()
+    pipe.unet.register_forward_pre_hook(lambda *_: steps.append(1))
+    with pytest.raises(budget.BudgetError, match="below the least"):
+        picture(pipe)
+    assert not steps
+
+
+def test_hooks_are_told_before_they_are_lost() -> None:
+    pipe = svd_pipeline()
+    pipe.vae.enable_gradient_checkpointing()
+    handle = pipe.vae.decoder.mid_block.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"put them on pipe\.vae after"):
+        upgrade(pipe)
+    handle.remove()
+    done = upgrade(pipe, "least")
+    assert done.vae.is_gradient_checkpointing
+    steps = list[int]()
+    pipe.unet.register_forward_pre_hook(lambda *_: steps.append(1))
+    pipe.vae.decoder.mid_block.register_forward_hook(lambda *_: None)
+    assert done.module.plan_decode(torch.empty(5, 4, 16, 16), 5).bounds is not None
+    with pytest.raises(ValueError, match="a hook on"):
+        svd_video(pipe)
+    assert not steps

@@ -348,7 +348,7 @@ def test_lora_in_float16_that_needs_scales_is_refused() -> None:
     model.half()
     assert model.stream_scales["decoder"] != 1.0
     peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["conv1"]), model)
-    with pytest.raises(ValueError, match="merge the adapter"):
+    with pytest.raises(ValueError, match="merge_and_unload"):
         model.decode(torch.zeros(1, 4, 1, 4, 4, dtype=torch.float16))
 
 
@@ -415,6 +415,183 @@ def test_checkpointing_keeps_less() -> None:
     assert kept(model) == plain
 
 
+# What is put around a part, or in its place ---------------------------------------------------
+
+
+class Halved(nn.Module):
+    """A wrapper whose result is another one."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.module(x) * 0.5
+        return y
+
+
+@torch.no_grad()
+def test_what_is_wrapped_around_a_line_is_called() -> None:
+    compiled = list[int]()
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(1)
+        return graph.forward
+
+    models: list[Any] = [awake(), to_diffusers(awake())]
+    for model in models:
+        z = latents().transpose(0, 1)[None] if hasattr(model, "latent_channels") else latents()
+        before = model.decode(z)
+        before = getattr(before, "sample", before)
+        compiled.clear()
+        model.decoder = torch.compile(model.decoder, backend=backend)
+        found = model.decode(z)
+        assert compiled and difference(getattr(found, "sample", found), before) < 1e-10
+        handle = model.decoder.register_forward_hook(lambda _, args, out: out * 0.5)
+        found = model.decode(z)
+        assert difference(2 * getattr(found, "sample", found), before) < 1e-10
+        handle.remove()
+        other = awake(seed=1).decoder
+        model.decoder = other
+        found = model.decode(z)
+        assert difference(getattr(found, "sample", found), before) > 1e-2
+
+
+@torch.no_grad()
+def test_a_hook_on_a_compiled_model_is_called() -> None:
+    model: Any = awake()
+    z = latents().transpose(0, 1)[None]
+    expected = model.decode(z)
+    model.compile(backend="eager")
+    model.decoder.register_forward_hook(lambda _, args, out: out * 0.5)
+    assert difference(2 * model.decode(z), expected) < 1e-10
+
+
+@torch.no_grad()
+def test_walks_in_pieces_refuse_what_they_would_pass_over() -> None:
+    z = latents().transpose(0, 1)[None]
+
+    plan = awake().plan(z.shape, budget="least")
+    assert plan.bounds is not None
+
+    def check(model: Any, words: str = "") -> None:
+        whole = model.decode(z)
+        walks: list[Callable[[], Any]] = [
+            lambda: model.decode(z, plan=plan), lambda: model.decode_stream().push(z),
+        ]  # fmt: skip
+        for walk in walks:
+            if words:
+                with pytest.raises(ValueError, match=words):
+                    walk()
+            else:
+                found = walk()
+                assert found is None or difference(found, whole) < 1e-10
+
+    model: Any = awake()
+    model.decoder.mid_block = torch.compile(model.decoder.mid_block, backend="eager")
+    check(model)
+    model.decoder.mid_block.register_forward_hook(lambda _, args, out: out * 0.5)
+    check(model, "a hook on mid_block")
+    model = awake()
+    model.decoder.up_blocks[0].resnets[0] = Halved(model.decoder.up_blocks[0].resnets[0])
+    check(model, "in its place")
+    model = awake()
+    kept = list[Tensor]()
+    norm = model.decoder.mid_block.attentions[0].group_norm
+    norm.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
+    check(model, "a hook on")
+
+
+class HalvedNorm(nn.GroupNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(x)
+        return y * 0.5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "norm", [HalvedNorm(4, 8), nn.Identity(), nn.GroupNorm(4, 8, affine=False)]
+)
+def test_another_norm_is_not_gathered_from_pieces(norm: nn.Module) -> None:
+    model: Any = awake()
+    z = latents().transpose(0, 1)[None]
+    plan = model.plan(z.shape, budget="least")
+    model.decoder.up_blocks[1].resnets[0].norm2 = norm.double()
+    model.double()
+    model.decode(z)
+    with pytest.raises(ValueError, match="cannot be gathered from pieces"):
+        model.decode(z, plan=plan)
+
+
+@torch.no_grad()
+def test_a_layer_in_two_places_is_applied_twice() -> None:
+    for same in ("beside", "apart"):
+        model: Any = awake(causal_mode=True, num_temporal_layers=2)
+        mid = model.decoder.mid_block
+        if same == "beside":
+            mid.temporals[0][1] = mid.temporals[0][0]
+        else:
+            mid.temporals[1][0] = mid.temporals[0][0]
+        calls, z = list[int](), latents().transpose(0, 1)[None]
+        handle = mid.temporals[0][0].register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        whole = model.decode(z)
+        assert len(calls) == 2
+        handle.remove()
+        parts = streamed(model, z, model.plan(z.shape, budget="least", stream=True))
+        assert difference(parts, whole) < 1e-10
+
+
+def streamed(model: Any, z: Tensor, plan: Any) -> Tensor:
+    stream = model.decode_stream(plan)
+    parts = [*map(stream.push, z.split(1, 2)), stream.finish()]
+    return torch.cat([part for part in parts if part is not None], 2)
+
+
+def test_plain_parts_in_place_of_ours_convert() -> None:
+    model: Any = awake(torch.float32)
+    block = model.decoder.mid_block.resnets[0]
+    block.conv2 = nn.Conv2d(16, 16, 3, padding=1)
+    z = latents().transpose(0, 1)[None]
+    with torch.no_grad():
+        expected = model.double().decode(z)
+        found = model.decode(z, plan=model.plan(z.shape, budget="least"))
+        assert difference(found, expected) < 1e-10
+        model.load_state_dict(model.state_dict())
+        model.decoder.conv_in.weight.mul_(3000)
+        with pytest.raises(ValueError, match="in place of conv2"):
+            model.half()
+        with pytest.raises(ValueError, match="in place of conv2"):
+            model.decode(z.half())
+        block.conv2 = model.decoder.mid_block.resnets[1].conv2
+        assert model.decode(z.half()).isfinite().all() and model.decoder.stream_scale < 1
+
+
+@torch.no_grad()
+def test_what_a_hook_holds_in_float16_is_not_scaled() -> None:
+    model: Any = awake(torch.float32)
+    model.decoder.conv_in.weight.mul_(3000)
+    model.half()
+    assert model.decoder.stream_scale < 1
+    kept = list[tuple[Tensor, Tensor]]()
+    for module in model.decoder.modules():
+        module.register_forward_pre_hook(
+            lambda _, args: kept.append((args[0], args[0].clone())) if args else None
+        )
+    model.decode(latents().transpose(0, 1)[None].half())
+    assert len(kept) > 50 and all(torch.equal(held, copy) for held, copy in kept)
+
+
+def test_wrapped_blocks_are_checkpointed_too() -> None:
+    model: Any = awake()
+    model.decoder.up_blocks[0].resnets[0] = Halved(model.decoder.up_blocks[0].resnets[0])
+    calls = list[int]()
+    model.enable_gradient_checkpointing()
+    conv = model.decoder.up_blocks[0].resnets[0].module.conv1
+    conv.register_forward_hook(lambda *_: calls.append(1))
+    model.decode(latents().transpose(0, 1)[None].requires_grad_()).mean().backward()
+    assert len(calls) == 2
+
+
 # Numbers that a processor has no instructions for --------------------------------------------
 
 
@@ -425,7 +602,7 @@ def test_a_slow_type_is_told_once_before_the_work(monkeypatch: pytest.MonkeyPatc
         with monkeypatch.context() as patched, warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             patched.setattr(dtypes, "_has", lambda dtype, slow=slow: not slow)
-            model = awake().bfloat16()
+            model: Any = awake().bfloat16()
             model.plan((1, 4, 3, 4, 6))
             assert (
                 len([w for w in told if "no instructions for bfloat16" in str(w.message)]) == said

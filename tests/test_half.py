@@ -256,7 +256,7 @@ class _BiasForgotten(Scales):
 
 
 class _InputForgotten(Scales):
-    def enter(self, x: Tensor, module: nn.Module) -> Tensor:
+    def enter(self, x: Tensor, module: nn.Module | None) -> Tensor:
         return x
 
 

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from temporal_vae.checkpoints import diffusers_names
 from temporal_vae.model import TemporalVAE
 from temporal_vae.network.autoencoder import unwrapped
+from temporal_vae.network.primitives import hooked
+from temporal_vae.walks import bounded
 from temporal_vae.walks.budget import parse_budget
 
 if TYPE_CHECKING:
@@ -145,17 +147,21 @@ class Upgrade:
         A call whose size is not known from its arguments is not checked.
         """
         module = cast(Any, unwrapped(self.pipe.vae))
-        if module is not self.module or module.device != self.pipe._execution_device:
-            return  # which another VAE will decode, or another device
-        if (
-            arguments.get("output_type") == "latent"
-            or (size := _size_of(self.pipe, arguments)) is None
-        ):
+        if module is not self.module or arguments.get("output_type") == "latent":
+            return
+        if (size := _size_of(self.pipe, arguments)) is None:
             return
         batch, frames, height, width = size
         f, channels = self.vae.downsample_factor, self.vae.latent_channels
         shape = (batch * frames, channels, height // f, width // f)
-        module.plan_decode(torch.empty(1, dtype=module.dtype, device="cpu").expand(shape), frames)
+        if min(shape) < 1:  # the pipeline has its own words for that
+            return
+        latents = torch.empty(1, dtype=module.dtype, device="cpu").expand(shape)
+        device = torch.device(self.pipe._execution_device)  # where offload brings it
+        device = torch.device("cpu") if device.type == "cpu" else device
+        plan = module.plan_decode(latents, frames, device)
+        if plan is not None and plan.bounds is not None:
+            bounded.refuse_hooks(self.vae.decoder)
 
     def _apply(self) -> None:
         with _without_hooks(self.pipe):
@@ -219,6 +225,14 @@ def _decibels(a: Tensor, b: Tensor) -> float:
     return math.inf if error == 0 else 10 * math.log10(4 / error)
 
 
+def _is_plain(image: Any, channels: int) -> bool:
+    """Whether it is known how a pipeline takes an image: PIL's, or pixels as (B, C, H, W)."""
+    first = image[0] if isinstance(image, list) and image else image
+    if isinstance(first, Tensor):
+        return not isinstance(image, list) and first.ndim == 4 and first.shape[1] == channels
+    return hasattr(first, "getbands")
+
+
 @lru_cache(maxsize=64)
 def _checked_class(kind: Any) -> Any:
     """The same class of pipelines, whose call first checks that its result can be decoded."""
@@ -251,6 +265,8 @@ def _empty(kind: Any) -> Any:
 def _size_of(pipe: Any, arguments: Mapping[str, Any]) -> tuple[int, int, int, int] | None:
     """Samples, frames, height and width of what a call will decode; None where it is not known."""
     image = arguments.get("image")
+    if "height" not in arguments and not _is_plain(image, pipe.vae.config.in_channels):
+        return None
     each = arguments.get("num_images_per_prompt") or arguments.get("num_videos_per_prompt") or 1
     named = (arguments.get(name) for name in ("prompt", "prompt_embeds", "image"))
     given = next(value for value in (*named, "") if value is not None)
@@ -260,7 +276,7 @@ def _size_of(pipe: Any, arguments: Mapping[str, Any]) -> tuple[int, int, int, in
         frames = pipe.unet.config.num_frames
     height, width = arguments.get("height"), arguments.get("width")
     if height is None or width is None:
-        if image is not None:
+        if "height" not in arguments:
             first = image[0] if isinstance(image, list) else image
             known = pipe.image_processor.get_default_height_width(first, height, width)
         else:
@@ -369,6 +385,8 @@ def _with_weights_of(stock: Any) -> TemporalVAE:
         parameter.requires_grad_(given[key].requires_grad)
     # the same parameter objects, not only the same storage: to() on either module moves both
     model.load_state_dict(given, assign=True)
+    if stock.is_gradient_checkpointing:
+        model.enable_gradient_checkpointing()
     return model.train(stock.training)
 
 
@@ -376,7 +394,14 @@ def _refuse_hooks(pipe: Any) -> None:
     """Raise `ValueError` if hooks on layers move the weights: our walks do not call such hooks."""
     if pipe.hf_device_map is not None:
         raise ValueError("the pipeline has a device map: call pipe.reset_device_map() first")
-    layers = list(pipe.vae.modules()) if isinstance(pipe.vae, nn.Module) else []
+    layers = list(unwrapped(pipe.vae).modules()) if isinstance(pipe.vae, nn.Module) else []
+    for layer in layers[1:]:  # the hook of enable_model_cpu_offload is on the VAE as a whole
+        if hooked(layer) and not (hasattr(layer, "_hf_hook") or hasattr(layer, "_diffusers_hook")):
+            raise ValueError(
+                f"a {type(layer).__name__} of the pipeline's VAE has hooks, or a forward of its "
+                "own, which an upgrade would leave behind: take them off, and put them on pipe.vae "
+                "after the upgrade"
+            )
     if pipe.__dict__.get("_all_hooks"):
         layers = layers[1:]  # the hook of enable_model_cpu_offload is on the VAE as a whole
     if any(hasattr(layer, hook) for layer in layers for hook in ("_hf_hook", "_diffusers_hook")):

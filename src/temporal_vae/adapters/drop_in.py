@@ -76,6 +76,11 @@ class DiffusersTemporalVAE(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterM
         self.memory: int | str | None = None
         """A budget for `TemporalVAE.plan`, or "auto"; None for what `vae` itself is set to."""
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in ("encoder", "decoder") and "vae" in self.__dict__:  # which does the work
+            setattr(self.vae, name, value)
+
     @property
     def config(self) -> FrozenDict:
         """The arguments of the constructor, and their values under diffusers' names."""
@@ -205,14 +210,18 @@ class DiffusersTemporalVAE(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterM
         mixed = torch.is_autocast_enabled(x.device.type)
         return x.to(self.dtype) if x.is_floating_point() and not mixed else x
 
-    def plan_decode(self, z: Tensor, num_frames: int) -> Plan | None:
-        """How latents (N, L, h, w) would be decoded; of their values nothing is needed.
+    def plan_decode(
+        self, z: Tensor, num_frames: int, device: torch.device | None = None
+    ) -> Plan | None:
+        """How latents (N, L, h, w) would be decoded, on a device; their values do not matter.
 
         None if `memory` is. Raises `BudgetError` where it is too little, naming the least.
         """
-        return self._plan("decode", self._clips(z, num_frames, self.vae.decode_reach))
+        return self._plan("decode", self._clips(z, num_frames, self.vae.decode_reach), device)
 
-    def _plan(self, operation: Operation, clips: Tensor) -> Plan | None:
+    def _plan(
+        self, operation: Operation, clips: Tensor, device: torch.device | None = None
+    ) -> Plan | None:
         """How to walk clips (B, T, C, H, W); None for what `vae` itself is set to.
 
         Gradients of the clips are had by the whole walk alone.
@@ -220,10 +229,11 @@ class DiffusersTemporalVAE(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterM
         wanted = torch.is_grad_enabled() and clips.requires_grad
         if self.memory is None or self.vae.tiling_enabled or wanted:
             return None
-        budget = affordable(self.memory, self.device)
+        device = device or self.device
+        budget = affordable(self.memory, device)
         b, t, *frame = clips.shape
         shape = (b, frame[0], t, *frame[1:])
-        return self.vae.plan(shape, operation, clips.dtype, budget)
+        return self.vae._runner.plan(shape, operation, clips.dtype, budget, device=device)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **options: Any) -> Any:

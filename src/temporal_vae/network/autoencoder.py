@@ -41,6 +41,8 @@ from temporal_vae.network.primitives import (
     Conv2d,
     FirstConv,
     GroupNorm,
+    Leaf,
+    Scaled,
     TimeConv,
     hooked,
     watched,
@@ -70,17 +72,25 @@ class Chain(nn.Module):
                 yield from inner.layers()
             elif isinstance(inner, Layer):
                 yield inner
-            else:
-                raise TypeError(f"a {type(inner).__name__} in {type(self).__name__} is no layer")
+            elif not isinstance(inner, nn.Identity):
+                raise TypeError(
+                    f"a {type(inner).__name__} in {type(self).__name__} is no layer: such a model "
+                    "is walked whole, in float32, bfloat16 or float64, without plan, budget or "
+                    "stream; a class derived from network.layer.Layer can do all"
+                )
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) -> (B, C', T', H', W'), through every part, whose hooks are called."""
         for part in self._called():
-            if self.gradient_checkpointing and torch.is_grad_enabled() and isinstance(part, Layer):
+            if self.gradient_checkpointing and torch.is_grad_enabled() and self._is_layer(part):
                 x = self._gradient_checkpointing_func(part, x)
             else:
                 x = part(x)
         return x
+
+    @staticmethod
+    def _is_layer(part: nn.Module) -> bool:
+        return isinstance(unwrapped(part), Layer)
 
     def _called(self) -> Iterator[nn.Module]:
         """The parts, and in place of a chain that nobody watches its own: a call would keep its
@@ -130,12 +140,13 @@ class Line(Chain):
         calls it afterwards.
         """
         weight = next(self.parameters())
-        self._fitted = weight.dtype == torch.float16 and not weight.is_meta
-        if self._fitted:
+        if weight.dtype == torch.float16 and not weight.is_meta:
             frames = self.typical_frames().to(weight.device)
+            self._fitted = False  # until all layers have taken theirs
             self.stream_scale = float16.fit_scales(self.layers(), frames)
-        else:
-            self.stream_scale = float16.reset_scales(self.layers())
+            self._fitted = True
+        elif self._fitted:
+            self.stream_scale, self._fitted = float16.reset_scales(self.layers()), False
 
     def ready(self) -> Self:
         """Fit the scales if the weights became float16, or left it, through another owner."""
@@ -158,10 +169,21 @@ class Line(Chain):
 
     def hooked(self) -> str | None:
         """The name of a module with hooks that only the whole walk calls; None if none has."""
-        called = {norm for layer in self.layers() for norm in layer.norms()}
         for name, module in self.named_modules():
-            if (isinstance(module, (Chain, Layer)) or module in called) and hooked(module):
+            inner = unwrapped(module)
+            norm = isinstance(module, Leaf) and not isinstance(module, Scaled)
+            strange = inner is not module and not type(module).__module__.startswith("torch.")
+            if (isinstance(inner, (Chain, Layer)) or norm) and (hooked(module) or strange):
                 return name or type(self).__name__
+        return None
+
+    def strange_norm(self) -> str | None:
+        """The class of a norm over more than a piece whose formula is not group norm's, or None."""
+        known = (GroupNorm.forward, nn.GroupNorm.forward)
+        for layer in self.layers():
+            for norm in layer.norms():
+                if type(norm).forward not in known or getattr(norm, "weight", None) is None:
+                    return type(norm).__name__
         return None
 
     @property
@@ -219,7 +241,7 @@ class Level(Chain):
         """Each spatial block and the temporal ones behind it, then the change of resolution."""
         for resnet, temporals in zip(self.resnets, self.temporals, strict=True):
             yield resnet
-            yield from temporals.children()
+            yield from cast(nn.ModuleList, temporals)
         yield from (*self.downsamplers, *self.upsamplers)
 
 
@@ -241,9 +263,9 @@ class MidBlock(Chain):
         """The first spatial block and the temporal ones behind it, attention, the last blocks."""
         (first, last), (behind_first, behind_last) = self.resnets, self.temporals
         yield first
-        yield from behind_first.children()
+        yield from cast(nn.ModuleList, behind_first)
         yield from (*self.attentions, *self.temporal_attentions, last)
-        yield from behind_last.children()
+        yield from cast(nn.ModuleList, behind_last)
 
 
 class Encoder(Line):

@@ -72,6 +72,9 @@ def fit_scales(layers: Iterable[Layer], x: Tensor) -> float:
             stacklevel=2,
         )
     scale = power_of_two(max(stream))
+    if min(scale, *map(power_of_two, branches.values())) != 1.0:
+        for layer in layers:  # all, before any is changed
+            layer.refuse_wrapped()
     for layer in layers:
         layer.set_residual_scale(scale, power_of_two(branches.get(layer, 0.0)))
     return scale

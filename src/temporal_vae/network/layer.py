@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from fractions import Fraction
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -145,21 +145,21 @@ class Layer(nn.Module):
         `branch`. Nothing happens in a layer beside the residual stream.
         """
         factors = {"one": 1.0, "stream": stream, "branch": branch}
-        if stream != 1.0:
-            self.refuse_wrapped()
         for name, ports in self.ports.items():
-            if (part := self._part(name)) is not None:
-                bare(part).set_scales(*(factors[port] for port in ports))  # type: ignore[operator]
+            part = self._part(name)
+            own: Any = None if part is None else bare(part)
+            if hasattr(own, "set_scales"):
+                own.set_scales(*(factors[port] for port in ports))
 
     def refuse_wrapped(self) -> None:
-        """Raise `ValueError` if something is wrapped around a part that float16 scales."""
+        """Raise `ValueError` if a part that float16 scales was replaced, or wrapped."""
         for name in self.ports:
             part = self._part(name)
-            if part is not None and bare(part) is not part:
+            if part is not None and not hasattr(part, "set_scales"):
                 raise ValueError(
                     f"in float16 these weights need their residual stream scaled, which a "
-                    f"{type(part).__name__} around {name} does not know: merge the adapter into "
-                    "the weights, or use bfloat16 or float32"
+                    f"{type(part).__name__} in place of {name} does not know: use bfloat16 or "
+                    "float32, or merge an adapter and take it off (merge_and_unload)"
                 )
 
     def _part(self, name: str) -> nn.Module | None:

@@ -34,13 +34,13 @@ def hooked(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
-        or module._compiled_call_impl
     )
 
 
 def watched(module: nn.Module) -> bool:
-    """Whether somebody learns of a call of the module: by its hooks, or those of all modules."""
-    return hooked(module) or nn.modules.module._has_any_global_hook()
+    """Whether a call is more than the module's `forward`: hooked, compiled, or hooks on all."""
+    every = nn.modules.module._has_any_global_hook()
+    return hooked(module) or bool(module._compiled_call_impl) or every
 
 
 def unseen(module: nn.Module) -> bool:
@@ -72,15 +72,16 @@ class Scales(NamedTuple):
     before: float = 1.0
     after: float = 1.0
 
-    def enter(self, x: Tensor, module: nn.Module) -> Tensor:
-        """What to apply a module's weight to: x, overwritten where nobody can see.
+    def enter(self, x: Tensor, module: nn.Module | None) -> Tensor:
+        """What to apply a module's weight to: x, overwritten where nobody can see; never for None.
 
         The weight itself stays as it is: small ones would lose digits, or vanish.
         """
         gain = self.after / self.before
         if gain == 1.0:
             return x
-        return x.mul_(gain) if values_only(x) and unseen(module) else x * gain
+        own = module is not None and values_only(x) and unseen(module)
+        return x.mul_(gain) if own else x * gain
 
     def shift(self, bias: Tensor | None) -> Tensor | None:
         """What to add."""
@@ -163,7 +164,8 @@ class Linear(Scaled, nn.Linear):
     """torch's linear layer between scales."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.scales.enter(x, self), self.weight, self.scales.shift(self.bias))
+        x = self.scales.enter(x, None)  # a hook on what is around the layer may hold it
+        return F.linear(x, self.weight, self.scales.shift(self.bias))
 
 
 Norm = Callable[[nn.Module, Tensor], Tensor]

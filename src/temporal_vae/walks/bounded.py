@@ -78,13 +78,18 @@ def refuse_watchers(line: Line, x: Tensor) -> None:
             "walk whole: no plan, no memory budget, no tiling"
         )
     refuse_hooks(line)
+    if (norm := line.strange_norm()) is not None:
+        raise ValueError(
+            f"a {norm} in place of a group norm cannot be gathered from pieces: use no plan, no "
+            "memory budget and no tiling"
+        )
 
 
 def refuse_hooks(line: Line) -> None:
     """Raise `ValueError` for hooks that a walk in pieces would not call."""
     if (name := line.hooked()) is not None:
         raise ValueError(
-            f"a hook on {name} (or a forward of its own) is called only where a clip is walked "
+            f"a hook on {name}, or what is in its place, is called only where a clip is walked "
             "whole: take it off, or use no plan, no memory budget, no tiling and no stream"
         )
 
@@ -123,11 +128,14 @@ def step(
     fresh: dict[int, State] = {}
     frames = 0
     for number, sample in enumerate(x.split(1)):
+        places = iter(range(len(remembering)))
 
-        def remember(layer: Layer, clip: Tensor, number: int = number) -> Tensor | None:
+        def remember(
+            layer: Layer, clip: Tensor, number: int = number, places: Iterator[int] = places
+        ) -> Tensor | None:
             if not layer.tails():
                 return _whole_clip(work, layer, clip)
-            index = next(i for i, other in enumerate(remembering) if other is layer)
+            index = next(places)  # a layer may stand in several
             # its size and dtype, where the model is: the clip itself may be offloaded
             like = clip[:, :, :0].expand(len(x), -1, -1, -1, -1).to(work.device)
             old = memories[index] or layer.begin(like)

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -22,8 +22,9 @@ from temporal_vae.config import TemporalVAEConfig
 from temporal_vae.geometry import indivisible
 from temporal_vae.latents import LatentDistribution
 from temporal_vae.latents.latent_channels import mask
-from temporal_vae.network.autoencoder import Decoder, Encoder
+from temporal_vae.network.autoencoder import Decoder, Encoder, unwrapped
 from temporal_vae.network.layer import Shape
+from temporal_vae.network.primitives import hooked
 from temporal_vae.walks import bounded, streamed
 from temporal_vae.walks.budget import Budget, check_budget
 from temporal_vae.walks.peak import Offload, Operation, PlanRequest
@@ -80,7 +81,12 @@ class Runner:
 
     def line(self, operation: Operation) -> Encoder | Decoder:
         """The encoder or the decoder, its scales fitted to its weights."""
-        return self.encoder.ready() if operation == "encode" else self.decoder.ready()
+        line: Encoder | Decoder = cast(Any, unwrapped(self._outer(operation)))
+        return line.ready()
+
+    def _outer(self, operation: Operation) -> Encoder | Decoder:
+        """The same with what may be wrapped around it."""
+        return self.encoder if operation == "encode" else self.decoder
 
     def mask(self, latent: Tensor) -> Tensor:
         """A latent or moment (B, L, ...) with zeros in the channels that are not active."""
@@ -103,19 +109,21 @@ class Runner:
         stream: bool = False,
         keep_state: bool = True,
         offload: Offload = None,
+        device: torch.device | None = None,
     ) -> Plan:
-        """The fastest walk within a budget; see `TemporalVAE.plan`."""
+        """The fastest walk within a budget; see `TemporalVAE.plan`. `device`: where it will run."""
         full, line = self._checked_shape(shape, operation), self.line(operation)
         if not dtype.is_floating_point:
             raise ValueError(f"dtype must be floating point, got {dtype}")
-        check_budget(budget, self.device)
+        device = device or self.device
+        check_budget(budget, device)
         if stream and line.reach is None:
             raise ValueError(
                 f"this model normalises over the whole clip, so it cannot {operation} a stream"
             )
         places = self._places(offload, budget)
         request = PlanRequest(
-            self._network, operation, full, dtype, stream, places, self.device,
+            self._network, operation, full, dtype, stream, places, device,
             keep_state or not stream,
         )  # fmt: skip
         return planner(request).plan(budget)
@@ -372,7 +380,9 @@ class Runner:
 
     def _compiled(self, operation: Operation) -> Callable[[Tensor], Tensor]:
         """The line, compiled if that was asked for."""
-        line = self.line(operation)
+        line, outer = self.line(operation), self._outer(operation)
+        if outer is not line or hooked(line):  # who stands around it is to be called
+            return outer
         return self._compile(operation, line, line.forward) or line
 
     def _compiled_step(
