@@ -11,6 +11,7 @@ import importlib
 import pickle
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -21,10 +22,10 @@ from diffusers import AutoencoderKL
 from test_foreign import theirs
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.optim.swa_utils import AveragedModel
 
-from temporal_vae import to_diffusers
+from temporal_vae import TemporalVAE, to_diffusers
 from temporal_vae.adapters import diffusers
 from temporal_vae.network.kernels import dtypes
 
@@ -341,6 +342,34 @@ def test_lora_on_convolutions_over_time_is_exact_in_every_walk(options: dict[str
         assert difference(torch.cat([p for p in parts if p is not None], 2), whole) < 1e-10
 
 
+SAVES: list[Callable[[TemporalVAE, Path], object]] = [
+    lambda model, folder: model.save_pretrained(folder / "folder"),
+    lambda model, folder: model.save_model(folder / "a.safetensors"),
+    lambda model, folder: model.serialize(),
+]
+
+
+@pytest.mark.parametrize("save", SAVES, ids=["folder", "file", "bytes"])
+def test_weights_that_no_file_of_the_model_holds_are_not_saved(
+    tmp_path: Path, save: Callable[[TemporalVAE, Path], object]
+) -> None:
+    """A file with them could not be read again: it is refused when it is written."""
+    lora, normed, headed = (awake(torch.float32) for _ in range(3))
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["conv1"]), lora)
+    parametrizations.weight_norm(normed.decoder.conv_in)
+    headed.add_module("head", nn.Linear(2, 2))
+    for model, name in (
+        (lora, r"conv1\.base_layer"),
+        (normed, r"conv_in\.parametrizations"),
+        (headed, r"head\.weight"),
+    ):
+        with pytest.raises(ValueError, match=f"could not be read again.*{name}.*: merge"):
+            save(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+    parametrize.remove_parametrizations(normed.decoder.conv_in, "weight")
+    save(normed, tmp_path)
+
+
 def test_lora_in_float16_that_needs_scales_is_refused() -> None:
     model = awake(torch.float32)
     with torch.no_grad():
@@ -611,3 +640,26 @@ def test_a_slow_type_is_told_once_before_the_work(monkeypatch: pytest.MonkeyPatc
             assert len([w for w in told if "take float32" in str(w.message)]) == said
     for cached in (dtypes.is_slow, dtypes.warn_if_slow):
         cached.cache_clear()
+
+
+def test_weights_of_eight_bits_are_no_type_to_compute_in() -> None:
+    """Not told to convert the input to it; nor cast layer by layer, which walks would not see."""
+    model = awake(torch.float32).to(torch.float8_e4m3fn)
+    for dtype in (torch.float32, torch.float8_e4m3fn):
+        with pytest.raises(ValueError, match=r"no layer computes: convert the model"):
+            model.decode(torch.zeros(1, 4, 1, 4, 4).to(dtype))
+    with pytest.raises(ValueError, match=r"not cast layer by layer.*bfloat16"):
+        to_diffusers(awake()).enable_layerwise_casting(torch.float8_e4m3fn, torch.bfloat16)
+
+
+def test_weights_on_no_device_are_told() -> None:
+    with pytest.raises(ValueError, match="the weights are on no device"):
+        awake(torch.float32).to("meta").decode(torch.zeros(1, 4, 1, 4, 4))
+
+
+def test_the_drop_in_compiles_as_one_graph() -> None:
+    ours = pair("svd")[1]
+    with torch.no_grad():
+        expected = decoded(ours)
+        ours.decode = torch.compile(ours.decode, fullgraph=True, backend="aot_eager")
+        assert difference(decoded(ours), expected) < 1e-6

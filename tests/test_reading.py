@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import math
+import os
 import threading
 import time
 import weakref
@@ -783,6 +784,12 @@ def test_load_video_is_a_tensor_and_what_the_file_says(tmp_path: Path) -> None:
     assert [info.fps, info.expected_frames] == [25, 4]
     half, _ = load_video(tmp_path / "a.mkv", dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
+
+
+def test_a_name_may_be_bytes(tmp_path: Path) -> None:
+    path = h264(tmp_path / "\u00fc.mp4")
+    video, info = load_video(os.fsencode(path))  # type: ignore[arg-type]
+    assert torch.equal(video, load_video(path)[0]) and info.path == str(path)
 
 
 def test_load_video_of_ten_bits_has_ten_bits(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from safetensors.torch import save as safetensors_save
 from torch import Tensor, nn
 
 from temporal_vae import CheckpointError, TemporalVAE
+from temporal_vae.checkpoints import records
 from temporal_vae.files import safetensors, streams
 
 TINY: dict[str, Any] = {
@@ -561,8 +562,9 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "x" / "y" / "model"
     tiny().save_model(path)
     old, broken = path.read_bytes(), tiny(1)
-    broken.decoder.register_buffer("count", torch.zeros(2, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"decoder\.count is torch\.int64"):
+    whole = nn.Parameter(broken.decoder.conv_in.weight.long(), requires_grad=False)
+    broken.decoder.conv_in.weight = whole
+    with pytest.raises(ValueError, match=r"decoder\.conv_in\.weight is torch\.int64"):
         broken.save_model(path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(streams, "write_all", full)
@@ -843,7 +845,7 @@ def test_more_tensors_than_a_header_holds() -> None:
         {f"{'x' * 1000}{i}": nn.Parameter(torch.zeros(1)) for i in range(4200)}
     )
     with pytest.raises(ValueError, match="the limit is"):
-        model.serialize()
+        records.write_record(io.BytesIO(), model.config, model.state_dict(), None)
 
 
 def test_a_model_without_values() -> None:

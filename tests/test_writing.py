@@ -768,6 +768,18 @@ def test_save_and_load_are_inverse(tmp_path: Path, name: str, depth: int, channe
     assert torch.equal(back, once_more) and info_again.fps == 24
 
 
+def test_frames_that_are_no_tensor_are_told_how_to_become_one(tmp_path: Path) -> None:
+    """Such as pipelines give: arrays, and lists of pictures."""
+    frames = [np.full((8, 8, 3), 40 * n, np.uint8) for n in range(3)]
+    for given in (np.stack(frames), frames):
+        with pytest.raises(ValueError, match=r"a video is a torch\.Tensor.*, got (ndarray|list)"):
+            save_video(given, tmp_path / "a.mkv", fps=25)  # type: ignore[arg-type]
+    clip = torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2) / 127.5 - 1  # as it is told
+    save_video(clip, tmp_path / "a.mkv", fps=25)
+    with VideoReader(tmp_path / "a.mkv") as reader:
+        assert all(np.array_equal(f.image, g) for f, g in zip(reader, frames, strict=True))
+
+
 def test_save_video_keeps_what_it_is_told(tmp_path: Path) -> None:
     video, base = torch.zeros(3, 3, 16, 16), Fraction(1, 30000)
     path = tmp_path / "a.mp4"

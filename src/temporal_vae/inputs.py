@@ -72,6 +72,11 @@ class Door(NamedTuple):
         _check_channels(shape, channels, name, layout)
         self._check_dtype(x, name)
         if x.device != self.device:
+            if self.device.type == "meta":
+                raise ValueError(
+                    "the weights are on no device (meta), where nothing is computed: load values, "
+                    "or take off what moves them layer by layer"
+                )
             raise ValueError(
                 f"{name} is on {x.device}, the model on {self.device}: move one with .to(...)"
             )
@@ -83,10 +88,17 @@ class Door(NamedTuple):
                 f"{name} must be floating point, got {x.dtype}: 8-bit pixels become "
                 f"{name}.to({self.dtype}) / 127.5 - 1"
             )
-        if x.dtype != self.dtype and not torch.is_autocast_enabled(x.device.type):
+        fits = x.dtype == self.dtype and self.dtype.itemsize > 1
+        if fits or torch.is_autocast_enabled(x.device.type):
+            return
+        if self.dtype.itemsize == 1:
             raise ValueError(
-                f"{name} is {x.dtype}, the model {self.dtype}: convert with {name}.to({self.dtype})"
+                f"the weights are {self.dtype}, in which values are stored, but no layer computes: "
+                "convert the model with .to(torch.bfloat16), or another type that is wider"
             )
+        raise ValueError(
+            f"{name} is {x.dtype}, the model {self.dtype}: convert with {name}.to({self.dtype})"
+        )
 
 
 def _check_channels(shape: tuple[int, ...], channels: int, name: str, layout: Layout) -> None:

@@ -235,9 +235,10 @@ class TemporalVAE(Switches):
         "diffusers" writes what its `AutoencoderKLTemporalDecoder` (SVD's layout) or `AutoencoderKL`
         (no temporal layers) loads; `clip_frames` and options without effect are not kept there.
 
-        Raises `ValueError` naming what that format cannot express; `OSError` if it cannot write.
+        Raises `ValueError` naming what that format cannot express, and weights that are not those
+        of the architecture (an adapter's); `OSError` if it cannot write.
         """
-        pretrained.save(folder, self.config, self.state_dict(), format)
+        pretrained.save(folder, self.config, self._own_state(), format)
 
     # State -----------------------------------------------------------------------------------
 
@@ -252,10 +253,11 @@ class TemporalVAE(Switches):
         Raises:
             TypeError: for None and what has no `write`.
             ValueError: for a text file, one that is closed or read-only, and a model without values
-                (on the meta device) or with others than floating-point ones.
+                (on the meta device), with others than floating-point ones, or with other weights
+                than its architecture has (an adapter's).
         """
         loss = losses.loss_name(self.default_loss_function)
-        records.write_record(file, self.config, self.state_dict(), loss)
+        records.write_record(file, self.config, self._own_state(), loss)
 
     def load_state(self, file: BinaryIO) -> None:
         """Take the weights of one record, read from the file's position on; the rest stays unread.
@@ -334,6 +336,12 @@ class TemporalVAE(Switches):
         with atomic.whole_file(path) as (file, size):
             record = records.read_record(file, size)
             return cls._of_record(record, loss_function, dtype, device)
+
+    def _own_state(self) -> dict[str, Tensor]:
+        """All weights by name. Raises `ValueError` if they are not those of the architecture."""
+        state = self.state_dict()
+        pretrained.check_own(state, self._on_meta(self.config).state_dict())
+        return state
 
     def _take(self, record: records.Record) -> None:
         weights = check_has_values(self.state_dict())

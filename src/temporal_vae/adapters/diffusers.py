@@ -62,7 +62,8 @@ def upgrade(pipe: Any, memory: int | str | None = "6GiB") -> Upgrade:
         memory: the most memory that a walk may use on top of weights and latents, decoded pixels
             included, but not what the pipeline does with them afterwards: a number of bytes, a size
             such as "6GiB", "least" for as little as possible, "auto" for what is free, or None for
-            no limit. If less is free, the limit is what is free.
+            no limit. If less is free, the limit is what is free. `torch.compile` of the VAE with
+            `fullgraph=True` needs None: a plan asks what is free, which is no part of a graph.
 
     Returns:
         An `Upgrade`: its `undo()` gives the pipeline back as it was, its `vae` is our model, and

@@ -169,6 +169,13 @@ class DiffusersTemporalVAE(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterM
         """Walk as before `enable_tiling`."""
         self.vae.disable_tiling()
 
+    def enable_layerwise_casting(self, *_: Any, **__: Any) -> None:
+        """Raises `ValueError`: walks compute in the type of the weights, whatever hooks do."""
+        raise ValueError(
+            "the weights of this VAE are not cast layer by layer: it computes in the type that "
+            "they have, so convert it with .to(torch.bfloat16)"
+        )
+
     def set_attn_processor(self, processor: Any) -> None:
         """Raises `ValueError`: attention is computed here, by torch's fused kernels.
 

@@ -316,6 +316,19 @@ def check_fit(stored: Stored, expected: Mapping[str, Tensor]) -> None:
         )
 
 
+def check_own(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raise `ValueError` naming tensors with which a file of a model could not be read again."""
+    unlike = state.keys() ^ expected.keys()
+    unlike |= {n for n in state.keys() & expected.keys() if state[n].shape != expected[n].shape}
+    if unlike:
+        shown = ", ".join(sorted(unlike)[:4]) + (", ..." if len(unlike) > 4 else "")
+        raise ValueError(
+            f"{len(unlike)} tensors are not those of the model's architecture, so a file with them "
+            f"could not be read again: {shown}: merge what is wrapped around its layers into them, "
+            "or take it off and save it by itself (an adapter: merge and unload)"
+        )
+
+
 def fill(
     model: nn.Module, stored: Stored, dtype: torch.dtype, device: torch.device | str | None
 ) -> None:

@@ -44,6 +44,7 @@ from temporal_vae.network.primitives import (
     Leaf,
     Scaled,
     TimeConv,
+    has_hooks,
     hooked,
     watched,
 )
@@ -172,8 +173,11 @@ class Line(Chain):
         for name, module in self.named_modules():
             inner = unwrapped(module)
             norm = isinstance(module, Leaf) and not isinstance(module, Scaled)
-            strange = inner is not module and not type(module).__module__.startswith("torch.")
-            if (isinstance(inner, (Chain, Layer)) or norm) and (hooked(module) or strange):
+            if inner is module:
+                more = hooked(module)
+            else:  # wrappers of torch compute what is in them
+                more = has_hooks(module) or not type(module).__module__.startswith("torch.")
+            if (isinstance(inner, (Chain, Layer)) or norm) and more:
                 return name or type(self).__name__
         return None
 

@@ -26,15 +26,19 @@ def bare(module: nn.Module) -> nn.Module:
     return module if inner is None else cast(nn.Module, inner())
 
 
-def hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class's `forward`: hooks, or another one."""
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks of its own are called with the module."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or "forward" in module.__dict__
     )
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class's `forward`: hooks, or another one."""
+    return has_hooks(module) or "forward" in module.__dict__
 
 
 def watched(module: nn.Module) -> bool:

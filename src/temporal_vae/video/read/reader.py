@@ -62,7 +62,7 @@ class VideoReader:
         multiple: int = 1,
         **options: Unpack[Options],
     ):
-        self.path = os.fspath(path)
+        self.path = os.fsdecode(path)  # a name may be bytes, as those of os.scandir(b".")
         self._selection = Selection(width=width, multiple=multiple, **options)
         self._converted: Prefetcher[Frame] | None = None
         self._taken, self._process = False, os.getpid()

@@ -95,6 +95,14 @@ def save_video(
 
 def _checked_clip(video: Tensor) -> Tensor:
     """(1, C, T, H, W) or (C, T, H, W) -> (C, T, H, W), of floats."""
+    import torch  # here, since reading and writing frames do without it
+
+    if not isinstance(video, torch.Tensor):
+        raise ValueError(
+            f"a video is a torch.Tensor in [-1, 1], got {type(video).__name__}: frames of bytes, "
+            "(H, W, C), become one with "
+            "torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2) / 127.5 - 1"
+        )
     clip = video if video.ndim == 5 else video[None]
     if clip.ndim != 5 or len(clip) != 1 or 0 in clip.shape:
         raise ValueError(
