@@ -130,7 +130,7 @@ class Conv2d(Scaled, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         x, bias = self.scales.enter(x, self), self.scales.shift(self.bias)
         y = conv2d(x, self.weight, bias, int(self.stride[0]), int(self.padding[0]))
-        work.count(y, self.weight[0].numel())
+        work.count(y, self.weight.numel() // len(self.weight))
         return y
 
 
@@ -160,7 +160,7 @@ class TimeConv(Scaled, nn.Conv3d):
     def forward(self, x: Tensor) -> Tensor:
         u, bias = self.scales.enter(x, self), self.scales.shift(self.bias)
         y = F.conv2d(fold_pixels(u), self.weight.squeeze(-1), bias)
-        work.count(y, self.weight[0].numel())
+        work.count(y, self.weight.numel() // len(self.weight))
         return unfold_pixels(y, x.shape[3:])
 
 
