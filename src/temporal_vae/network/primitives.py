@@ -157,9 +157,10 @@ class TimeConv(Scaled, nn.Conv3d):
         conv.future = kernel - 1 - conv.past
         return conv
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, zeros: int = 0) -> Tensor:
+        """(B, C, n, H, W), with so many frames of zeros before and after it."""
         u, bias = self.scales.enter(x, self), self.scales.shift(self.bias)
-        y = F.conv2d(fold_pixels(u), self.weight.squeeze(-1), bias)
+        y = F.conv2d(fold_pixels(u), self.weight.squeeze(-1), bias, padding=(zeros, 0))
         work.count(y, self.weight.numel() // len(self.weight))
         return unfold_pixels(y, x.shape[3:])
 

@@ -75,9 +75,16 @@ def _between(before: Tensor, x: Tensor, zeros: int, silu: bool) -> Tensor:
     return u
 
 
-def _whole(conv: nn.Module, x: Tensor, silu: bool) -> Tensor:
-    """A convolution over time of a clip x or silu(x) (B, C, T, H, W), between zeros."""
+def _whole(conv: nn.Module, x: Tensor, silu: bool, own: bool = False) -> Tensor:
+    """A convolution over time of a clip x or silu(x) (B, C, T, H, W), between zeros.
+
+    `own`: x may be written over.
+    """
     time: TimeConv = cast(TimeConv, bare(conv))
+    if time is conv and time.past == time.future:  # as many zeros on both sides need no copy
+        h = F.silu(x, inplace=own and values_only(x)) if silu else x
+        same: Tensor = conv(h, time.past)
+        return same
     y: Tensor = conv(_between(_zeros(x, time.past), x, time.future, silu))
     return y
 
@@ -152,9 +159,9 @@ class TemporalBlock(Timewise):
             self.past, self.future = 2 * self.conv1.past, 2 * self.conv1.future
 
     def compute(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
-        h = _whole(self.conv1, norm(self.norm1, x), silu=True)
+        h = _whole(self.conv1, norm(self.norm1, x), True, unseen(self.norm1))
         h = norm(self.norm2, h)  # a line of its own frees what it replaces
-        return self._blend(_whole(self.conv2, h, silu=True), x)
+        return self._blend(_whole(self.conv2, h, True, unseen(self.norm2)), x)
 
     def norms(self) -> tuple[nn.Module, ...]:
         both = (self.norm1, self.norm2)
