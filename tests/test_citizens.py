@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import importlib
 import pickle
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -593,6 +594,22 @@ def test_plain_parts_in_place_of_ours_convert() -> None:
             model.decode(z.half())
         block.conv2 = model.decoder.mid_block.resnets[1].conv2
         assert model.decode(z.half()).isfinite().all() and model.decoder.stream_scale < 1
+
+
+def test_a_pruned_model_and_hooks_that_cannot_be_copied_become_float16() -> None:
+    model: Any = awake(torch.float32)
+    block, lock = model.decoder.mid_block.resnets[0], threading.Lock()
+    prune.l1_unstructured(block.conv1, "weight", amount=0.5)
+    block.register_forward_hook(lambda *_: None if lock else None)
+    z = latents().transpose(0, 1)[None]
+    with torch.no_grad():
+        model.decoder.conv_in.weight.mul_(3000)
+        expected = copy.deepcopy(model.decoder.state_dict())
+        exact = model.decode(z.float())
+        found = model.half().decode(z.half())
+    assert model.decoder.stream_scale < 1 and difference(found.float(), exact) < 0.01
+    for name, value in model.decoder.state_dict().items():
+        assert torch.equal(value, expected[name].half()), name
 
 
 @torch.no_grad()

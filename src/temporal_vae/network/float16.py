@@ -13,7 +13,6 @@ weights at a time, and the largest absolute value on the way decides.
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Iterable
@@ -89,16 +88,19 @@ def reset_scales(layers: Iterable[Layer]) -> float:
 
 def _measured(layer: Layer, x: Tensor) -> tuple[Tensor, float]:
     """A clip (1, C, T, H, W) after a layer in float32, and the largest value inside its branch."""
-    plain = copy.deepcopy(layer).float()
-    plain.set_residual_scale(1.0)
+    layer.set_residual_scale(1.0)
     inputs: list[float] = []
 
     def norm(module: nn.Module, x: Tensor) -> Tensor:
         inputs.append(_largest(x))
         return own_norm(module, x)
 
-    with torch.autocast(x.device.type, enabled=False):
-        y = plain.compute(x, norm)
+    layer.float()  # itself, not a copy, which hooks and pruning may forbid; and exactly back
+    try:
+        with torch.autocast(x.device.type, enabled=False):
+            y = layer.compute(x, norm)
+    finally:
+        layer.half()
     return y, max(inputs[1:], default=0.0)  # the first norm reads the stream
 
 
