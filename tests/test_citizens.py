@@ -600,7 +600,11 @@ def test_a_pruned_model_and_hooks_that_cannot_be_copied_become_float16() -> None
     model: Any = awake(torch.float32)
     block, lock = model.decoder.mid_block.resnets[0], threading.Lock()
     prune.l1_unstructured(block.conv1, "weight", amount=0.5)
-    block.register_forward_hook(lambda *_: None if lock else None)
+
+    def holds_a_lock(*_: object) -> None:
+        assert not lock.locked()
+
+    block.register_forward_hook(holds_a_lock)
     z = latents().transpose(0, 1)[None]
     with torch.no_grad():
         model.decoder.conv_in.weight.mul_(3000)
