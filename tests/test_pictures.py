@@ -81,7 +81,7 @@ def test_quality_is_followed(tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize(("suffix", "clock"), [("gif", 100), ("webp", 1000)])
 def test_an_animation_keeps_its_times(tmp_path: Path, suffix: str, clock: int) -> None:
     clip, path = smooth(4, 25, 41), tmp_path / f"a.{suffix}"
-    stamps = [0, 4, 30, 34]
+    stamps = [0, 4, 30, 50]
     notes = save_video(to_pixels(clip), path, fps=25, timestamps=stamps, time_base=Fraction(1, 100))
     assert notes == ()
     assert [np.abs(a - b).mean() <= 5 for a, b in zip(shown(path), clip, strict=True)] == [True] * 4
@@ -89,7 +89,7 @@ def test_an_animation_keeps_its_times(tmp_path: Path, suffix: str, clock: int) -
         frames = list(video)
     assert [f.pts * video.info.time_base for f in frames] == [Fraction(s, 100) for s in stamps]
     if suffix == "gif":
-        assert video.info.fps == Fraction(4 * 100, 38)  # the last is shown for 1 / fps
+        assert video.info.fps == Fraction(4 * 100, 54)  # the last is shown for 1 / fps
     with pillow.open(path) as image:
         assert image.info["loop"] == 0  # for ever
     notes = save_video(to_pixels(clip), path, fps=30, timestamps=[1, 2, 3, 4])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 import subprocess
 import sys
@@ -137,8 +138,21 @@ def grey(tmp_path: Path) -> Path:
 
 
 def test_a_reader_that_has_not_begun_is_opened_again_elsewhere(grey: Path) -> None:
-    with VideoReader(grey) as before:  # which leaves a decoder with threads to be freed
-        assert len(levels(before)) == 60
+    def read(close: bool) -> int:  # which leaves decoders with threads to the garbage collector
+        before = VideoReader(grey)
+        frames = len(levels(before))
+        if close:
+            before.close()
+        return frames
+
+    gc.collect()
+    gc.disable()
+    try:
+        for close in (True, False):
+            assert read(close) == 60
+            assert forked(lambda: gc.collect() * 0) == 0
+    finally:
+        gc.enable()
     with VideoReader(grey, start=0.4, stride=2, width=32) as reader:
         with pickle.loads(pickle.dumps(reader)) as other:
             there = levels(other)

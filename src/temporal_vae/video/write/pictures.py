@@ -84,10 +84,7 @@ class AnimationWriter(Output):
         self._first = self._last = -1
         self._rounded = False
         clock = CLOCKS[self._name]
-        options = {"loop": "0"}
-        if self._name == "gif":
-            options["final_delay"] = str(max(SHORTEST["gif"], round(clock / target.fps)))
-        self._container = av.open(target.path, "w", format=self._name, options=options)
+        self._container = av.open(target.path, "w", format=self._name, options={"loop": "0"})
         stream = self._container.add_stream(ENCODERS[self._name], rate=target.fps)
         assert isinstance(stream, VideoStream)
         stream.height, stream.width, _ = target.layout.shape
