@@ -53,6 +53,7 @@ print(plan.peak_bytes, most)
         ("encode", (1, 3, 9, 320, 576), "700 * 2**20"),
         ("encode", (1, 3, 9, 320, 576), "'least'"),
         ("decode", (1, 4, 9, 40, 72), "800 * 2**20"),
+        ("decode", (1, 4, 9, 40, 72), "model.plan(x.shape).peak_bytes // 2"),
         ("decode", (1, 4, 9, 40, 72), "'least'"),
     ],
 )
@@ -62,7 +63,7 @@ def test_a_process_stays_within_its_plan(
     code = PEAK.format(operation=operation, shape=shape, budget=budget)
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     planned, measured = map(int, said.stdout.split())
-    assert measured <= planned <= 1.35 * measured  # gaps in the heap, or none
+    assert measured <= planned <= 1.25 * measured  # gaps in the heap, or none
 
 
 OVER = """

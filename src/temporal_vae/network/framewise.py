@@ -62,7 +62,7 @@ class OnFrames(Framewise):
         return y
 
     def channels(self, channels: int) -> int:
-        return cast(Any, bare(self.conv)).out_channels  # type: ignore[no-any-return]
+        return cast(nn.Conv2d, bare(self.conv)).out_channels
 
 
 class IntoStream(OnFrames):
@@ -119,7 +119,7 @@ class ResidualBlock(Framewise):
         return (self.norm1, self.norm2)
 
     def channels(self, channels: int) -> int:
-        return cast(Any, bare(self.conv2)).out_channels  # type: ignore[no-any-return]
+        return cast(nn.Conv2d, bare(self.conv2)).out_channels
 
 
 class SpatialAttention(Framewise):
