@@ -641,7 +641,7 @@ model, start = TemporalVAE.from_pretrained("tiny"), time.process_time()
 PiecePlanner(model, ("encode", "decode"), (144, 256), 512 * 2**20, None).pieces()
 print(time.process_time() - start)"""
     said = subprocess.run([COMMAND[0], "-c", code], capture_output=True, text=True)
-    assert float(said.stdout) < 3.5, said.stderr  # 1.4 on an idle machine
+    assert float(said.stdout) < 6, said.stderr  # 1.4 on an idle machine
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import torch
 from conftest import awake, difference, pixels, thinned
 from test_bounded import SVD_LIKE
 from torch import Tensor
+from torch._C._dynamo.eval_frame import set_eval_frame
 
 from temporal_vae import TemporalVAE
 from temporal_vae.walks import plan as planning
@@ -81,6 +82,22 @@ def test_the_predicted_peak_is_the_real_one(layout: str, operation: Any, share: 
     assert alive.most == pytest.approx(plan.peak_bytes, rel=0.15)
     counted = sum(size for name, size in plan.parts if name != "margin")
     assert alive.most < 1.04 * counted  # sums, which are much of small frames
+
+
+@torch.no_grad()
+def test_the_peak_is_the_same_where_something_was_compiled() -> None:
+    """Then Python calls functions in another way, which holds their arguments for longer."""
+    model, x = MODELS[str({})], pixels(6, 48, 64)
+    plan = model.plan(x.shape, "encode")
+    before = set_eval_frame(False)
+    try:
+        with LiveBytes() as alive:
+            for there in (x, *model.parameters()):
+                alive.leave_out(there)
+            model._runner._walk("encode", x, plan)
+    finally:
+        set_eval_frame(before)
+    assert alive.most < 1.04 * sum(size for name, size in plan.parts if name != "margin")
 
 
 @pytest.mark.parametrize("layout", MODELS)

@@ -82,6 +82,7 @@ class Chain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) -> (B, C', T', H', W'), through every part, whose hooks are called."""
+        x = channels_last(x)  # here, where nothing else holds the copy
         for part in self._called():
             if self.gradient_checkpointing and torch.is_grad_enabled() and self._is_layer(part):
                 x = self._gradient_checkpointing_func(part, x)
@@ -122,10 +123,6 @@ class Line(Chain):
     def typical_frames(self) -> Tensor:
         """A few small frames (T, C, H, W) such as the line is made for."""
         raise NotImplementedError
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, T, H, W) -> (B, C', T', H', W')."""
-        return super().forward(channels_last(x))
 
     def as_layer(self, name: str, kind: Callable[[nn.Module], Layer]) -> Layer:
         """The layer around a part that has its place, and its hooks, in the line itself."""
@@ -312,7 +309,8 @@ class Decoder(Line):
     def __init__(self, config: TemporalVAEConfig):
         super().__init__(config)
         latent, pixel = config.latent_channels, config.input_channels
-        widths, temporal = config.widths[::-1], config.num_temporal_layers
+        widths = config.widths[::-1]
+        temporal = config.num_temporal_layers if config.temporal_decoder else 0
         self.post_quant_conv = Conv2d(latent, latent, 1) if config.post_quant_conv else None
         self.conv_in = FirstConv(latent, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], temporal, config)
