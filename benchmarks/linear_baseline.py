@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import argparse
 import tomllib
+from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 from safetensors.numpy import save_file
 
 from temporal_vae.evaluation.baseline import BLOCK, LinearBaseline
@@ -36,7 +36,7 @@ def main() -> None:
     frames = [read_clip(file, 32, 256, multiple=BLOCK) for file in files]
     baseline = LinearBaseline.fit(frames, 4)
     with atomic_path(TARGET) as file:
-        save_file({"mean": np.ascontiguousarray(baseline.mean), "basis": baseline.basis}, file)
+        save_file(asdict(baseline), file)
     print(f"{len(files)} clips -> {TARGET.relative_to(ROOT)}")
 
 

@@ -181,6 +181,7 @@ ALTERNATIVES: dict[str, Any] = {
     "quant_conv": False,
     "post_quant_conv": False,
     "temporal_encoder": False,
+    "temporal_decoder": False,
     "temporal_attention_reach": 1,
     "temporal_norm": "clip",
     "time_conv_out": True,
@@ -276,6 +277,7 @@ REACHES = [
     {"temporal_kernel_size": 1, "temporal_attention_reach": 3, "causal_mode": True},
     {"temporal_attention_reach": 0, "time_conv_out": True},
     {"temporal_encoder": False},
+    {"temporal_decoder": False},
 ]
 
 

@@ -19,12 +19,12 @@ from test_verbs import Said
 from test_video import noise, smooth, write
 
 from temporal_vae import LatentFile, LatentInfo, TemporalVAE, read_latents
-from temporal_vae.cli.inputs import VIDEO_SUFFIXES, find_inputs
+from temporal_vae.cli.inputs import find_inputs
 from temporal_vae.cli.options import FrameOptions, cut, rate, seconds, sides
 from temporal_vae.convert import decode as decoding
 from temporal_vae.convert import encode as encoding
 from temporal_vae.convert import reconstruct as reconstructing
-from temporal_vae.video import Image, VideoError, VideoReader, read_clip
+from temporal_vae.video import VIDEO_SUFFIXES, Image, VideoError, VideoReader, read_clip
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ class TemporalOptions(TypedDict, total=False):
     temporal_kernel_size: int
     causal_mode: bool
     temporal_encoder: bool
+    temporal_decoder: bool
     temporal_attention_reach: int
     temporal_norm: NormScope
     time_conv_out: bool
@@ -62,6 +63,8 @@ class TemporalVAEConfig:
     """A 1x1 convolution on the latent before decoding."""
     temporal_encoder: bool = True
     """Whether the encoder has temporal layers too; SVD's has none."""
+    temporal_decoder: bool = True
+    """Whether the decoder has temporal layers; without, frames are decoded one by one."""
     temporal_attention_reach: int = 8
     """Frames temporal attention sees back and, unless causal, ahead; 0 removes it."""
     temporal_norm: NormScope = "position"
@@ -225,7 +228,10 @@ class TemporalVAEConfig:
         return cls(base_channels=32, latent_scale_factor=0.3461)
 
 
-_FLAGS = ("causal_mode", "quant_conv", "post_quant_conv", "temporal_encoder", "time_conv_out")
+_FLAGS = (
+    "causal_mode", "quant_conv", "post_quant_conv", "temporal_encoder", "temporal_decoder",
+    "time_conv_out",
+)  # fmt: skip
 
 
 def _integer(name: str, value: object, at_least: int) -> int:

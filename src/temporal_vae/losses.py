@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -100,3 +101,46 @@ def finite_values(terms: Mapping[str, Tensor]) -> dict[str, float]:
     if not math.isfinite(found["loss"]):
         raise ValueError(f"the loss must be finite to step down from, got {found}")
     return found
+
+
+# Of reconstructions (B, C, T, H, W) in [-1, 1], for training --------------------------------------
+
+LOG_FLOOR = 1e-3
+"""Added to a frame's squared error before its log: a PSNR of 36 dB, beyond which a frame hardly
+counts any more."""
+COLOUR_FLOOR = 1e-4
+"""The same for mean colours: 46 dB."""
+
+
+def absolute_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean of absolute differences."""
+    return (prediction - target).abs().mean()
+
+
+def log_squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean over frames of the log of each frame's mean squared error.
+
+    By the logarithm a decibel counts the same in every frame, easy or hard.
+    """
+    return _log_mean(prediction - target, LOG_FLOOR)
+
+
+def log_colour_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """The same for frames shrunk 8 times, where the error is that of mean colours.
+
+    Without it a small model spends its few latent channels on edges, and turns green into brown.
+    """
+    difference = prediction - target
+    return _log_mean(F.avg_pool3d(difference, (1, 8, 8)), COLOUR_FLOOR)
+
+
+def log_temporal_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """The same for differences of neighbouring frames: what flickers; 0 for single frames."""
+    difference = prediction - target
+    if difference.shape[2] == 1:
+        return difference.sum() * 0
+    return _log_mean(difference[:, :, 1:] - difference[:, :, :-1], LOG_FLOOR)
+
+
+def _log_mean(difference: Tensor, floor: float) -> Tensor:
+    return (difference.square().mean(dim=(1, 3, 4)) + floor).log().mean()

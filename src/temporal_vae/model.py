@@ -81,6 +81,7 @@ class TemporalVAE(Switches):
         quant_conv: a 1x1 convolution on the moments.
         post_quant_conv: a 1x1 convolution on the latent before decoding.
         temporal_encoder: whether the encoder has temporal layers; SVD's has none.
+        temporal_decoder: whether the decoder has temporal layers.
         temporal_attention_reach: frames temporal attention sees, back and (unless causal) ahead.
         temporal_norm: temporal blocks normalise one "position", or over the "clip" (SVD).
         time_conv_out: a last temporal convolution on the pixels (SVD).
@@ -116,6 +117,7 @@ class TemporalVAE(Switches):
         quant_conv: bool = True,
         post_quant_conv: bool = True,
         temporal_encoder: bool = True,
+        temporal_decoder: bool = True,
         temporal_attention_reach: int = 8,
         temporal_norm: NormScope = "position",
         time_conv_out: bool = False,

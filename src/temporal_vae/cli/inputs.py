@@ -8,14 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from temporal_vae.video import PIPE
+from temporal_vae.video import PIPE, VIDEO_SUFFIXES
 from temporal_vae.video.read.images import SUFFIXES as IMAGE_SUFFIXES
 from temporal_vae.video.read.images import is_animated_webp
-
-VIDEO_SUFFIXES = frozenset([
-    ".3gp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg",
-    ".mts", ".mxf", ".ogv", ".ts", ".webm", ".wmv", ".y4m",
-])  # fmt: skip
 
 Job = tuple[Path, Path]
 """A file to read and one to write."""

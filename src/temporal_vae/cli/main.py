@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from temporal_vae.cli import allocator, batch, inputs, options
+from temporal_vae.cli import allocator, batch, inputs, options, training
 from temporal_vae.cli.groups import with_groups
 from temporal_vae.cli.info import (
     describe,
@@ -36,7 +36,7 @@ from temporal_vae.cli.report import (
     show_rows,
 )
 from temporal_vae.files.safetensors import SUFFIX
-from temporal_vae.video import VideoError, check_suffix, choose
+from temporal_vae.video import VIDEO_SUFFIXES, VideoError, check_suffix, choose
 
 if TYPE_CHECKING:
     from temporal_vae.convert.origin import Origin
@@ -100,7 +100,7 @@ def reconstruct(
       tvae reconstruct clips/ out/ --suffix .mkv
     """
     selected, format = frames.selected(), output.format()
-    jobs = _plan(sources, target, inputs.VIDEO_SUFFIXES, output.suffix, folder, output.overwrite,
+    jobs = _plan(sources, target, VIDEO_SUFFIXES, output.suffix, folder, output.overwrite,
                  messages)  # fmt: skip
     inputs.refuse_terminal(*jobs[0])
     _check_output(jobs[0][1], output, folder)
@@ -145,7 +145,7 @@ def encode(
       tvae encode in.mp4 clip.safetensors --start 1:02.5 --frames 49 --size 256x256 --crop centre
     """
     selected = frames.selected()
-    jobs = _plan(sources, target, inputs.VIDEO_SUFFIXES, SUFFIX, folder, output.overwrite, messages)
+    jobs = _plan(sources, target, VIDEO_SUFFIXES, SUFFIX, folder, output.overwrite, messages)
     allocator.settle(model.memory)
     from temporal_vae.convert import encode as encoding
     from temporal_vae.convert.ahead import ReadAhead
@@ -210,6 +210,28 @@ def decode(
 
     todo = batch.left_to_do(jobs, origin, folder, output.overwrite, messages)
     batch.run("decoding", todo, work, origin, folder, messages)
+
+
+@command.command()
+@with_groups
+def train(
+    recipe: Annotated[str, typer.Argument(
+        metavar="RECIPE", help="A recipe: a .toml file, or the name of one of the library's, such "
+        "as tiny, svd-decoder, finetune.",
+    )],
+    data: training.DataOptions,
+    options: training.RunOptions,
+) -> None:  # fmt: skip
+    """Train a model by a recipe, or fine-tune one on your own clips.
+
+    Examples:
+      tvae train finetune --data clips/ --out run/ --init tiny --check
+      tvae train finetune --data clips/ --out run/ --init tiny
+      tvae train recipe.toml --data a/ b/ --out run/ --set steps=5000 --set data.workers=4
+      tvae train recipe.toml --data a/ b/ --out run/ --resume
+      torchrun --nproc-per-node 8 $(which tvae) train svd-decoder --data clips/ --out run/
+    """
+    training.train(recipe, data, options)
 
 
 @command.command()
@@ -289,7 +311,8 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     warnings.showwarning = say_warning
     try:
-        status = command(prog_name="tvae", standalone_mode=False)
+        words = training.spread_lists(sys.argv[1:])
+        status = command(words, prog_name="tvae", standalone_mode=False)
     except typer.TyperException as error:  # of the command line: what typer cannot make sense of
         context = getattr(error, "ctx", None)
         verb = "tvae" if context is None else context.command_path

@@ -155,6 +155,8 @@ class Meter:
         self._whole = whole if whole is not None and whole.files > 1 else None
         self._title, self._start, self._done = title, time.monotonic(), 0
         self.said, self._told = self._start, False
+        self.begun = 0.0
+        """How much was done before: a training that goes on."""
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
             TextColumn("{task.fields[words]}"),
@@ -174,13 +176,14 @@ class Meter:
         if self._whole is not None:
             self._whole.end_file(self._done)
 
-    def __call__(self, done: float, total: int | None, how: str = "") -> None:
-        """Show that `done` frames of `total` are done; once also how, if it takes long."""
+    def __call__(self, done: float, total: int | None, how: str = "", more: str = "") -> None:
+        """Show that `done` frames of `total` are done, and `more`; once how, if it takes long."""
         self._done, seconds = int(done), max(time.monotonic() - self._start, 1e-9)
         of = "" if total is None else f" of {total}"
         some = f"{done:.2f}" if total == 1 else f"{int(done)}"
-        words = f"{some} {self._unit}{of}, {done / seconds:.2f} {self._unit}/s"
-        words += _left(seconds, done, total)
+        new, left = done - self.begun, None if total is None else total - self.begun
+        words = f"{some} {self._unit}{of}, {new / seconds:.2f} {self._unit}/s"
+        words += _left(seconds, new, left) + more
         if how and total and not self._told and seconds > TIMED_SECONDS and done:
             self._tell_if_long(seconds * total / done, how)
         self._bar.update(self._task, completed=done, total=total, words=words)

@@ -20,12 +20,14 @@ Floats = npt.NDArray[np.float32]
 class LinearBaseline:
     """Principal components of 8x8x3 pixel blocks: what a codec of as many numbers does unlearned.
 
-    `mean` is (192,), `basis` (numbers per block, 192) with orthonormal rows. A model that is not
-    above it has learned nothing that a matrix could not do.
+    `mean` is (192,), `basis` (numbers per block, 192) with orthonormal rows, `deviation` (numbers
+    per block,) that of each number over the data. A model that is not above it has learned nothing
+    that a matrix could not do.
     """
 
     mean: Floats
     basis: Floats
+    deviation: Floats
 
     @classmethod
     def bundled(cls) -> LinearBaseline:
@@ -43,15 +45,23 @@ class LinearBaseline:
             count, total = count + len(blocks), total + blocks.sum(0)
             products += blocks.T @ blocks
         mean = total / count
-        _, vectors = np.linalg.eigh(products / count - np.outer(mean, mean))
+        values, vectors = np.linalg.eigh(products / count - np.outer(mean, mean))
         basis = vectors[:, ::-1][:, :numbers].T
-        return cls(mean.astype(np.float32), np.ascontiguousarray(basis.astype(np.float32)))
+        deviation = np.sqrt(values[::-1][:numbers].clip(0))
+        return cls(*(np.ascontiguousarray(x.astype(np.float32)) for x in (mean, basis, deviation)))
 
-    def __call__(self, frames: Uint8Frames) -> Uint8Frames:
-        """Project every block of uint8 (T, H, W, 3) and go back; edges repeat to whole blocks."""
+    def __call__(self, frames: Uint8Frames, noise: float = 0.0, seed: int = 0) -> Uint8Frames:
+        """Project every block of uint8 (T, H, W, 3) and go back; edges repeat to whole blocks.
+
+        `noise` is Gaussian noise on the numbers in between, as a share of their deviation.
+        """
         _, height, width, _ = frames.shape
         blocks = _to_blocks(pad_frames(frames, BLOCK)).astype(np.float32) - self.mean
-        back = blocks @ self.basis.T @ self.basis + self.mean
+        numbers = blocks @ self.basis.T
+        if noise:
+            drawn = np.random.default_rng(seed).standard_normal(numbers.shape, np.float32)
+            numbers += noise * self.deviation * drawn
+        back = numbers @ self.basis + self.mean
         return _from_blocks(back.round().clip(0, 255).astype(np.uint8))[:, :height, :width]
 
 

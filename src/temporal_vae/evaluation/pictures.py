@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -52,6 +53,17 @@ def comparison(
         [f"time slice: column {column} over {len(original)} frames", *others],
     ]
     return _sheet([frames, slices], captions, title)
+
+
+def beside(clips: Mapping[str, Uint8Frames], title: str) -> Image.Image:
+    """Middle frame and time slice of several clips of one size, by their captions."""
+    some = next(iter(clips.values()))
+    rows = [
+        [clip[len(clip) // 2] for clip in clips.values()],
+        [time_slice(clip, width=some.shape[2]) for clip in clips.values()],
+    ]
+    captions = [list(clips), ["time slice" for _ in clips]]
+    return _sheet(rows, captions, title)
 
 
 def _sheet(rows: list[list[Uint8Frames]], captions: list[list[str]], title: str) -> Image.Image:

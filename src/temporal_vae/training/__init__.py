@@ -1,1 +1,1 @@
-"""Training of the bundled weights: `data` makes batches of clips, `loop` trains by a recipe."""
+"""How a model is made: `recipe` says how, `data` draws batches of clips, `loop` trains."""

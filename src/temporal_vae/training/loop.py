@@ -1,244 +1,461 @@
-"""A training loop, to be read from top to bottom.
+"""Training: a loop to be read from top to bottom.
 
-    python -m temporal_vae.training.loop RECIPE --clips FOLDER --out FOLDER [--start MODEL]
+    for record in train(recipe, Inputs(["clips/"]), "run/"):
+        print(record["step"], record["loss"])
 
-A recipe is a TOML file of stages that follow one another. Each lasts a stated number of minutes, so
-that its schedule of the learning rate is complete on any machine. The weights are written every
-`save_minutes` in float32; at the end the latent scale is measured, and they are saved in bfloat16.
+What a step computes is in `step`, how weights follow in `optimizers`, what a run leaves on disk in
+`run`. Batches are a function of their number alone (`data`), and so is all else that is drawn for a
+sample: a run that was stopped, or killed, goes on as if nothing had happened.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
-import tomllib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from temporal_vae import TemporalVAE, TemporalVAEConfig, losses
-from temporal_vae.training.data import BatchShape, draw_batch, load_clips
-from temporal_vae.video import Uint8Frames
+from temporal_vae.config import TemporalVAEConfig
+from temporal_vae.model import TemporalVAE
+from temporal_vae.network.kernels.dtypes import fastest, slowness
+from temporal_vae.training import optimizers as how
+from temporal_vae.training import parallel
+from temporal_vae.training.adversary import Adversary
+from temporal_vae.training.build import build_model, image_twin
+from temporal_vae.training.data import Batches, Samples, Share, in_order
+from temporal_vae.training.parallel import Strategy
+from temporal_vae.training.recipe import Recipe, Table
+from temporal_vae.training.run import Run, pack, restore, unpack, weights
+from temporal_vae.training.sources import (
+    Clip,
+    Skipped,
+    Source,
+    find_sources,
+    hold_out,
+    probe_all,
+    refuse_unfit,
+)
+from temporal_vae.training.step import Pass, Terms
+from temporal_vae.training.validation import HeldOut
 
-COLOUR_WEIGHT = 0.15
-"""Weight of the error of mean colours beside that of pixels; see `reconstruction_terms`."""
+SCALE_BATCHES = 8
+"""Batches on which the scale of the latents is measured."""
+
+Record = dict[str, Any]
+Say = Callable[[str], None]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stage:
-    """One part of a recipe: what is trained, on batches of which shapes, for how long.
+@dataclass(slots=True)
+class Inputs:
+    """What a run is trained and measured on: paths of folders, lists and tar files of videos.
 
-    Each batch has one of `shapes`, drawn with the probabilities `chances`. Without `temporal` only
-    the spatial layers are used and trained, as an image VAE. `final_rate` is a fraction of
-    `learning_rate`.
+    Without `validation`, every twentieth file of `data` by the hash of its name is left out of
+    training for it.
     """
 
-    name: str
-    minutes: float
-    shapes: tuple[BatchShape, ...]
-    chances: tuple[float, ...]
-    temporal: bool
-    learning_rate: float
-    final_rate: float = 0.02
-    kl_weight: float = 3e-3
-    warmup_steps: int = 50
+    data: Sequence[str | Path]
+    validation: Sequence[str | Path] = ()
+    skipped: Skipped = field(default_factory=Skipped)
+    clips: list[Clip] = field(default_factory=list)
+    held: list[Source] = field(default_factory=list)
 
-    @classmethod
-    def from_toml(cls, table: dict[str, object]) -> Stage:
-        """A stage from a recipe's table, in which `batches` are [chance, samples, frames, crop]."""
-        values = dict(table)
-        batches = values.pop("batches")
-        assert isinstance(batches, list)
-        return cls(
-            shapes=tuple(BatchShape(*batch[1:]) for batch in batches),
-            chances=tuple(batch[0] for batch in batches),
-            **values,  # type: ignore[arg-type]
-        )
+    def look(self, recipe: Recipe, progress: Callable[[int, int], None] = lambda *_: None) -> None:
+        """Find the files, and see which of them can be trained on.
 
-
-class Optimizers:
-    """Muon for weights inside the network, AdamW for first and last layers, norms and biases.
-
-    torch's Muon takes matrices only, so it is given (out, rest) views of the convolutions' weights.
-    """
-
-    def __init__(self, model: nn.Module, rate: float):
-        ends = ("conv_in", "conv_out", "quant_conv", "distance_bias")
-        inner = {
-            name
-            for name, p in model.named_parameters()
-            if p.ndim >= 2 and not any(end in name for end in ends)
-        }
-        self._matrices = [p for name, p in model.named_parameters() if name in inner]
-        self._others = [p for name, p in model.named_parameters() if name not in inner]
-        self._views = [nn.Parameter(p.detach().flatten(1)) for p in self._matrices]
-        self._muon = torch.optim.Muon(
-            self._views, lr=rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
-        )
-        self._adam = torch.optim.AdamW(self._others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
-
-    def step(self, rate: float) -> None:
-        """One update at this learning rate; the gradients are then gone."""
-        for optimizer in (self._muon, self._adam):
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-        nn.utils.clip_grad_norm_(self._others, 1.0)
-        for parameter, view in zip(self._matrices, self._views, strict=True):
-            view.grad = None if parameter.grad is None else parameter.grad.flatten(1)
-            parameter.grad = None
-        for optimizer in (self._muon, self._adam):
-            optimizer.step()  # type: ignore[no-untyped-call]
-            optimizer.zero_grad()
-
-
-def reconstruction_terms(reconstruction: Tensor, video: Tensor) -> dict[str, Tensor]:
-    """Losses of (B, C, T, H, W): the mean log of each frame's squared error, in two resolutions.
-
-    By the logarithm a decibel counts the same in every frame. The second resolution is an eighth,
-    at which the error is that of mean colours: without it a small model spends its few latent
-    channels on edges, and turns green into brown. "error" is the mean squared error, for progress.
-    """
-    difference = reconstruction - video
-    error = difference.square().mean(dim=(1, 3, 4))  # (B, T)
-    colour = F.avg_pool3d(difference, (1, 8, 8)).square().mean(dim=(1, 3, 4))
-    # the added constants are PSNRs of 36 and 46 dB: beyond them a frame hardly counts any more
-    return {
-        "reconstruction/log_error": (error + 1e-3).log().mean(),
-        "reconstruction/log_colour": (colour + 1e-4).log().mean(),
-        "error": error.mean().detach(),
-    }
-
-
-def train_step(
-    model: TemporalVAE, optimizers: Optimizers, video: Tensor, kl_weight: float, rate: float
-) -> dict[str, float]:
-    """One update on a batch (B, 3, T, H, W) in [-1, 1]; returns the losses."""
-    with torch.autocast(video.device.type, torch.bfloat16):
-        reconstruction, posterior = model(video)
-    terms = reconstruction_terms(reconstruction.float(), video)
-    mean, log_variance = (moment.float() for moment in posterior)
-    terms["kl"] = losses.kl_divergence(mean, log_variance) / mean[0].numel()
-    loss = (
-        terms["reconstruction/log_error"]
-        + COLOUR_WEIGHT * terms["reconstruction/log_colour"]
-        + kl_weight * terms["kl"]
-    )
-    loss.backward()
-    optimizers.step(rate)
-    return {name: term.item() for name, term in terms.items()}
-
-
-def learning_rate(stage: Stage, progress: float, step: int) -> float:
-    """Warm-up over the first steps, and a half cosine over `progress`, 0 to 1, of the stage."""
-    cosine = 0.5 + 0.5 * math.cos(math.pi * min(progress, 1.0))
-    decay = stage.final_rate + (1 - stage.final_rate) * cosine
-    return stage.learning_rate * min(1.0, (step + 1) / stage.warmup_steps) * decay
-
-
-def run_stage(
-    stage: Stage, model: TemporalVAE, clips: Sequence[Uint8Frames], rng: np.random.Generator
-) -> Iterator[str]:
-    """Train `model` in place; yields a line about the progress twice a minute."""
-    optimizers = Optimizers(model, stage.learning_rate)
-    start = said = time.monotonic()
-    step, errors = 0, []
-    while (elapsed := time.monotonic() - start) < 60 * stage.minutes:
-        shape = stage.shapes[rng.choice(len(stage.shapes), p=stage.chances)]
-        video = draw_batch(clips, shape, rng).to(model.device)
-        rate = learning_rate(stage, elapsed / (60 * stage.minutes), step)
-        terms = train_step(model, optimizers, video, stage.kl_weight, rate)
-        step += 1
-        errors.append(terms["error"])
-        if time.monotonic() - said > 30:
-            said = time.monotonic()
-            decibels = 10 * math.log10(4 / float(np.mean(errors)))
-            yield (
-                f"{stage.name}: {elapsed / 60:.1f} of {stage.minutes:g} min, step {step}, "
-                f"{decibels:.2f} dB, kl {terms['kl']:.2f}, rate {rate:.1e}"
-            )
-            errors = []
-
-
-@torch.no_grad()
-def latent_scale(
-    model: TemporalVAE, clips: Sequence[Uint8Frames], rng: np.random.Generator
-) -> float:
-    """1 / the standard deviation of latent samples of random clips, to four decimal places."""
-    crop = min(64, *(min(clip.shape[1:3]) // 8 * 8 for clip in clips))
-    latents = [
-        model.encode(draw_batch(clips, BatchShape(2, 8, crop), rng).to(model.device)).flatten()
-        for _ in range(32)
-    ]
-    return round(1 / float(torch.cat(latents).std()), 4)
-
-
-def image_twin(model: TemporalVAE) -> TemporalVAE:
-    """An image VAE that shares the spatial parameters of `model`."""
-    config = replace(model.config, num_temporal_layers=0)
-    twin = TemporalVAE.from_config(config)
-    parameters = dict(model.named_parameters())
-    for name, _ in list(twin.named_parameters()):
-        path, _, leaf = name.rpartition(".")
-        setattr(twin.get_submodule(path), leaf, parameters[name])
-    return twin
+        Raises `ValueError` where there are none.
+        """
+        found = find_sources(self.data, recipe.data.exclude)
+        if self.validation:
+            self.held = find_sources(self.validation)
+        else:
+            found, self.held = hold_out(found)
+        readable = probe_all(found, self.skipped, progress)
+        self.held = [clip.source for clip in probe_all(self.held, self.skipped, progress)]
+        kinds = [stage.data for stage in recipe.stages()]
+        fitting = [{clip.source for clip in refuse_unfit(readable, k, self.skipped)} for k in kinds]
+        self.clips = [clip for clip in readable if clip.source in set.union(*fitting)]
+        if not all(fitting):
+            reasons = "; ".join(f"{n}: {r}" for n, r in list(self.skipped.reasons.items())[:3])
+            raise ValueError(f"none of {len(found)} videos can be trained on: {reasons}")
 
 
 def train(
-    recipe: dict[str, Any],
-    model: TemporalVAE,
-    clips: Sequence[Uint8Frames],
-    rng: np.random.Generator,
-    out: Path,
-) -> None:
-    """Train stage after stage, and write the weights to `out` now and then."""
-    saved = time.monotonic()
-    for table in recipe.get("stage", []):
-        stage = Stage.from_toml(table)
-        part = model if stage.temporal else image_twin(model)
-        for line in run_stage(stage, part, clips, rng):
-            print(line, flush=True)
-            if time.monotonic() - saved > 60 * recipe["save_minutes"]:
-                saved = time.monotonic()
-                model.save_pretrained(out)
-        model.save_pretrained(out)
+    recipe: Recipe,
+    inputs: Inputs,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    table: Table | None = None,
+    device: torch.device | str = "cpu",
+    strategy: Strategy = "ddp",
+    say: Say = lambda _: None,
+) -> Generator[Record, None, None]:
+    """Train by a recipe, into the folder `out`; yields a record after every step.
+
+    A record has the `step`, the `loss`, each term of it, the `learning_rate`, `frames_per_second`,
+    and the share of the step's time that it `waited` for data. `table` is the recipe's TOML table,
+    which travels with the weights. `resume` goes on with the run in `out`, if there is one.
+
+    Started by `torchrun`, the processes share every batch; `strategy` says whether each holds the
+    whole model ("ddp") or a part of it ("fsdp"). Stopped in between (the iterator is closed, or
+    Ctrl-C), it saves a checkpoint.
+
+    Raises `ValueError` for data that nothing can be trained on, a folder that holds something else,
+    weights of another architecture, and a loss that is not finite; `OSError` where it cannot write.
+    """
+    with parallel.processes(torch.device(device)) as share:
+        if not inputs.clips:
+            inputs.look(recipe)
+        run, its = Run(out), table or asdict(recipe)
+        device = parallel.own_device(torch.device(device))
+        training = Training(recipe, inputs, run, share, device, strategy, say)
+        training.begin(run.look(its, resume))
+        if share.of > 1:  # every process has looked, before one writes
+            torch.distributed.barrier()
+        if share.rank == 0:
+            run.open(its)
+        yield from training.steps()
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Read the recipe and the clips, train, measure the latent scale, write the weights."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("--clips", type=Path, required=True, help="folder of .mp4 files")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the weights")
-    parser.add_argument("--start", help="model to continue from; new weights without it")
-    parser.add_argument("--device", default="cpu")
-    options = parser.parse_args(arguments)
-    recipe = tomllib.loads(options.recipe.read_text(encoding="utf-8"))
-    data, seed = recipe["data"], recipe["seed"]
+@dataclass(slots=True)
+class Clock:
+    """Seconds of work, over all parts of a run, and when things were last done."""
 
-    files = [
-        file
-        for file in sorted(options.clips.glob("*.mp4"))
-        if not any(file.match(pattern) for pattern in data["exclude"])
-    ]
-    clips = load_clips(files, data["widths"], lambda name: print(f"reading {name}", flush=True))
-    if options.start:
-        model, rng = TemporalVAE.from_pretrained(options.start), np.random.default_rng()
-    else:
-        model = TemporalVAE.from_config(TemporalVAEConfig.tiny(), seed=seed)
-        rng = np.random.default_rng(seed)
-    train(recipe, model.to(options.device), clips, rng, options.out)
-    scale = latent_scale(model, clips, rng)
-    model.config = replace(model.config, latent_scale_factor=scale)
-    model.to(torch.bfloat16).save_pretrained(options.out)
-    print(f"latent scale factor {scale}; saved in bfloat16")
+    before: float = 0.0
+    start: float = field(default_factory=time.monotonic)
+    saved: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the run until now."""
+        return self.before + time.monotonic() - self.start
 
 
-if __name__ == "__main__":
-    main()
+class Training:
+    """One process's part of a run: everything that changes while it trains."""
+
+    def __init__(
+        self, recipe: Recipe, inputs: Inputs, run: Run, share: Share, device: torch.device,
+        strategy: Strategy, say: Say,
+    ):  # fmt: skip
+        self.recipe, self.inputs, self.run, self.say = recipe, inputs, run, say
+        self.share, self.device, self.strategy = share, device, strategy
+        self.stages, self.bounds = recipe.stages(), recipe.bounds()
+        self.step, self.index, self.batch, self.clock = recipe.first_step, 0, 0, Clock()
+        self.held = HeldOut.read(inputs.held, recipe.validation, inputs.skipped)
+        self.model: TemporalVAE
+        self._is_spread = False
+        self.average: how.Average | None = None
+
+    # Beginning, and going on from a checkpoint -----------------------------------------------
+
+    def begin(self, step: int | None) -> None:
+        """Build everything, and bring it to where a checkpoint left off."""
+        torch.manual_seed(self.recipe.seed)
+        if step is None:
+            self.model, anew = build_model(self.recipe.model, self.recipe.seed)
+            if anew:
+                self.say(f"{len(anew)} weights in time begin anew, such as {anew[0]}")
+            self.index, self.batch = self._stage_at(self.progress()), self._batches_before()
+            self._enter_stage()
+            return
+        tensors, state = self.run.load(step)
+        self.model = TemporalVAE.from_config(TemporalVAEConfig.from_dict(state["model"]))
+        restore(dict(self.model.named_parameters()), tensors["weights"])
+        self.step, self.index, self.batch = state["step"], state["stage"], state["batch"]
+        self.clock.before = state["seconds"]
+        self._enter_stage(state["stage_step"])
+        for number, optimizer in enumerate(self.optimizers):
+            unpack(optimizer, tensors.get(f"optimizer.{number}", {}))
+        if self.average is not None and "average" in tensors:
+            restore(self.average.values, tensors["average"])
+            self.average.updates = state["average_updates"]
+        self.adversary.load(tensors)
+        self.say(f"going on from step {step}")
+
+    def _batches_before(self) -> int:
+        return self.step * self.stages[self.index].optimizer.accumulate
+
+    def _stage_at(self, progress: float) -> int:
+        """Which stage a part of the run falls into."""
+        return next(
+            (i for i, end in enumerate(self.bounds) if progress < end), len(self.bounds) - 1
+        )
+
+    def _enter_stage(self, stage_step: int = 0) -> None:
+        """Build what belongs to a stage: its network, losses, optimizers and batches."""
+        self.stage, self.stage_step = self.stages[self.index], stage_step
+        self.model.to(self.device)
+        network = self.model if self.stage.model.temporal else image_twin(self.model)
+        if self.stage.model.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+        self.trained = how.freeze(self.model, self.stage.model)
+        if self.strategy == "fsdp" and self.share.of > 1:
+            self._spread(network)
+        self.network = network
+        self.dtype = computing_type(self.stage.optimizer.dtype, self.device, self.say)
+        self.terms = Terms(self.stage.loss, self.device)
+        passing = Pass(network, self.stage.loss)
+        self.passing = parallel.data_parallel(passing, self.share, self.strategy)
+        self.optimizers = how.optimizers(self.trained, self.stage.optimizer)
+        self.adversary = Adversary(self.stage, network, self.share)
+        decay = self.stage.optimizer.ema
+        if decay and (self.average is None or self.average.values.keys() != self.trained.keys()):
+            self.average = how.Average(self.trained, decay)
+        batches = Batches(self.inputs.clips, self.stage.data, self.recipe.seed, self.share)
+        self.batches = in_order(batches, self.batch, self.stage.data.workers)
+
+    def _spread(self, network: TemporalVAE) -> None:
+        if self.stage.optimizer.name == "muon":
+            raise ValueError("muon needs whole matrices: with fsdp take optimizer.name = 'adamw'")
+        if network is not self.model:
+            raise ValueError("fsdp trains a model whole: without model.temporal = false, or by ddp")
+        if not self._is_spread:
+            parallel.spread(network)
+        self._is_spread = True
+        self.trained = {n: p for n, p in network.named_parameters() if p.requires_grad}
+
+    def progress(self) -> float:
+        """The part of the run that is done, 0 to 1."""
+        if self.recipe.steps is not None:
+            return self.step / self.recipe.steps
+        return self.clock.seconds / (3600 * (self.recipe.hours or 1))
+
+    def stage_progress(self) -> float:
+        """The part of the stage that is done, 0 to 1."""
+        begin = self.bounds[self.index - 1] if self.index else 0.0
+        length = self.bounds[self.index] - begin
+        return min(1.0, max(0.0, self.progress() - begin) / length) if length else 1.0
+
+    # The loop ----------------------------------------------------------------------------------
+
+    def steps(self) -> Iterator[Record]:
+        """Step after step to the end of the run; saves, measures and says how it goes."""
+        self.tell("running")
+        try:
+            while not self.ended():
+                if self._stage_at(self.progress()) > self.index:
+                    self.rescale()
+                    self.index = self._stage_at(self.progress())
+                    self._enter_stage()
+                record = self.one_step()
+                self.note(record)
+                yield record
+                self.now_and_then()
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            self.save()
+            self.tell("stopped")
+            raise
+        except Exception as error:
+            self.tell("failed", message=str(error))
+            raise
+        self.rescale()
+        self.measure()
+        self.save()
+        self.tell("done")
+
+    @torch.no_grad()
+    def rescale(self) -> None:
+        """Measure the scale that brings latents to unit variance, where the encoder was trained.
+
+        A student keeps the scale of its teacher.
+        """
+        encoder = any(part.startswith("encoder") for part in how.trained_parts(self.stage.model))
+        if not encoder or self.stage.loss.teacher:
+            return
+        batches = Batches(self.inputs.clips, self.stage.data, self.recipe.seed)
+        generator = torch.Generator().manual_seed(self.recipe.seed)
+        with self.averaged():
+            found = [
+                self.network.encode(batches[number].pixels().to(self.device), generator=generator)
+                .flatten()
+                .cpu()
+                for number in range(SCALE_BATCHES)
+            ]
+        scale = round(1 / float(torch.cat(found).std()), 4)
+        self.model.config = replace(self.model.config, latent_scale_factor=scale)
+
+    def ended(self) -> bool:
+        """Whether the run has had its steps or its hours."""
+        return parallel.agreed(self.progress() >= 1, self.share, self.device)
+
+    def one_step(self) -> Record:
+        """One update of the weights on `accumulate` batches; the record of it."""
+        start, waited, frames = time.monotonic(), 0.0, 0
+        rate = how.learning_rate(self.stage.optimizer, self.stage_progress(), self.stage_step)
+        count = self.stage.optimizer.accumulate
+        sums: dict[str, Tensor] = {}
+        for _ in range(count):
+            before = time.monotonic()
+            samples = next(self.batches)
+            waited += time.monotonic() - before
+            frames += samples.frames.shape[0] * samples.frames.shape[1] * self.share.of
+            for name, value in self._gradients(samples, 1 / count).items():
+                sums[name] = sums.get(name, torch.zeros(())) + value.detach().cpu() / count
+        values = parallel.mean_over_processes(sums, self.share)
+        self._refuse_infinite(values, samples)
+        values["gradient_norm"] = self._update(rate)
+        self.step, self.stage_step = self.step + 1, self.stage_step + 1
+        seconds = time.monotonic() - start
+        return {
+            "step": self.step, **values, "stage": self.stage.name, "learning_rate": rate,
+            "frames_per_second": frames / seconds, "waited": waited / seconds,
+            "seconds": self.clock.seconds,
+        }  # fmt: skip
+
+    def _gradients(self, samples: Samples, part: float) -> dict[str, Tensor]:
+        """Add the gradients of one batch to those there are; its terms and its loss."""
+        self.batch = samples.number + 1
+        for clip, reason in samples.broken:
+            self.inputs.skipped.add(clip.source, reason)
+        video = samples.pixels().to(self.device)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            reconstruction, mean, log_variance = self.passing(video, samples.seeds)
+        reconstruction, mean = reconstruction.float(), mean.float()
+        terms = self.terms(video, reconstruction, mean, log_variance.float())
+        loss = self.terms.weighted(terms)
+        loss = loss + self.adversary.of_generator(video, reconstruction, loss, self._on(), terms)
+        (loss * part).backward()
+        return {"loss": loss, **{f"{_family(name)}/{name}": term for name, term in terms.items()}}
+
+    def _on(self) -> bool:
+        return self.stage_progress() >= self.stage.critic.start
+
+    def _update(self, rate: float) -> float:
+        """Clip the gradients, step, average; the norm that the gradients had."""
+        parameters, limit = list(self.trained.values()), self.stage.optimizer.clip_norm
+        norm = nn.utils.clip_grad_norm_(parameters, limit or math.inf)
+        how.set_rate(self.optimizers, rate)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.adversary.update()
+        if self.average is not None:
+            self.average.update(self.trained)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    def _refuse_infinite(self, values: Mapping[str, float], samples: Samples) -> None:
+        if math.isfinite(values["loss"]):
+            return
+        odd = next((name for name, value in values.items() if not math.isfinite(value)), "loss")
+        file = self.run.save_batch(self.step + 1, samples.frames)
+        raise ValueError(
+            f"the loss of step {self.step + 1} is not finite ({odd} = {values[odd]}): its batch is "
+            f"in {file}; the last checkpoint is that of step {self.run.last()}; a lower "
+            "optimizer.learning_rate or a longer warm-up is the usual way out"
+        )
+
+    # What is kept and told ---------------------------------------------------------------------
+
+    def note(self, record: Record) -> None:
+        """Append a record to the run's metrics."""
+        if self.share.rank == 0:
+            self.run.add(record)
+
+    def now_and_then(self) -> None:
+        """Save and measure, where it is time to."""
+        every, due = self.recipe.validation.every, 60 * self.recipe.save_minutes
+        if every and self.step % every == 0 and not self.ended():
+            self.measure()
+        late = time.monotonic() - self.clock.saved >= due
+        if parallel.agreed(late, self.share, self.device):
+            self.save()
+            self.tell("running")
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The averaged weights in place of the present ones, for as long as the block lasts."""
+        if self.average is None:
+            yield
+            return
+        present = {name: p.detach().clone() for name, p in self.trained.items()}
+        _put(self.trained, self.average.values)
+        try:
+            yield
+        finally:
+            _put(self.trained, present)
+
+    def measure(self) -> None:
+        """Validate the averaged weights."""
+        if not self.held.clips:
+            return
+        with self.averaged():
+            samples = self.run.samples if self.share.rank == 0 else None
+            record = self.held.measure(self.network, self.step, samples)
+        if self.share.rank == 0:
+            self.run.add_validation(record)
+            shown = ", ".join(
+                f"{scores['psnr']:.2f} dB and flicker {scores['flicker']:.1f} at noise {share}"
+                for share, scores in record["noise"].items()
+            )
+            self.say(f"step {self.step}: {shown}")
+            self.tell("running")
+
+    def save(self) -> None:
+        """Write a checkpoint, and the averaged model."""
+        tensors = {"weights": weights(dict(self.model.named_parameters()))}
+        for number, optimizer in enumerate(self.optimizers):
+            tensors[f"optimizer.{number}"] = pack(optimizer)
+        if self.average is not None:
+            tensors["average"] = weights(self.average.values)
+        tensors |= self.adversary.saved()
+        state = {
+            "model": self.model.config.to_dict(), "stage": self.index, "batch": self.batch,
+            "stage_step": self.stage_step, "seconds": self.clock.seconds,
+            "average_updates": 0 if self.average is None else self.average.updates,
+        }  # fmt: skip
+        if self.share.rank == 0:
+            self.run.save(self.step, tensors, state, self.recipe.keep)
+            self._save_model(tensors)
+        self.clock.saved = time.monotonic()
+
+    def _save_model(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """The trained model, with averaged weights where there are some."""
+        model = TemporalVAE.from_config(self.model.config)
+        restore(
+            dict(model.named_parameters()),
+            dict(tensors["weights"]) | dict(tensors.get("average", {})),
+        )
+        self.run.model.mkdir(exist_ok=True)
+        model.save_pretrained(self.run.model)
+        text = (self.run.folder / "recipe.toml").read_text(encoding="utf-8")
+        (self.run.model / "recipe.toml").write_text(text, encoding="utf-8")
+
+    def tell(self, status: str, message: str = "") -> None:
+        """Write how far the run is, and the page to watch."""
+        if self.share.rank:
+            return
+        self.run.tell(
+            status=status, step=self.step, steps=self.recipe.steps, hours=self.recipe.hours,
+            seconds=self.clock.seconds, message=message, skipped=self.inputs.skipped.reasons,
+        )  # fmt: skip
+
+
+def _family(name: str) -> str:
+    """Which family a term is of: what it compares."""
+    return {"kl": "latent", "distill": "latent", "adversarial": "critic"}.get(
+        name, "reconstruction"
+    )
+
+
+@torch.no_grad()
+def _put(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])
+
+
+def computing_type(name: str, device: torch.device, say: Say) -> torch.dtype:
+    """What the network is computed with; said, where a recipe's choice is slow on the device."""
+    if name == "auto":
+        fast = fastest(device)
+        return fast if fast == torch.bfloat16 else torch.float32
+    dtype: torch.dtype = getattr(torch, name)
+    if (said := slowness(dtype, device)) is not None:
+        say(f"note: {said}")
+    return dtype

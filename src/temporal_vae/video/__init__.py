@@ -3,6 +3,7 @@
 from temporal_vae.video.colour import tag_notes
 from temporal_vae.video.frames import (
     PIPE,
+    VIDEO_SUFFIXES,
     Colour,
     Frame,
     Image,
@@ -25,6 +26,7 @@ from temporal_vae.video.write.writer import VideoWriter, check_suffix
 
 __all__ = [
     "PIPE",
+    "VIDEO_SUFFIXES",
     "Alpha",
     "Colour",
     "CopiedStreams",

@@ -36,6 +36,13 @@ def is_regular_file(path: str) -> bool:
     return path != PIPE and os.path.isfile(path)
 
 
+VIDEO_SUFFIXES = frozenset([
+    ".3gp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg",
+    ".mts", ".mxf", ".ogv", ".ts", ".webm", ".wmv", ".y4m",
+])  # fmt: skip
+"""Names of files that may hold a video end in one of these."""
+
+
 class VideoError(Exception):
     """A video that cannot be read or written; the message is one line for the user."""
 

@@ -1,0 +1,50 @@
+"""Quality on perturbed latents: what a decoder makes of what a diffusion model would hand to it.
+
+A diffusion model's latents are not an encoder's: each frame has errors of its own. A decoder that
+sees one frame at a time turns them into flicker, and one that sees its neighbours need not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from temporal_vae.evaluation.baseline import LinearBaseline
+from temporal_vae.evaluation.metrics import Scores, score
+from temporal_vae.model import TemporalVAE
+from temporal_vae.video import Uint8Frames, pad_frames, to_bytes, to_pixels
+
+SHARES = (0.0, 0.1, 0.2, 0.4)
+"""Shares of the latents' deviation at which decoders are compared."""
+
+
+@torch.no_grad()
+def decoded_perturbed(
+    model: TemporalVAE, frames: Uint8Frames, shares: Sequence[float] = SHARES, seed: int = 0
+) -> list[Uint8Frames]:
+    """Frames (T, H, W, 3) through the posterior's mean, noise and decoder, once for each share.
+
+    The noise is Gaussian, independent in every element of every frame; its deviation is a share of
+    the latents' own, 1 / `latent_scale_factor`. All shares have the same noise, scaled.
+    """
+    _, height, width, _ = frames.shape
+    video = to_pixels(pad_frames(frames, model.downsample_factor))
+    latent = model.encode(video.to(model.device, model.dtype), sample_mode=False)
+    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(seed))
+    noise = noise.to(latent) / model.latent_scale_factor
+    return [
+        to_bytes(model.decode(latent + share * noise)[..., :height, :width]) for share in shares
+    ]
+
+
+def perturbed_scores(
+    model: TemporalVAE, frames: Uint8Frames, shares: Sequence[float] = SHARES, seed: int = 0
+) -> list[tuple[Scores, Scores]]:
+    """Scores of the model and of the linear baseline for each share of noise on the latents."""
+    baseline = LinearBaseline.bundled()
+    decoded = decoded_perturbed(model, frames, shares, seed)
+    return [
+        (score(frames, ours), score(frames, baseline(frames, share, seed)))
+        for share, ours in zip(shares, decoded, strict=True)
+    ]

@@ -1,0 +1,80 @@
+"""The model a recipe begins with."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import torch
+from torch import nn
+
+from temporal_vae.config import TemporalVAEConfig
+from temporal_vae.model import TemporalVAE
+from temporal_vae.training import recipe
+
+PRESETS = {
+    "default": TemporalVAEConfig,
+    "tiny": TemporalVAEConfig.tiny,
+    "svd": TemporalVAEConfig.svd,
+}
+
+
+def build_model(spec: recipe.Model, seed: int) -> tuple[TemporalVAE, list[str]]:
+    """The model of a recipe in float32, and the names of weights that begin anew.
+
+    With `init` those are its weights. Where `config` asks for another layout in time (other or no
+    temporal layers, causal), spatial weights are taken over, and temporal ones where they mean the
+    same; the others begin anew, so that the model begins as its image VAE.
+
+    Raises `ValueError` for a model of another architecture, naming what differs, and as
+    `from_pretrained` does.
+    """
+    if spec.init is None:
+        config = _changed(PRESETS[spec.preset](), spec.config)
+        return TemporalVAE.from_config(config, seed=seed), []
+    loaded = TemporalVAE.from_pretrained(spec.init, dtype=torch.float32)
+    config = _changed(loaded.config, spec.config)
+    if config == loaded.config:
+        return loaded, []
+    model = TemporalVAE.from_config(config, seed=seed)
+    return model, _take_over(model, loaded, spec.init)
+
+
+def _changed(config: TemporalVAEConfig, changes: recipe.Table) -> TemporalVAEConfig:
+    known = [field.name for field in fields(config)]
+    if unknown := sorted(set(changes) - set(known)):
+        raise ValueError(
+            f"model.config: unknown {', '.join(unknown)}: there are {', '.join(known)}"
+        )
+    return replace(config, **changes)
+
+
+@torch.no_grad()
+def _take_over(model: TemporalVAE, loaded: TemporalVAE, name: str) -> list[str]:
+    """Copy what means the same in both; the names of what does not."""
+    theirs, anew = dict(loaded.named_parameters()), []
+    same_time = model.config.causal_mode == loaded.config.causal_mode
+    for key, parameter in model.named_parameters():
+        temporal, other = ".temporal" in key or ".time_conv" in key, theirs.get(key)
+        if other is not None and other.shape == parameter.shape and (same_time or not temporal):
+            parameter.copy_(other)
+        elif temporal:
+            anew.append(key)
+        else:
+            raise ValueError(
+                f"{name} is of another architecture: {key} has the shape "
+                f"{tuple(parameter.shape)} here and "
+                f"{tuple(other.shape) if other is not None else 'no counterpart'} there; "
+                "model.config may change only what concerns time"
+            )
+    return anew
+
+
+def image_twin(model: TemporalVAE) -> TemporalVAE:
+    """An image VAE that shares the spatial parameters of `model`."""
+    twin = TemporalVAE.from_config(replace(model.config, num_temporal_layers=0))
+    parameters = dict(model.named_parameters())
+    for name, _ in list(twin.named_parameters()):
+        path, _, leaf = name.rpartition(".")
+        owner: nn.Module = twin.get_submodule(path)
+        setattr(owner, leaf, parameters[name])
+    return twin

@@ -1,0 +1,218 @@
+"""Which clips there are to train on: folders, lists and tar files, and what is wrong with them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from itertools import islice
+from pathlib import Path
+
+from temporal_vae.training.recipe import Data
+from temporal_vae.video import VIDEO_SUFFIXES, VideoError, VideoReader
+
+HELD_OUT_OF = 20
+"""Without clips for validation, one source in so many is left out of training for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A video file, or the member of a tar file that holds one."""
+
+    path: str
+    member: str | None = None
+    offset: int = 0
+    size: int = 0
+
+    @property
+    def name(self) -> str:
+        """The file's own name, by which it is left out or held out."""
+        return os.path.basename(self.member or self.path)
+
+    def __str__(self) -> str:
+        return self.path if self.member is None else f"{self.path}: {self.member}"
+
+    @contextmanager
+    def file(self) -> Iterator[str]:
+        """A path to read it by; the member of a tar file is copied out as long as it is read."""
+        if self.member is None:
+            yield self.path
+            return
+        with tempfile.NamedTemporaryFile(suffix=Path(self.member).suffix) as copy:
+            with open(self.path, "rb") as tar:
+                tar.seek(self.offset)
+                copy.write(tar.read(self.size))
+                copy.flush()
+            yield copy.name
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """A source that can be trained on: its upright size, its length, and its rate."""
+
+    source: Source
+    height: int
+    width: int
+    frames: int
+    fps: float
+
+    @property
+    def seconds(self) -> float:
+        """The length of the clip."""
+        return self.frames / self.fps
+
+    def scaled(self, width: int | None) -> tuple[int, int]:
+        """(height, width) when it is scaled to so many pixels across, as `VideoReader` does."""
+        if width is None:
+            return self.height, self.width
+        return max(1, round(self.height * width / self.width)), width
+
+
+@dataclass(slots=True)
+class Skipped:
+    """What was passed over, by reason."""
+
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def add(self, source: Source, reason: str) -> None:
+        """Remember a source; of several reasons the first."""
+        self.reasons.setdefault(str(source), reason)
+
+    def __len__(self) -> int:
+        return len(self.reasons)
+
+
+def find_sources(
+    paths: Sequence[str | os.PathLike[str]], exclude: Sequence[str] = ()
+) -> list[Source]:
+    """The videos of folders (with those inside them), list files and tar files, in order of name.
+
+    A list is a .txt file with a path a line, relative to the list. A .tar is read as webdataset
+    writes it: every member with a video's suffix is a clip. `exclude` are patterns of file names.
+
+    Raises `ValueError` for a path that is not there, and where nothing is found.
+    """
+    found = [source for path in paths for source in _sources(Path(path))]
+    kept = [s for s in found if not any(fnmatch(s.name, pattern) for pattern in exclude)]
+    if not kept:
+        where = ", ".join(map(str, paths)) or "no folder was given"
+        left_out = f" ({len(found)} left out by data.exclude)" if found else ""
+        raise ValueError(
+            f"no videos to train on in {where}{left_out}: give folders of videos "
+            f"({', '.join(sorted(VIDEO_SUFFIXES)[:4])}, ...), .txt lists of them, or .tar files"
+        )
+    return list(dict.fromkeys(kept))
+
+
+def _sources(path: Path) -> Iterator[Source]:
+    if path.is_dir():
+        for file in sorted(p for p in path.rglob("*") if not p.name.startswith(".")):
+            if file.suffix == ".tar" or (file.suffix.lower() in VIDEO_SUFFIXES and file.is_file()):
+                yield from _sources(file)
+    elif not path.exists():
+        raise ValueError(f"{path} is not there: give folders, lists or tar files of videos")
+    elif path.suffix == ".tar":
+        yield from _members(path)
+    elif path.suffix == ".txt":
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if line.strip() and not line.startswith("#"):
+                yield from _sources(path.parent / line.strip())
+    else:
+        yield Source(str(path))
+
+
+def _members(path: Path) -> Iterator[Source]:
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for entry in tar:
+                if entry.isfile() and Path(entry.name).suffix.lower() in VIDEO_SUFFIXES:
+                    yield Source(str(path), entry.name, entry.offset_data, entry.size)
+    except tarfile.TarError as error:
+        raise ValueError(f"{path} cannot be read as an uncompressed tar file: {error}") from error
+
+
+def probe(source: Source) -> Clip:
+    """Size, length and rate of a source, whose first two frames are decoded to see that they can.
+
+    Raises `VideoError` for what cannot be read, and for a single frame.
+    """
+    with source.file() as path, VideoReader(path, alpha="drop") as video:
+        first = list(islice(video, 2))
+        height, width = video.size
+        info = video.info
+    if len(first) < 2:
+        raise VideoError("one frame is no clip")
+    return Clip(source, height, width, info.expected_frames or len(first), float(info.fps))
+
+
+def probe_all(
+    sources: Sequence[Source], skipped: Skipped, progress: Callable[[int, int], None]
+) -> list[Clip]:
+    """The clips that can be read; the others are added to `skipped`."""
+
+    def one(source: Source) -> Clip | str:
+        try:
+            return probe(source)
+        except (VideoError, OSError) as error:
+            return str(error).removeprefix(f"{source}: ")
+
+    clips = []
+    with ThreadPoolExecutor(4) as pool:
+        for number, (source, found) in enumerate(zip(sources, pool.map(one, sources), strict=True)):
+            progress(number + 1, len(sources))
+            if isinstance(found, Clip):
+                clips.append(found)
+            else:
+                skipped.add(source, found)
+    return clips
+
+
+def hold_out(sources: Sequence[Source]) -> tuple[list[Source], list[Source]]:
+    """Sources to train on, and those kept for validation: every twentieth by the hash of its name.
+
+    The same file is held out wherever it lies and whatever lies beside it. Where that would leave
+    nothing to train on, nothing is held out.
+    """
+    held = [source for source in sources if _is_held_out(source.name)]
+    kept = [source for source in sources if not _is_held_out(source.name)]
+    return (kept, held) if kept else (list(sources), [])
+
+
+def _is_held_out(name: str) -> bool:
+    digest = hashlib.sha256(os.fsencode(name)).digest()
+    return int.from_bytes(digest[:8], "big") % HELD_OUT_OF == 0
+
+
+def fitting_widths(clip: Clip, data: Data, crop: int) -> list[int | None]:
+    """Of the recipe's widths those at which a square of `crop` pixels lies inside the picture."""
+    widths: Iterable[int | None] = data.widths or (None,)
+    return [width for width in widths if min(clip.scaled(width)) >= crop]
+
+
+def fitting_strides(clip: Clip, data: Data, frames: int) -> list[int]:
+    """Of the recipe's strides those with which the clip is long enough for `frames` frames."""
+    length = int(clip.seconds * data.fps + 0.5) if data.fps else clip.frames
+    return [stride for stride in data.strides if (frames - 1) * stride < length]
+
+
+def refuse_unfit(clips: Sequence[Clip], data: Data, skipped: Skipped) -> list[Clip]:
+    """The clips that fit one of the recipe's batches; the others are added to `skipped`."""
+    kept = []
+    for clip in clips:
+        large = [b for b in data.batch if fitting_widths(clip, data, b.crop)]
+        if not large:
+            least = min(b.crop for b in data.batch)
+            size = f"{clip.width}x{clip.height}"
+            skipped.add(clip.source, f"{size} pixels are too small for a crop of {least}")
+        elif not any(fitting_strides(clip, data, b.frames) for b in large):
+            least = min(b.frames for b in large)
+            skipped.add(clip.source, f"{clip.frames} frames are too few for a batch of {least}")
+        else:
+            kept.append(clip)
+    return kept

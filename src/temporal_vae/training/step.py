@@ -1,0 +1,123 @@
+"""What one step computes: the pass through the model, the noise, and the terms of the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from temporal_vae import losses
+from temporal_vae.latents import LatentDistribution
+from temporal_vae.model import TemporalVAE
+from temporal_vae.training import recipe
+
+
+class Pass(nn.Module):
+    """Encoder, noise and decoder in one module, which data-parallel training wraps."""
+
+    def __init__(self, model: TemporalVAE, spec: recipe.Loss):
+        super().__init__()
+        self.model, self._spec = model, spec
+
+    def forward(self, video: Tensor, seeds: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Pixels (B, C, T, H, W) and a seed a sample -> reconstruction, mean and log-variance."""
+        encoder, deviation = self.model.encoder, 1 / self.model.latent_scale_factor
+        frozen = not any(p.requires_grad for p in encoder.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            mean, log_variance = LatentDistribution.from_moments(encoder(video))
+        latent = mean
+        if self._spec.sample:
+            latent = latent + torch.exp(0.5 * log_variance) * draw(mean, seeds)
+        if self._spec.noise:
+            shares = noise_shares(seeds, self._spec).to(mean)
+            latent = latent + deviation * shares.view(-1, 1, 1, 1, 1) * draw(mean, seeds, 1)
+        return self.model.decoder(latent), mean, log_variance
+
+
+def draw(like: Tensor, seeds: Sequence[int], stream: int = 0) -> Tensor:
+    """Standard normal numbers of a tensor's shape, independent in every element.
+
+    Those of a sample depend on its seed alone: on no other sample, device or process.
+    """
+    drawn = [
+        torch.randn(like.shape[1:], generator=torch.Generator().manual_seed(2 * seed + stream))
+        for seed in seeds
+    ]
+    return torch.stack(drawn).to(like)
+
+
+def noise_shares(seeds: Sequence[int], spec: recipe.Loss) -> Tensor:
+    """The share of noise of each clip, (B,): 0 for the part that is clean, else uniform."""
+    drawn = torch.stack([
+        torch.rand(2, generator=torch.Generator().manual_seed(seed)) for seed in seeds
+    ])  # fmt: skip
+    return torch.where(drawn[:, 0] < spec.clean, 0.0, drawn[:, 1] * spec.noise)
+
+
+PIXEL_TERMS = {
+    "l1": losses.absolute_error,
+    "mse": losses.mean_squared_error,
+    "log_mse": losses.log_squared_error,
+    "colour": losses.log_colour_error,
+    "temporal": losses.log_temporal_error,
+}
+"""Terms of [loss] that compare pixels with pixels."""
+
+
+class Terms:
+    """The terms of the loss that a recipe weighs, but for the critic's."""
+
+    def __init__(self, spec: recipe.Loss, device: torch.device):
+        from temporal_vae.training.critics import FeatureDistance, Lpips
+
+        self._spec = spec
+        self._networks: dict[str, nn.Module] = {}
+        if spec.feature:
+            self._networks["feature"] = FeatureDistance.from_file(Path(str(spec.feature_weights)))
+        if spec.lpips:
+            trunk, heads = Path(str(spec.lpips_trunk)), Path(str(spec.lpips_heads))
+            self._networks["lpips"] = Lpips.from_files(trunk, heads)
+        for network in self._networks.values():
+            network.to(device)
+        self._teacher = None
+        if spec.teacher:
+            self._teacher = TemporalVAE.from_pretrained(
+                spec.teacher, dtype=torch.float32, device=device
+            ).requires_grad_(False)
+
+    def __call__(
+        self, video: Tensor, reconstruction: Tensor, mean: Tensor, log_variance: Tensor
+    ) -> dict[str, Tensor]:
+        """Every term with a weight above 0, not weighted yet, and "error", the squared error."""
+        target, latent = self._target(video)
+        found = {
+            name: term(reconstruction, target)
+            for name, term in PIXEL_TERMS.items()
+            if getattr(self._spec, name)
+        }
+        for name, network in self._networks.items():
+            found[name] = network(reconstruction, target)
+        if self._spec.kl:
+            found["kl"] = losses.kl_divergence(mean, log_variance) / mean[0].numel()
+        if latent is not None:
+            found["distill"] = (mean - latent).square().mean()
+        found["error"] = losses.mean_squared_error(reconstruction.detach(), video)
+        return found
+
+    def _target(self, video: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The video, or what a teacher makes of it; and the teacher's latent, if it counts."""
+        if self._teacher is None:
+            return video, None
+        with torch.no_grad():
+            latent = self._teacher.encode(video, sample_mode=False)
+            target = self._teacher.decode(latent)
+        return target, latent if self._spec.distill else None
+
+    def weighted(self, terms: dict[str, Tensor]) -> Tensor:
+        """The sum of all terms by their weights."""
+        parts = [
+            getattr(self._spec, name) * term for name, term in terms.items() if name != "error"
+        ]
+        return torch.stack(parts).sum()
