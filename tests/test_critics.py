@@ -344,8 +344,10 @@ def test_the_gradient_of_a_distance(distance: FeatureDistance) -> None:
     assert not distance.training
 
     silent = torch.zeros(1, 8, 2, 2, dtype=torch.float64, requires_grad=True)
-    critics._unit(F.relu(silent)).sum().backward()
+    critics._unit(silent).sum().backward()
     assert silent.grad is not None and silent.grad.isfinite().all()
+    small = critics._unit(1e-6 * torch.ones(1, 4, 1, 1)).flatten()
+    assert small.tolist() == pytest.approx([0.5] * 4, rel=1e-3)
 
 
 def test_grey_is_three_equal_channels(distance: FeatureDistance) -> None:
