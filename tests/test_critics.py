@@ -147,6 +147,19 @@ def test_the_losses_are_their_definitions() -> None:
     assert critics.generator_loss(fake).item() == pytest.approx(2 / 3)
 
 
+def test_losses_are_float32_at_least(distance: FeatureDistance) -> None:
+    scores = torch.tensor([0.1, 0.2, 0.3])
+    half = scores.bfloat16()
+    for loss in (critics.generator_loss, lambda x: critics.critic_loss(x, x)):
+        assert torch.equal(loss(half), loss(half.float()))
+        assert loss(scores.double()).dtype == torch.float64
+    a, b = pixels(1, 17, 17).float(), pixels(1, 17, 17).float().flip(3)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = distance.float()(a, b)
+    assert rough.dtype == torch.float32
+    assert float(rough) == pytest.approx(float(distance(a, b)), rel=0.05)
+
+
 @pytest.mark.parametrize("shape", [(1, 3, 4, 16), (1, 4, 1, 16, 16), (1, 3, 0, 16, 16)], ids=str)
 def test_a_critic_names_the_shape_that_it_takes(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"takes \(B, 3, T, H, W\)"):
@@ -344,8 +357,10 @@ def test_the_gradient_of_a_distance(distance: FeatureDistance) -> None:
     assert not distance.training
 
     silent = torch.zeros(1, 8, 2, 2, dtype=torch.float64, requires_grad=True)
-    critics._unit(F.relu(silent)).sum().backward()
+    critics._unit(silent).sum().backward()
     assert silent.grad is not None and silent.grad.isfinite().all()
+    small = critics._unit(1e-6 * torch.ones(1, 4, 1, 1)).flatten()
+    assert small.tolist() == pytest.approx([0.5] * 4, rel=1e-3)
 
 
 def test_grey_is_three_equal_channels(distance: FeatureDistance) -> None:

@@ -101,12 +101,18 @@ def critic_loss(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
     Scores beyond 1 for real and -1 for made patches count no further. `fake_scores` are those of a
     detached reconstruction. Source: Lim and Ye 2017, arXiv 1705.02894, halved as in VQGAN.
     """
-    return 0.5 * (F.relu(1 - real_scores).mean() + F.relu(1 + fake_scores).mean())
+    real, fake = _wide(real_scores), _wide(fake_scores)
+    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
 def generator_loss(fake_scores: Tensor) -> Tensor:
     """What the VAE minimises: minus the mean score of its reconstruction, unbounded below."""
-    return -fake_scores.mean()
+    return -_wide(fake_scores).mean()
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32 at least: under autocast scores and features are of 16 bits."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def adaptive_weight(
@@ -280,7 +286,7 @@ class Lpips(_FrameDistance):
 
 def _unit(features: Tensor) -> Tensor:
     """Vectors (N, C, h, w) along C scaled to length 1, as LPIPS does; zero stays zero."""
-    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    features = _wide(features)
     # the bound changes no value, and keeps the gradient of the root finite where all are zero
     length = features.square().sum(1, keepdim=True).clamp(min=1e-30).sqrt()
     return features / (length + 1e-10)
