@@ -29,6 +29,7 @@ from temporal_vae.training import parallel
 from temporal_vae.training.adversary import Adversary
 from temporal_vae.training.build import build_model, image_twin
 from temporal_vae.training.data import Batches, Samples, Share, in_order
+from temporal_vae.training.page import write_page
 from temporal_vae.training.parallel import Strategy
 from temporal_vae.training.recipe import Recipe, Table
 from temporal_vae.training.run import Run, pack, restore, unpack, weights
@@ -42,7 +43,8 @@ from temporal_vae.training.sources import (
     refuse_unfit,
 )
 from temporal_vae.training.step import Pass, Terms
-from temporal_vae.training.validation import HeldOut
+from temporal_vae.training.tensorboard import Events
+from temporal_vae.training.validation import HeldOut, flat_scores
 
 SCALE_BATCHES = 8
 """Batches on which the scale of the latents is measured."""
@@ -151,6 +153,7 @@ class Training:
         self.held = HeldOut.read(inputs.held, recipe.validation, inputs.skipped)
         self.model: TemporalVAE
         self._is_spread = False
+        self._events: Events | None = None
         self.average: how.Average | None = None
 
     # Beginning, and going on from a checkpoint -----------------------------------------------
@@ -237,6 +240,8 @@ class Training:
 
     def steps(self) -> Iterator[Record]:
         """Step after step to the end of the run; saves, measures and says how it goes."""
+        if self.recipe.tensorboard and self.share.rank == 0:
+            self._events = Events(self.run.folder / "tensorboard", self.step)
         self.tell("running")
         try:
             while not self.ended():
@@ -248,6 +253,9 @@ class Training:
                 self.note(record)
                 yield record
                 self.now_and_then()
+            self.rescale()
+            self.measure()
+            self.save()
         except (KeyboardInterrupt, SystemExit, GeneratorExit):
             self.save()
             self.tell("stopped")
@@ -255,9 +263,9 @@ class Training:
         except Exception as error:
             self.tell("failed", message=str(error))
             raise
-        self.rescale()
-        self.measure()
-        self.save()
+        finally:
+            if self._events is not None:
+                self._events.close()
         self.tell("done")
 
     @torch.no_grad()
@@ -357,6 +365,9 @@ class Training:
         """Append a record to the run's metrics."""
         if self.share.rank == 0:
             self.run.add(record)
+        if self._events is not None:
+            numbers = {name: value for name, value in record.items() if isinstance(value, float)}
+            self._events.add(record["step"], numbers)
 
     def now_and_then(self) -> None:
         """Save and measure, where it is time to."""
@@ -390,6 +401,8 @@ class Training:
             record = self.held.measure(self.network, self.step, samples)
         if self.share.rank == 0:
             self.run.add_validation(record)
+            if self._events is not None:
+                self._events.add(self.step, flat_scores(record))
             shown = ", ".join(
                 f"{scores['psnr']:.2f} dB and flicker {scores['flicker']:.1f} at noise {share}"
                 for share, scores in record["noise"].items()
@@ -435,6 +448,7 @@ class Training:
             status=status, step=self.step, steps=self.recipe.steps, hours=self.recipe.hours,
             seconds=self.clock.seconds, message=message, skipped=self.inputs.skipped.reasons,
         )  # fmt: skip
+        write_page(self.run.folder)
 
 
 def _family(name: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -88,3 +88,13 @@ def _first_frames(source: Source, spec: recipe.Validation) -> Uint8Frames:
     ):
         frames = np.stack([frame.image for frame in video])
     return frames if frames.dtype == np.uint8 else (frames >> 8).astype(np.uint8)
+
+
+def flat_scores(record: Mapping[str, Any]) -> dict[str, float]:
+    """The model's scores in a record, by names such as "psnr/noise 0.2"."""
+    return {
+        f"{name}/noise {share}": value
+        for share, scores in record["noise"].items()
+        for name, value in scores.items()
+        if name != "linear"
+    }
