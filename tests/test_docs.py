@@ -13,6 +13,7 @@ from test_adapters import svd_pipeline
 from test_checkpoints import image_vae, save_single
 from test_foreign import theirs
 from test_laws import FLOORS
+from test_video import smooth, write
 
 import temporal_vae
 from temporal_vae import TemporalVAE, model
@@ -49,6 +50,19 @@ def test_an_example_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         svd_pipeline().save_pretrained(folder, variant="fp16")
         pipe = names["upgraded"]()  # type: ignore[operator]
         assert type(pipe.vae) is temporal_vae.DiffusersTemporalVAE
+
+
+def test_the_example_of_the_page_on_training_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs/training.md").read_text(), re.S)
+    (tmp_path / "clips").mkdir()
+    for name in ("a", "b"):
+        write(tmp_path / "clips" / f"{name}.mp4", smooth(8, 64, 64))
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code[0], "training.md", "exec"), {})
+    assert capsys.readouterr().out.count("\n") == 2
 
 
 def test_the_shapes_it_states_are_true() -> None:
