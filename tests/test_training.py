@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -584,3 +585,40 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path, clips: Path
         assert not [p for p in (disk / "run/checkpoints").iterdir() if "part" in p.name]
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("*.toml")), ids=lambda file: file.stem)
+def test_every_recipe_trains_through_the_command(
+    file: Path, tmp_path: Path, clips: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is, but for a smaller model, smaller batches, and as many steps as it has stages."""
+    its = tomllib.loads(file.read_text())
+    tiny_batch = [{"samples": 2, "frames": 3, "crop": 16}]
+    for section in (its, *its.get("stage", [])):
+        if "batch" in section.get("data", {}):
+            section["data"]["batch"] = tiny_batch
+    its["data"] |= {"widths": [32], "workers": 0}
+    stages = its.get("stage", [{}])
+    its["steps"], its["validation"] = len(stages), {"every": 0, "frames": 3, "width": 32}
+    for stage in stages:
+        stage["share"] = 1
+    image = file.stem in ("svd-decoder", "inflate")
+    model = awake(torch.float32, num_temporal_layers=0) if image else awake(torch.float32)
+    model.save_pretrained(tmp_path / "init")
+    words = ["--init", str(tmp_path / "init")]
+    if "preset" in its["model"]:
+        words, its["model"]["config"] = [], its["model"].get("config", {}) | SMALL
+    if "teacher" in its["loss"]:
+        its["loss"]["teacher"] = str(tmp_path / "init")
+    (tmp_path / "recipe.toml").write_text(to_toml(its))
+    words = ["train", str(tmp_path / "recipe.toml"), "--data", str(clips), "--out",
+             str(tmp_path / "run"), "--device", "cpu", *words]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["tvae", *words])
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    assert not ended.value.code
+    text = (tmp_path / "run/metrics.jsonl").read_text()
+    names = [stage.get("name", "") for stage in stages]
+    assert [json.loads(line)["stage"] for line in text.splitlines()] == names
+    assert TemporalVAE.from_pretrained(tmp_path / "run/model").decode_reach != 0
+    assert "done" in (tmp_path / "run/run.html").read_text()
