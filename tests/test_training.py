@@ -254,7 +254,7 @@ def test_terms_by_hand() -> None:
     video, other = (torch.rand(2, 3, 4, 16, 16) * 2 - 1 for _ in range(2))
     spec = recipe.Loss(l1=2.0, mse=3.0, log_mse=0.5, colour=0.25, temporal=0.125, kl=0.1)
     mean, log_variance = torch.randn(2, 2, 4, 4, 2, 2).unbind(0)
-    terms = step.Terms(spec, torch.device("cpu"))
+    terms = step.Terms(spec, torch.device("cpu"), (4, 2))
     found = terms(video, other, mean, log_variance)
     error = (other - video).square().mean((1, 3, 4))
     assert float(found["log_mse"]) == pytest.approx(float((error + 1e-3).log().mean()))
@@ -265,6 +265,13 @@ def test_terms_by_hand() -> None:
     weights = {"l1": 2, "mse": 3, "log_mse": 0.5, "colour": 0.25, "temporal": 0.125, "kl": 0.1}
     total = sum(weight * float(found[name]) for name, weight in weights.items())
     assert float(terms.weighted(found)) == pytest.approx(total, rel=1e-5)
+
+
+def test_a_student_has_the_cells_of_its_teacher(tmp_path: Path) -> None:
+    awake(torch.float32, latent_channels=5).save_pretrained(tmp_path / "teacher")
+    spec = recipe.Loss(distill=1.0, teacher=str(tmp_path / "teacher"))
+    with pytest.raises(ValueError, match="5 channels"):
+        step.Terms(spec, torch.device("cpu"), (4, 2))
 
 
 def test_muon_steps_are_orthogonal() -> None:

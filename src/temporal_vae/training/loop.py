@@ -42,7 +42,7 @@ from temporal_vae.training.sources import (
     probe_all,
     refuse_unfit,
 )
-from temporal_vae.training.step import Pass, Terms
+from temporal_vae.training.step import Pass, Terms, cells_of
 from temporal_vae.training.tensorboard import Events
 from temporal_vae.training.validation import HeldOut, flat_scores
 
@@ -203,7 +203,7 @@ class Training:
             self._spread(network)
         self.network = network
         self.dtype = computing_type(self.stage.optimizer.dtype, self.device, self.say)
-        self.terms = Terms(self.stage.loss, self.device)
+        self.terms = Terms(self.stage.loss, self.device, cells_of(self.model))
         passing = Pass(network, self.stage.loss)
         self.passing = parallel.data_parallel(passing, self.share, self.strategy)
         self.optimizers = how.optimizers(self.trained, self.stage.optimizer)

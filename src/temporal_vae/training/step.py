@@ -13,6 +13,14 @@ from temporal_vae.latents import LatentDistribution
 from temporal_vae.model import TemporalVAE
 from temporal_vae.training import recipe
 
+Cells = tuple[int, int]
+"""Channels of a latent cell, and its pixels along height and width."""
+
+
+def cells_of(model: TemporalVAE) -> Cells:
+    """What the latents of a model are made of."""
+    return model.latent_channels, model.downsample_factor
+
 
 class Pass(nn.Module):
     """Encoder, noise and decoder in one module, which data-parallel training wraps."""
@@ -69,7 +77,8 @@ PIXEL_TERMS = {
 class Terms:
     """The terms of the loss that a recipe weighs, but for the critic's."""
 
-    def __init__(self, spec: recipe.Loss, device: torch.device):
+    def __init__(self, spec: recipe.Loss, device: torch.device, cells: Cells):
+        """`cells` are those of the model that is trained."""
         from temporal_vae.training.critics import FeatureDistance, Lpips
 
         self._spec = spec
@@ -86,6 +95,12 @@ class Terms:
             self._teacher = TemporalVAE.from_pretrained(
                 spec.teacher, dtype=torch.float32, device=device
             ).requires_grad_(False)
+            theirs = cells_of(self._teacher)
+            if spec.distill and theirs != cells:
+                raise ValueError(
+                    f"loss.distill compares latents, but the teacher's have {theirs[0]} channels "
+                    f"and {theirs[1]} pixels a cell, and the model's {cells[0]} and {cells[1]}"
+                )
 
     def __call__(
         self, video: Tensor, reconstruction: Tensor, mean: Tensor, log_variance: Tensor
