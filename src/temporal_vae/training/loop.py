@@ -217,6 +217,8 @@ class Training:
     def _spread(self, network: TemporalVAE) -> None:
         if self.stage.optimizer.name == "muon":
             raise ValueError("muon needs whole matrices: with fsdp take optimizer.name = 'adamw'")
+        if self.stage.loss.adversarial:
+            raise ValueError("a critic needs the decoder's last layer whole: train it by ddp")
         if network is not self.model:
             raise ValueError("fsdp trains a model whole: without model.temporal = false, or by ddp")
         if not self._is_spread:
@@ -465,11 +467,14 @@ def _put(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None
 
 
 def computing_type(name: str, device: torch.device, say: Say) -> torch.dtype:
-    """What the network is computed with; said, where a recipe's choice is slow on the device."""
+    """What the network is computed with, which is said, and whether it is slow on the device."""
+    dtype: torch.dtype
     if name == "auto":
         fast = fastest(device)
-        return fast if fast == torch.bfloat16 else torch.float32
-    dtype: torch.dtype = getattr(torch, name)
+        dtype = fast if fast == torch.bfloat16 else torch.float32
+        say(f"computed in {str(dtype).removeprefix('torch.')}, which {device} is fastest with")
+        return dtype
+    dtype = getattr(torch, name)
     if (said := slowness(dtype, device)) is not None:
         say(f"note: {said}")
     return dtype
