@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import cast
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from temporal_vae.model import TemporalVAE
 from temporal_vae.training.critics import PatchCritic, adaptive_weight, critic_loss, generator_loss
 from temporal_vae.training.data import Share
-from temporal_vae.training.parallel import data_parallel
+from temporal_vae.training.parallel import data_parallel, mean_gradient
 from temporal_vae.training.recipe import Recipe
 from temporal_vae.training.run import pack, restore, unpack, weights
 
@@ -22,6 +23,7 @@ class Adversary:
 
     def __init__(self, stage: Recipe, model: TemporalVAE, share: Share):
         self._weight, self._adaptive = stage.loss.adversarial, stage.critic.adaptive
+        self._share = share
         self._last = cast(nn.Parameter, model.decoder.conv_out.weight)
         self.critic: PatchCritic | None = None
         if self._weight:
@@ -49,8 +51,10 @@ class Adversary:
         fooled = generator_loss(self.critic(reconstruction))
         self.critic.requires_grad_(True)
         terms["critic"], terms["adversarial"] = own.detach(), fooled.detach()
-        adapted = adaptive_weight(loss, fooled, self._last) if self._adaptive else 1.0
-        return self._weight * adapted * fooled
+        if not self._adaptive:
+            return self._weight * fooled
+        average = partial(mean_gradient, share=self._share)
+        return self._weight * adaptive_weight(loss, fooled, self._last, average=average) * fooled
 
     def update(self) -> None:
         """One step of the critic."""

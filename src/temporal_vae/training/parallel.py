@@ -74,6 +74,15 @@ def mean_over_processes(values: dict[str, Tensor], share: Share) -> dict[str, fl
     return dict(zip(values, stacked.tolist(), strict=True))
 
 
+def mean_gradient(gradient: Tensor, share: Share) -> Tensor:
+    """The mean of a gradient over processes."""
+    if share.of == 1:
+        return gradient
+    mean = gradient.clone()
+    dist.all_reduce(mean)
+    return mean / share.of
+
+
 def agreed(flag: bool, share: Share, device: torch.device) -> bool:
     """What process 0 says, on all of them: they must save and stop at the same step."""
     if share.of == 1:
