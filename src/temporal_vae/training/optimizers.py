@@ -122,10 +122,15 @@ def _groups(
         if name in names:
             by_part.setdefault(part_of(name), []).append(name)
     return [
-        {"params": [parameters[n] for n in group], "names": group,
-         "factor": float(spec.rates.get(part, 1.0))}
+        {"params": [parameters[n] for n in group], "names": group, "factor": factor(part, spec)}
         for part, group in by_part.items()
-    ]  # fmt: skip
+    ]
+
+
+def factor(part: str, spec: recipe.Optimizer) -> float:
+    """The multiple of the learning rate that a part has: its own, or its half's, or 1."""
+    half = part.partition(".")[0]
+    return next((float(spec.rates[name]) for name in (part, half) if name in spec.rates), 1.0)
 
 
 def learning_rate(spec: recipe.Optimizer, progress: float, step: int) -> float:

@@ -166,9 +166,10 @@ class Optimizer:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas are two numbers in [0, 1), got {self.betas}")
         for name, value in self.rates.items():
-            if name not in PARTS or not isinstance(value, (int, float)) or value < 0:
+            known = (*PARTS, "encoder", "decoder")
+            if name not in known or not isinstance(value, (int, float)) or value < 0:
                 raise ValueError(
-                    f"optimizer.rates gives a factor for each of {', '.join(PARTS)}, "
+                    f"optimizer.rates gives a factor for each of {', '.join(known)}, "
                     f"got {name!r} = {value!r}"
                 )
 
