@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from temporal_vae.config import TemporalVAEConfig
@@ -152,7 +153,8 @@ class Training:
         self.step, self.index, self.batch, self.clock = recipe.first_step, 0, 0, Clock()
         self.held = HeldOut.read(inputs.held, recipe.validation, inputs.skipped)
         self.model: TemporalVAE
-        self._is_spread = False
+        self._is_spread = self._updating = False
+        self.progress = 0.0
         self._events: Events | None = None
         self.average: how.Average | None = None
 
@@ -165,7 +167,7 @@ class Training:
             self.model, anew = build_model(self.recipe.model, self.recipe.seed)
             if anew:
                 self.say(f"{len(anew)} weights in time begin anew, such as {anew[0]}")
-            self.index, self.batch = self._stage_at(self.progress()), self._batches_before()
+            self.index, self.batch = self._stage_at(self.look_at_clock()), self._batches_before()
             self._enter_stage()
             return
         tensors, state = self.run.load(step)
@@ -226,17 +228,19 @@ class Training:
         self._is_spread = True
         self.trained = {n: p for n, p in network.named_parameters() if p.requires_grad}
 
-    def progress(self) -> float:
-        """The part of the run that is done, 0 to 1."""
+    def look_at_clock(self) -> float:
+        """Find which part of the run is done, 0 to 1; all processes go by the first one's clock."""
+        now = self.clock.seconds / (3600 * (self.recipe.hours or 1))
         if self.recipe.steps is not None:
-            return self.step / self.recipe.steps
-        return self.clock.seconds / (3600 * (self.recipe.hours or 1))
+            now = self.step / self.recipe.steps
+        self.progress = parallel.agreed(now, self.share, self.device)
+        return self.progress
 
     def stage_progress(self) -> float:
         """The part of the stage that is done, 0 to 1."""
         begin = self.bounds[self.index - 1] if self.index else 0.0
         length = self.bounds[self.index] - begin
-        return min(1.0, max(0.0, self.progress() - begin) / length) if length else 1.0
+        return min(1.0, max(0.0, self.progress - begin) / length) if length else 1.0
 
     # The loop ----------------------------------------------------------------------------------
 
@@ -246,20 +250,21 @@ class Training:
             self._events = Events(self.run.folder / "tensorboard", self.step)
         self.tell("running")
         try:
-            while not self.ended():
-                if self._stage_at(self.progress()) > self.index:
-                    self.rescale()
-                    self.index = self._stage_at(self.progress())
+            while self.look_at_clock() < 1:
+                if self._stage_at(self.progress) > self.index:
+                    self.end_stage()
+                    self.index = self._stage_at(self.progress)
                     self._enter_stage()
                 record = self.one_step()
                 self.note(record)
                 yield record
                 self.now_and_then()
-            self.rescale()
+            self.end_stage()
             self.measure()
             self.save()
         except (KeyboardInterrupt, SystemExit, GeneratorExit):
-            self.save()
+            if not self._updating:  # half an update is no state to go on from
+                self.save()
             self.tell("stopped")
             raise
         except Exception as error:
@@ -271,29 +276,23 @@ class Training:
         self.tell("done")
 
     @torch.no_grad()
-    def rescale(self) -> None:
-        """Measure the scale that brings latents to unit variance, where the encoder was trained.
+    def end_stage(self) -> None:
+        """Take the averaged weights for good, and measure the latents' scale where it has changed.
 
-        A student keeps the scale of its teacher.
+        The scale brings latents to unit variance; a student keeps that of its teacher.
         """
+        if self.average is not None:
+            _put(self.trained, self.average.values)
+            self.average = None
         encoder = any(part.startswith("encoder") for part in how.trained_parts(self.stage.model))
         if not encoder or self.stage.loss.teacher:
             return
         batches = Batches(self.inputs.clips, self.stage.data, self.recipe.seed)
         generator = torch.Generator().manual_seed(self.recipe.seed)
-        with self.averaged():
-            found = [
-                self.network.encode(batches[number].pixels().to(self.device), generator=generator)
-                .flatten()
-                .cpu()
-                for number in range(SCALE_BATCHES)
-            ]
+        videos = (batches[number].pixels().to(self.device) for number in range(SCALE_BATCHES))
+        found = [self.network.encode(x, generator=generator).flatten().cpu() for x in videos]
         scale = round(1 / float(torch.cat(found).std()), 4)
         self.model.config = replace(self.model.config, latent_scale_factor=scale)
-
-    def ended(self) -> bool:
-        """Whether the run has had its steps or its hours."""
-        return parallel.agreed(self.progress() >= 1, self.share, self.device)
 
     def one_step(self) -> Record:
         """One update of the weights on `accumulate` batches; the record of it."""
@@ -311,7 +310,9 @@ class Training:
         values = parallel.mean_over_processes(sums, self.share)
         self._refuse_infinite(values, samples)
         values["gradient_norm"] = self._update(rate)
+        self.batch = samples.number + 1
         self.step, self.stage_step = self.step + 1, self.stage_step + 1
+        self._updating = False
         seconds = time.monotonic() - start
         return {
             "step": self.step, **values, "stage": self.stage.name, "learning_rate": rate,
@@ -321,7 +322,6 @@ class Training:
 
     def _gradients(self, samples: Samples, part: float) -> dict[str, Tensor]:
         """Add the gradients of one batch to those there are; its terms and its loss."""
-        self.batch = samples.number + 1
         for clip, reason in samples.broken:
             self.inputs.skipped.add(clip.source, reason)
         video = samples.pixels().to(self.device)
@@ -339,6 +339,7 @@ class Training:
 
     def _update(self, rate: float) -> float:
         """Clip the gradients, step, average; the norm that the gradients had."""
+        self._updating = True
         parameters, limit = list(self.trained.values()), self.stage.optimizer.clip_norm
         norm = nn.utils.clip_grad_norm_(parameters, limit or math.inf)
         how.set_rate(self.optimizers, rate)
@@ -354,7 +355,9 @@ class Training:
         if math.isfinite(values["loss"]):
             return
         odd = next((name for name, value in values.items() if not math.isfinite(value)), "loss")
-        file = self.run.save_batch(self.step + 1, samples.frames)
+        file = self.run.folder / f"failed-step-{self.step + 1:08d}.safetensors"
+        if self.share.rank == 0:
+            save_file({"frames": samples.frames.contiguous()}, file)
         raise ValueError(
             f"the loss of step {self.step + 1} is not finite ({odd} = {values[odd]}): its batch is "
             f"in {file}; the last checkpoint is that of step {self.run.last()}; a lower "
@@ -374,10 +377,10 @@ class Training:
     def now_and_then(self) -> None:
         """Save and measure, where it is time to."""
         every, due = self.recipe.validation.every, 60 * self.recipe.save_minutes
-        if every and self.step % every == 0 and not self.ended():
+        if every and self.step % every == 0 and self.step != self.recipe.steps:
             self.measure()
-        late = time.monotonic() - self.clock.saved >= due
-        if parallel.agreed(late, self.share, self.device):
+        ago = time.monotonic() - self.clock.saved
+        if parallel.agreed(ago, self.share, self.device) >= due:
             self.save()
             self.tell("running")
 

@@ -83,10 +83,10 @@ def mean_gradient(gradient: Tensor, share: Share) -> Tensor:
     return mean / share.of
 
 
-def agreed(flag: bool, share: Share, device: torch.device) -> bool:
-    """What process 0 says, on all of them: they must save and stop at the same step."""
+def agreed(value: float, share: Share, device: torch.device) -> float:
+    """The number of process 0, on all of them: they must save, and stop, at the same step."""
     if share.of == 1:
-        return flag
-    told = torch.tensor(float(flag), device=device)
+        return value
+    told = torch.tensor(value, dtype=torch.float64, device=device)
     dist.broadcast(told, 0)
-    return bool(told)
+    return float(told)

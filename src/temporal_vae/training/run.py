@@ -154,12 +154,6 @@ class Run:
         with atomic_path(self.folder / "state.json") as part:
             part.write_text(json.dumps(state, indent=1), encoding="utf-8")
 
-    def save_batch(self, step: int, frames: Tensor) -> Path:
-        """Keep a batch (B, T, H, W, 3) that gave a loss which is not finite."""
-        file = self.folder / f"failed-step-{step:08d}.safetensors"
-        save_file({"frames": frames.contiguous()}, file)
-        return file
-
 
 def _written(tensors: Tensors, file: Path) -> None:
     try:
