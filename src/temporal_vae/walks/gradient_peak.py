@@ -50,10 +50,10 @@ class GradientPeak:
         part, others = self._parts_apart(bounds)
         worst = max(self._moments(part, bounds), key=lambda moment: sum(moment[1:]))
         result = self._bytes(stages.shape_after(self._layers, self._request.shape))
+        copies = 2 if self._request.operation == "decode" else 6  # in another layout; moments
         self.workspace = worst.inside
         self.parts += [
-            # with its gradient, of which one part alone takes no more than is counted below
-            ("the result", 2 * result if others else result),
+            ("the result and what is made of it", copies * result),
             ("inputs that are kept", worst.kept + others * self._kept(part, bounds)),
             ("on the way between layers", worst.passed),
             (worst.name, worst.inside),
