@@ -73,7 +73,7 @@ def assert_pieces_give_the_same(layout: str, operation: str, x: Tensor, bounds: 
 
 
 @drawn(
-    few=8,
+    few=6,
     many=100,
     layout=st.sampled_from(list(LAYOUTS)),
     operation=st.sampled_from(["encode", "decode"]),
@@ -125,7 +125,7 @@ def assert_stays_within(layout: str, operation: Any, share: float | str, batch: 
 
 @pytest.mark.parametrize(
     ("layout", "operation", "share", "batch"),
-    thinned(5, LAYOUTS, ["encode", "decode"], [1.0, 0.4, "least"], [1, 2]),
+    thinned(7, LAYOUTS, ["encode", "decode"], [1.0, 0.4, "least"], [1, 2]),
 )
 def test_the_predicted_peak_is_the_real_one(
     layout: str, operation: Any, share: float | str, batch: int
@@ -172,7 +172,7 @@ def test_the_svd_decoder_takes_less_than_two_fifths(cells: int) -> None:
 def test_float32_differs_by_rounding() -> None:
     model, x = awake(torch.float32, **SVD_LIKE), clip("decode").float()
     plan = model.plan(x.shape, budget="least", gradients=True)
-    exact = found(awake(**SVD_LIKE), x.double(), awake(**SVD_LIKE).decode)
+    exact = found(MODELS["svd"], x.double(), MODELS["svd"].decode)
     plain = found(model, x, model.decode)
     pieces = found(model, x, coded(model, "decode", plan))
     for name, gradient in exact.items():
@@ -301,15 +301,15 @@ def test_the_law_sees_frames_in_another_order(monkeypatch: pytest.MonkeyPatch) -
     ids=["again", "kept", "cut"],
 )
 def test_the_counts_see(room: Any, name: str, mutant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = MODELS["svd"], clip("decode", 3, 16, 16, batch=2)
-    plan = partial(model.plan, x.shape, budget="least", gradients=True)
-    honest = None if room is gradient_peak.GradientPeak else plan()
+    model, x = MODELS["causal"], clip("decode", 4, 16, 16, batch=2)
+    planned = partial(model.plan, x.shape, budget="least", gradients=True)
+    plan = planned()
     monkeypatch.setattr(room, name, mutant)
-    if honest is None:
+    if name == "_kept":  # what counts, not what walks
         planner.cache_clear()
-        honest = plan()
+        plan = planned()
         planner.cache_clear()
-    assert peak(model, x, coded(model, "decode", honest)) > honest.peak_bytes
+    assert peak(model, x, coded(model, "decode", plan)) > plan.peak_bytes
 
 
 def test_a_layer_that_is_taken_whole_is_taken_whole() -> None:

@@ -54,6 +54,7 @@ class GradientPeak:
         self.workspace = worst.inside
         self.parts += [
             ("the result and what is made of it", copies * result),
+            ("the gradient of the input", 2 * self._bytes(self._request.shape)),
             ("inputs that are kept", worst.kept + others * self._kept(part, bounds)),
             ("on the way between layers", worst.passed),
             (worst.name, worst.inside),
