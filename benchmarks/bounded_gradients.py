@@ -67,6 +67,8 @@ def counted(side: int) -> None:
         plan = plan_for(model, shape_of(side), name, plain)
         walk, alive = prepared(model, name, plan), LiveBytes()
         model.zero_grad()
+        for weight in model.parameters():
+            alive.leave_out(weight)
         with alive:
             x = torch.empty(shape_of(side), device="meta", requires_grad=True)
             alive.start_from_here()

@@ -48,10 +48,11 @@ class GradientPeak:
 
     def _in_pieces(self, bounds: Bounds) -> None:
         part, others = self._parts_apart(bounds)
-        worst = max(self._moments(part, bounds), key=lambda moment: sum(moment[1:]))
+        moments = list(self._moments(part, bounds))
+        worst = max(moments, key=lambda moment: sum(moment[1:]))
         result = self._bytes(stages.shape_after(self._layers, self._request.shape))
         copies = 2 if self._request.operation == "decode" else 6  # in another layout; moments
-        self.workspace = worst.inside
+        self.workspace = max(moment.inside for moment in moments)
         self.parts += [
             ("the result and what is made of it", copies * result),
             ("the gradient of the input", 2 * self._bytes(self._request.shape)),
