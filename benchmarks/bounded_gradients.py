@@ -45,9 +45,12 @@ def plan_for(model: TemporalVAE, shape: tuple[int, ...], side: str, plain: int) 
     """The plan of a row, for the memory that the plain way takes."""
     if side in ("plain", "checkpointed"):
         return None
-    budget = "least" if side == "least" else int(0.4 * plain)
-    cpu = torch.device("cpu")
-    return model._runner.plan(shape, "decode", torch.float32, budget, gradients=True, device=cpu)
+    plan = partial(
+        model._runner.plan, shape, "decode", torch.float32, gradients=True,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    least = plan("least")  # of small clips that is more than two fifths: the weights' gradients
+    return least if side == "least" else plan(max(int(0.4 * plain), least.peak_bytes))
 
 
 def prepared(model: TemporalVAE, side: str, plan: Plan | None) -> Callable[[Tensor], Tensor]:
