@@ -38,6 +38,10 @@ takes clips. `tvae` counts frames on their way and codecs on top, and says what 
 budget is too small. Clips that are walked apart (`--clip-frames`), `--dtype bfloat16` (where the
 processor has it) and smaller frames take less.
 
+Without gradients, that is: `plan(..., gradients=True)` counts the way back as well, which keeps the
+inputs of layers and takes a gradient for each weight that is trained
+(`python benchmarks/bounded_gradients.py` compares it with the plain way).
+
 Made by `python benchmarks/budgets.py`, without running anything: these are the plans' own numbers.
 """
 

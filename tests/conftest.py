@@ -26,6 +26,7 @@ from temporal_vae.walks import plan
 # heap take.
 plan.KERNELS_BYTES = 0
 plan.GAPS_BYTES = 0
+plan.GRADIENT_GAPS = 0
 memory.CODEC_BYTES, memory.CODEC_BYTES_A_PIXEL = 0, 0.0
 
 SHARED = Path(__file__).parent.parent.parent / "shared"

@@ -25,7 +25,7 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def test_the_readme_has_examples() -> None:
-    assert len(EXAMPLES) == 8
+    assert len(EXAMPLES) == 9
 
 
 # the first one runs line by line in `test_the_shapes_it_states_are_true`

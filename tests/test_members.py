@@ -778,10 +778,11 @@ def test_tiling_goes_before_a_budget() -> None:
     model, z = awake(torch.float32), pixels(5, 16, 16, channels=4).float()
     model.set_memory_budget("1GiB")
     model.set_tiling_enabled(True)
-    with pytest.raises(ValueError, match="no_grad"):  # as bounded walks ask for
-        model.decode(z)
-    model.set_tiling_enabled(False)
-    assert model.decode(z).requires_grad, "a budget of plenty walks whole"
+    for tiling, walk in ((True, "bounded"), (False, "whole")):  # where the budget is plenty
+        model.set_tiling_enabled(tiling)
+        plan = model._runner.plan_for("decode", z, None)
+        assert plan is not None and plan.gradients and plan.walk == walk
+        assert model.decode(z).requires_grad
 
 
 @pytest.mark.slow

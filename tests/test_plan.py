@@ -154,14 +154,6 @@ def test_slicing_takes_less() -> None:
     assert singly.most < 0.5 * together.most
 
 
-def test_tiling_under_autograd_names_no_grad() -> None:
-    model = awake(base_channels=16)
-    model.set_tiling_enabled(True)
-    with pytest.raises(ValueError, match="no_grad"):
-        model.encode(pixels())
-    assert model.predict(pixels()).shape == pixels().shape
-
-
 def test_a_budget_that_cannot_be_met_names_the_smallest_that_can() -> None:
     model = MODELS[str({})]
     shape = latent(model).shape

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,13 +86,29 @@ def test_the_linear_baseline_is_a_projection() -> None:
     assert np.array_equal(everything(clip(4, 64, 64)), clip(4, 64, 64))
 
 
+def test_noise_on_the_linear_baseline_has_the_stated_deviation() -> None:
+    frames = clip(4, 64, 64)
+    baseline = LinearBaseline.fit([frames], 4)
+    added = baseline(frames, 0.1).astype(float) - baseline(frames)
+    expected = 0.1 * np.sqrt((baseline.deviation**2).sum() / 192)
+    assert np.sqrt((added**2).mean()) == pytest.approx(expected, rel=0.15)  # 8-bit, clipped
+    numbers = pictures_numbers(frames, baseline)
+    assert np.allclose(numbers.std(0), baseline.deviation, rtol=1e-3)
+
+
+def pictures_numbers(frames: Uint8Frames, baseline: LinearBaseline) -> np.ndarray[Any, Any]:
+    """The numbers that the baseline keeps of each block."""
+    blocks = frames.reshape(4, 8, 8, 8, 8, 3).transpose(0, 1, 3, 2, 4, 5).reshape(-1, 192)
+    return (blocks - baseline.mean) @ baseline.basis.T
+
+
 def test_the_linear_baseline_is_the_best_of_its_kind() -> None:
     """No other four directions explain more of the data it was fitted to."""
     frames = [clip(4, 64, 64)]
     frames[0][..., 1:] = frames[0][..., :1]  # some structure to find
     baseline = LinearBaseline.fit(frames, 4)
     basis = np.linalg.qr(np.random.default_rng(0).normal(size=(192, 4)))[0].T.astype(np.float32)
-    other = LinearBaseline(baseline.mean, basis)
+    other = LinearBaseline(baseline.mean, basis, baseline.deviation)
     assert metrics.psnr(frames[0], baseline(frames[0])) > metrics.psnr(frames[0], other(frames[0]))
 
 

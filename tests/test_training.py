@@ -321,6 +321,22 @@ def test_what_is_frozen_stays_bit_for_bit(tmp_path: Path, clips: Path) -> None:
     assert moved == {n for n in after if optimizers.part_of(n) == "decoder.temporal"}
 
 
+def test_a_budget_and_checkpointing_leave_the_losses_as_they_are(
+    tmp_path: Path, clips: Path
+) -> None:
+    found = [
+        losses(run(tmp_path / str(index), clips, model=its, loss={"noise": 0.3}))
+        for index, its in enumerate(
+            ({}, {"memory": "least", "train": ["decoder"]}, {"gradient_checkpointing": True},
+             {"train": ["decoder"]})
+        )
+    ]  # fmt: skip
+    assert found[2] == pytest.approx(found[0], abs=1e-5)
+    assert found[1] == pytest.approx(found[3], abs=1e-5) and found[0] != found[1]
+    with pytest.raises(ValueError, match="below the least"):
+        run(tmp_path / "small", clips, model={"memory": "1KiB"})
+
+
 def test_each_part_has_its_own_rate(tmp_path: Path, clips: Path) -> None:
     awake(torch.float32).save_pretrained(tmp_path / "init")
     before = TemporalVAE.from_pretrained(tmp_path / "init").state_dict()

@@ -468,6 +468,7 @@ class TemporalVAE(Switches):
         stream: bool = False,
         keep_state: bool = True,
         offload: Offload = None,
+        gradients: bool = False,
     ) -> Plan:
         """The fastest walk of an input of this shape within a budget, and what it takes.
 
@@ -484,9 +485,12 @@ class TemporalVAE(Switches):
                 CPU its steps are walked bounded, and write over the state.
             offload: where the clip's activation is to lie: "host" for the memory of the CPU, or a
                 folder on disk. On CUDA "host" is taken by itself where nothing else fits.
+            gradients: for training: `decode` or `encode` with this plan can be differentiated, the
+                gradients being those of the whole walk to rounding, and the budget holds to the end
+                of `backward`, with a gradient for each weight that requires one now.
 
         Raises:
-            ValueError: for a budget that cannot be met, naming the smallest that can, and on the CPU
+            ValueError: for gradients with a stream or offload, for a budget that cannot be met, naming the smallest that can, and on the CPU
                 for one above the memory that is free.
 
         Example:
@@ -500,7 +504,7 @@ class TemporalVAE(Switches):
         """
         return self._runner.plan(
             shape, operation, dtype or self.dtype, budget,
-            stream=stream, keep_state=keep_state, offload=offload,
+            stream=stream, keep_state=keep_state, offload=offload, gradients=gradients,
         )  # fmt: skip
 
     @property

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from temporal_vae.config import TemporalVAEConfig
 from temporal_vae.model import TemporalVAE
+from temporal_vae.network.kernels.plain import transformed
 from temporal_vae.walks.budget import affordable
 from temporal_vae.walks.peak import Operation
 from temporal_vae.walks.plan import Plan
@@ -229,18 +230,16 @@ class DiffusersTemporalVAE(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterM
     def _plan(
         self, operation: Operation, clips: Tensor, device: torch.device | None = None
     ) -> Plan | None:
-        """How to walk clips (B, T, C, H, W); None for what `vae` itself is set to.
-
-        Gradients of the clips are had by the whole walk alone.
-        """
-        wanted = torch.is_grad_enabled() and clips.requires_grad
-        if self.memory is None or self.vae.tiling_enabled or wanted:
+        """How to walk clips (B, T, C, H, W); None for what `vae` itself is set to."""
+        if self.memory is None or self.vae.tiling_enabled or transformed():
             return None
         device = device or self.device
         budget = affordable(self.memory, device)
         b, t, *frame = clips.shape
         shape = (b, frame[0], t, *frame[1:])
-        return self.vae._runner.plan(shape, operation, clips.dtype, budget, device=device)
+        runner = self.vae._runner
+        wanted = runner.wants_gradients(operation, clips)
+        return runner.plan(shape, operation, clips.dtype, budget, device=device, gradients=wanted)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **options: Any) -> Any:

@@ -206,7 +206,7 @@ class Training:
         self.network = network
         self.dtype = computing_type(self.stage.optimizer.dtype, self.device, self.say)
         self.terms = Terms(self.stage.loss, self.device, cells_of(self.model))
-        passing = Pass(network, self.stage.loss)
+        passing = Pass(network, self.stage.loss, self.stage.model.memory)
         self.passing = parallel.data_parallel(passing, self.share, self.strategy)
         self.optimizers = how.optimizers(self.trained, self.stage.optimizer)
         self.adversary = Adversary(self.stage, network, self.share)

@@ -25,9 +25,10 @@ def cells_of(model: TemporalVAE) -> Cells:
 class Pass(nn.Module):
     """Encoder, noise and decoder in one module, which data-parallel training wraps."""
 
-    def __init__(self, model: TemporalVAE, spec: recipe.Loss):
+    def __init__(self, model: TemporalVAE, spec: recipe.Loss, memory: str | None = None):
+        """`memory`: what decoding, and the way back through it, may take, as "6GiB"."""
         super().__init__()
-        self.model, self._spec = model, spec
+        self.model, self._spec, self._memory = model, spec, memory
 
     def forward(self, video: Tensor, seeds: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Pixels (B, C, T, H, W) and a seed a sample -> reconstruction, mean and log-variance."""
@@ -41,7 +42,15 @@ class Pass(nn.Module):
         if self._spec.noise:
             shares = noise_shares(seeds, self._spec).to(mean)
             latent = latent + deviation * shares.view(-1, 1, 1, 1, 1) * draw(mean, seeds, 1)
-        return self.model.decoder(latent), mean, log_variance
+        return self._decoded(latent), mean, log_variance
+
+    def _decoded(self, latent: Tensor) -> Tensor:
+        if self._memory is None:
+            pixels: Tensor = self.model.decoder(latent)
+            return pixels
+        shape = tuple(latent.shape)
+        plan = self.model.plan(shape, "decode", budget=self._memory, gradients=True)
+        return self.model.decode(latent, plan=plan)
 
 
 def draw(like: Tensor, seeds: Sequence[int], stream: int = 0) -> Tensor:

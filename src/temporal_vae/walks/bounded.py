@@ -75,8 +75,13 @@ def refuse_watchers(line: Line, x: Tensor) -> None:
         raise ValueError(
             "a bounded walk overwrites its activations, so it cannot run under autograd: use "
             "torch.no_grad() around it or freeze the weights, requires_grad_(False); to train, "
-            "walk whole: no plan, no memory budget, no tiling"
+            "decode or encode with a plan(..., gradients=True)"
         )
+    refuse_pieces(line)
+
+
+def refuse_pieces(line: Line) -> None:
+    """Raise `ValueError` where a hook, or a norm of another kind, needs more than a piece."""
     refuse_hooks(line)
     if (norm := line.strange_norm()) is not None:
         raise ValueError(

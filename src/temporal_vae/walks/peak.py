@@ -33,6 +33,8 @@ class PlanRequest(NamedTuple):
     """Where the activation may lie, in the order of preference."""
     device: torch.device
     keep_state: bool = True
+    gradients: int | None = None
+    """Bytes of the weights that are trained; None for a walk without gradients."""
 
 
 class Peak:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -23,6 +23,7 @@ from temporal_vae.network.autoencoder import Decoder, Encoder, Line
 from temporal_vae.network.layer import Shape
 from temporal_vae.walks import stages
 from temporal_vae.walks.budget import Budget, BudgetError, parse_budget
+from temporal_vae.walks.gradient_peak import GradientPeak
 from temporal_vae.walks.peak import Offload, Operation, Part, Peak, PlanRequest
 from temporal_vae.walks.stages import Bounds
 
@@ -34,6 +35,9 @@ the pieces take, and so much at the most, as large blocks are mapped each on the
 from run to run by most of it."""
 KERNELS_BYTES = 32 * 2**20
 """What kernels and their threads keep for themselves, however small the walk."""
+GRADIENT_GAPS = 1.0
+"""The same for gradients of weights, which come with every piece and stay between what goes: of all
+of them so much. SVD's decoder, 0.24 GiB of weights: 0.3 to 0.4 GiB above the count of 8x64x64."""
 NEARLY_LEAST = 1.05
 """The least memory may be exceeded by so much for the sake of speed."""
 CHUNK_BYTES = 8 * 2**20
@@ -45,6 +49,9 @@ STEP_GROUP_BYTES = 8 * 2**20
 the process stays as large as it is. Twice as large ones walk 4 percent faster."""
 BAND_ROWS = (256, 128, 64, 32, 16, 8)
 """Rows of a band, fastest first."""
+
+SEGMENTS = (0, 12, 8, 6, 4, 3, 2, 1)
+"""Segments of a line for gradients, of more memory first; all but 0 compute most layers thrice."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,11 +66,14 @@ class Plan:
     """Whether it is for the steps of a stream."""
     keep_state: bool = True
     """Whether the state before a step of the stream outlives the step."""
+    gradients: bool = False
+    """Whether it is for a walk with gradients; without `torch.no_grad` no other one is."""
     bounds: Bounds | None
     """Pieces of the bounded walk; None for the whole walk."""
     peak_bytes: int
     """Largest memory in use at a time over the weights and the input, the result included, and for
-    a stream the state before a step and what there is of the one after."""
+    a stream the state before a step and what there is of the one after; with gradients their whole
+    way back is counted, and a gradient for each weight that is trained."""
     state_bytes: int = 0
     """Size of one state of the stream."""
     parts: tuple[Part, ...] = field(repr=False, default=())
@@ -92,6 +102,7 @@ class Plan:
         """The plan in words, a line each."""
         what = f"{self.operation} {'x'.join(map(str, self.shape))}, {self.dtype}"
         step = ", a step of a stream" if self.stream else ""
+        step = ", with gradients" if self.gradients else step
         lines = [f"{what}: {self.walk} walk{step}"]
         lines += [] if self.bounds is None else self.bounds.explain()
         if self.offload is not None:
@@ -112,6 +123,7 @@ class Planner:
         assert isinstance(config, TemporalVAEConfig)
         with _on_shapes_alone(), torch.device("meta"):
             self._line: Line = kind(config).to(request.dtype)
+        self._line.requires_grad_(bool(request.gradients))
 
     def plan(self, budget: Budget) -> Plan:
         """The fastest plan within a budget: bytes, words such as "6GiB", "least", None for any.
@@ -120,7 +132,7 @@ class Planner:
         """
         limit, plans = parse_budget(budget), list[Plan]()
         with self._lock, _on_shapes_alone():
-            for bounds in _candidates(self._line, self._request, limit is not None):
+            for bounds in self._candidates(limit is not None):
                 plan = self._counted.get(bounds) or self._count(bounds)
                 if limit is None or (limit != "least" and plan.peak_bytes <= limit):
                     return plan
@@ -130,8 +142,15 @@ class Planner:
             return next(plan for plan in plans if plan.peak_bytes <= NEARLY_LEAST * least)
         raise self._too_little(budget, least, plans[0].state_bytes)
 
+    def _candidates(self, limited: bool) -> Iterator[Bounds | None]:
+        if self._request.gradients is None:
+            return _candidates(self._line, self._request, limited)
+        return _with_gradients(self._line, self._request)
+
     def _too_little(self, budget: Budget, least: int, state_bytes: int) -> BudgetError:
         request, state = self._request, ""
+        if request.gradients is not None:
+            state = ", with gradients; torch.no_grad() takes less where they are not wanted"
         if request.stream:
             states = (2 if request.keep_state else 1) * state_bytes
             state = f", of which {states} for the stream's state"
@@ -142,18 +161,24 @@ class Planner:
         )
 
     def _count(self, bounds: Bounds | None) -> Plan:
-        request, found = self._request, Peak(self._line, self._request, bounds)
+        request = self._request
+        count = Peak if request.gradients is None else GradientPeak
+        found: Peak | GradientPeak = count(self._line, request, bounds)
         parts = list(found.parts)
         if (rest := found.after - sum(size for _, size in parts)) > 0:
             parts.append(("what is made of the result", rest))
         margin = math.ceil(MARGIN * sum(size for _, size in parts))
-        gaps = 0 if bounds is None else min(GAPS_BYTES, found.workspace)
+        gaps = 0
+        if bounds is not None:
+            weights = request.gradients or 0
+            gaps = min(GAPS_BYTES, found.workspace) + int(GRADIENT_GAPS * weights)
         parts += [("margin", margin), ("gaps", gaps), ("the kernels' own", KERNELS_BYTES)]
         parts = [(name, size) for name, size in parts if size]
         walked = None if bounds is None else replace(bounds, workspace=found.workspace)
         plan = Plan(
             operation=request.operation, shape=request.shape, dtype=request.dtype,
             stream=request.stream, keep_state=request.keep_state, bounds=walked,
+            gradients=request.gradients is not None,
             parts=tuple(parts), peak_bytes=sum(size for _, size in parts), state_bytes=found.state,
             device=request.device, network=request.network,
         )  # fmt: skip
@@ -186,31 +211,53 @@ def _candidates(line: Line, request: PlanRequest, limited: bool) -> Iterator[Bou
     writes_over = on_cpu and request.stream and not request.keep_state and limited
     if None in request.offload and not writes_over:
         yield None  # which cannot write over a state, and takes large blocks anew at every step
-    layers, frames, itemsize = list(line.layers()), request.shape[2], request.dtype.itemsize
-    shapes = stages.shapes_in(layers, (1, *request.shape[1:]))
-    height, width = max(shape[3:] for shape in shapes)
-    channels = max(
-        (layer.width or 0 for layer, shape in zip(layers, shapes, strict=False)
-         if layer.cut == "pixels" and shape[3:] == (height, width)),
-        default=128,
-    )  # fmt: skip
-    largest = max(
-        math.prod(before) // before[2] + math.prod(after) // after[2]
-        for layer, (before, after) in zip(layers, pairwise(shapes), strict=True)
-        if layer.cut == "frames"
-    )
-    pixels = max(16, CHUNK_BYTES // (frames * itemsize * channels))
-    most = frames
-    if on_cpu:
-        size = STEP_GROUP_BYTES if request.stream else GROUP_BYTES
-        most = max(1, min(frames, size // (largest * itemsize)))
-    groups = [most >> n for n in range(most.bit_length())]
+    sizes = _Sizes(line, request)
     for offload in request.offload:
-        cut = partial(Bounds, channels=channels, offload=offload)
-        for group in groups:
-            chunk = max(16, min(pixels, group * height * width // frames))
-            yield cut(frames=group, largest=largest, pixels=chunk)
+        cut = partial(Bounds, channels=sizes.channels, offload=offload)
+        yield from sizes.in_groups(cut)
         for fused in (False, True):
-            for rows in (rows for rows in BAND_ROWS if rows < height):
-                chunk = max(16, min(pixels, rows * width // frames))
-                yield cut(rows=rows, fused=fused, pixels=chunk)
+            for rows in (rows for rows in BAND_ROWS if rows < sizes.height):
+                yield cut(rows=rows, fused=fused, pixels=sizes.chunk(rows * sizes.width))
+
+
+def _with_gradients(line: Line, request: PlanRequest) -> Iterator[Bounds | None]:
+    """Ways to walk and to come back, fastest first."""
+    yield None
+    sizes = _Sizes(line, request)
+    for segments in SEGMENTS:
+        yield from sizes.in_groups(partial(Bounds, channels=sizes.channels, segments=segments))
+
+
+class _Sizes:
+    """The sizes of pieces that suit a line."""
+
+    def __init__(self, line: Line, request: PlanRequest):
+        layers, itemsize = list(line.layers()), request.dtype.itemsize
+        self.frames = request.shape[2]
+        shapes = stages.shapes_in(layers, (1, *request.shape[1:]))
+        self.height, self.width = max(shape[3:] for shape in shapes)
+        self.channels = max(
+            (layer.width or 0 for layer, shape in zip(layers, shapes, strict=False)
+             if layer.cut == "pixels" and shape[3:] == (self.height, self.width)),
+            default=128,
+        )  # fmt: skip
+        self.largest = max(
+            math.prod(before) // before[2] + math.prod(after) // after[2]
+            for layer, (before, after) in zip(layers, pairwise(shapes), strict=True)
+            if layer.cut == "frames"
+        )
+        self._pixels = max(16, CHUNK_BYTES // (self.frames * itemsize * self.channels))
+        self._most = self.frames
+        if request.device.type == "cpu":
+            size = STEP_GROUP_BYTES if request.stream else GROUP_BYTES
+            self._most = max(1, min(self.frames, size // (self.largest * itemsize)))
+
+    def in_groups(self, cut: Callable[..., Bounds]) -> Iterator[Bounds]:
+        """Groups of whole frames, the larger first."""
+        for group in (self._most >> n for n in range(self._most.bit_length())):
+            pixels = self.chunk(group * self.height * self.width)
+            yield cut(frames=group, largest=self.largest, pixels=pixels)
+
+    def chunk(self, pixels: int) -> int:
+        """Pixels of a chunk, with all their frames, that takes no more than so many of one."""
+        return max(16, min(self._pixels, pixels // self.frames))

@@ -23,9 +23,10 @@ from temporal_vae.geometry import indivisible
 from temporal_vae.latents import LatentDistribution
 from temporal_vae.latents.latent_channels import mask
 from temporal_vae.network.autoencoder import Decoder, Encoder, unwrapped
+from temporal_vae.network.kernels.plain import transformed
 from temporal_vae.network.layer import Shape
 from temporal_vae.network.primitives import hooked
-from temporal_vae.walks import bounded, streamed
+from temporal_vae.walks import bounded, gradients, streamed
 from temporal_vae.walks.budget import Budget, check_budget
 from temporal_vae.walks.peak import Offload, Operation, PlanRequest
 from temporal_vae.walks.plan import Plan, planner
@@ -109,6 +110,7 @@ class Runner:
         stream: bool = False,
         keep_state: bool = True,
         offload: Offload = None,
+        gradients: bool = False,
         device: torch.device | None = None,
     ) -> Plan:
         """The fastest walk within a budget; see `TemporalVAE.plan`. `device`: where it will run."""
@@ -121,12 +123,25 @@ class Runner:
             raise ValueError(
                 f"this model normalises over the whole clip, so it cannot {operation} a stream"
             )
+        if gradients and (stream or offload is not None):
+            raise ValueError(
+                "a plan with gradients is for a clip that stays where the weights are: it has "
+                "neither stream nor offload"
+            )
         places = self._places(offload, budget)
         request = PlanRequest(
-            self._network, operation, full, dtype, stream, places, device,
-            keep_state or not stream,
+            self._network, operation, full, dtype, stream, (None,) if gradients else places, device,
+            keep_state or not stream, self._trained_bytes(operation) if gradients else None,
         )  # fmt: skip
         return planner(request).plan(budget)
+
+    def _trained_bytes(self, operation: Operation) -> int:
+        return sum(p.nbytes for p in self.line(operation).parameters() if p.requires_grad)
+
+    def wants_gradients(self, operation: Operation, clip: Tensor) -> bool:
+        """Whether gradients of an input or of weights are to go back through a walk."""
+        tensors = (clip, *self.line(operation).parameters())
+        return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
     def _checked_shape(self, shape: Sequence[int], operation: Operation) -> Shape:
         if operation not in ("encode", "decode"):
@@ -190,9 +205,12 @@ class Runner:
             budget = self.settings.default_budget
             if budget is None or (stream and self.line(operation).reach is None):
                 return None
-            if torch.is_grad_enabled() and clip.requires_grad:  # which only the whole walk has
-                return None
-            return self.plan(tuple(clip.shape), operation, clip.dtype, budget, stream=stream)
+            if transformed() or (stream and torch.is_grad_enabled() and clip.requires_grad):
+                return None  # which only the whole walk has
+            wanted = not stream and self.wants_gradients(operation, clip)
+            return self.plan(
+                tuple(clip.shape), operation, clip.dtype, budget, stream=stream, gradients=wanted
+            )
         self._check_origin(plan)
         shape = tuple(clip.shape)
         if stream and shape[2] <= plan.shape[2]:  # a shorter piece takes less
@@ -229,8 +247,9 @@ class Runner:
         for budget in (plan.peak_bytes * 2 // 3, "least"):
             with suppress(ValueError):
                 smaller = self.plan(
-                    plan.shape, plan.operation, plan.dtype, budget, stream=plan.stream
-                )
+                    plan.shape, plan.operation, plan.dtype, budget,
+                    stream=plan.stream, gradients=plan.gradients,
+                )  # fmt: skip
                 if smaller.peak_bytes < plan.peak_bytes:
                     return smaller
         return None
@@ -244,10 +263,8 @@ class Runner:
     def decode(self, clip: Tensor, plan: Plan | None = None, out: Tensor | None = None) -> Tensor:
         """The pixels of a clip of latents, in `out` (B, C, T, H, W) if it is given."""
         clip = self.mask(clip)
-        if out is not None:
-            trained = any(x.requires_grad for x in (clip, *self.decoder.parameters()))
-            if torch.is_grad_enabled() and trained:
-                raise ValueError("what is written into `out` has no gradient: use torch.no_grad()")
+        if out is not None and self.wants_gradients("decode", clip):
+            raise ValueError("what is written into `out` has no gradient: use torch.no_grad()")
         return self._walk("decode", clip, plan, out)
 
     def reconstruct(
@@ -268,6 +285,8 @@ class Runner:
         self, operation: Operation, clip: Tensor, plan: Plan | None, out: Tensor | None
     ) -> Tensor:
         if plan is not None and plan.bounds is not None:
+            if plan.gradients and self.wants_gradients(operation, clip):
+                return gradients.walk(self.line(operation), clip, plan.bounds)
             return bounded.walk(self.line(operation), clip, plan.bounds, out)
         walk = self._compiled(operation)
         samples = clip.split(1) if self.settings.slicing else (clip,)

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import accumulate, groupby, pairwise
 
 from temporal_vae.network.layer import Layer, Shape
 
@@ -35,6 +35,9 @@ class Bounds:
     offload: str | os.PathLike[str] | None = None
     """Where the activation lies: None where the model is, "host" in the memory of the CPU, else a
     folder, for a file without a name that is gone when the walk ends."""
+    segments: int = 0
+    """Into how many segments the line is cut for gradients, which keep nothing but their inputs;
+    0 keeps what is between all layers."""
     workspace: int = 0
     """Bytes that pieces take at the most: taken and let go before the first layer."""
 
@@ -44,8 +47,9 @@ class Bounds:
             optional = value is None and name not in ("frames", "pixels")
             if not optional and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a whole number above 0, got {value!r}")
-        if not isinstance(self.workspace, int) or self.workspace < 0:
-            raise ValueError(f"workspace must be a number of bytes, got {self.workspace!r}")
+        for name, what in (("workspace", "bytes"), ("segments", "segments")):
+            if not isinstance(value := getattr(self, name), int) or value < 0:
+                raise ValueError(f"{name} must be a number of {what}, got {value!r}")
 
     def explain(self) -> list[str]:
         """The sizes of pieces in words, a line each."""
@@ -56,9 +60,11 @@ class Bounds:
         if self.largest and self.frames < ENOUGH_FRAMES:
             more = f", up to {ENOUGH_FRAMES} where they are smaller"
         fewer = "" if self.channels is None else ", fewer where layers hold more"
+        kept = [f"  {self.segments} segments, whose inputs alone are kept"] if self.segments else []
         return [
             f"  framewise layers: {pieces} at a time{more}",
             f"  timewise layers: {self.pixels} pixels at a time{fewer}",
+            *kept,
         ]
 
     def group(self, run: Sequence[Layer], shape: Shape) -> int:
@@ -103,6 +109,45 @@ def stages(run: list[Layer], shape: Shape, bounds: Bounds) -> list[list[Layer]]:
         else:
             found.append([following])
     return found
+
+
+def frames_apart(layers: Sequence[Layer], frames: int, bounds: Bounds) -> int:
+    """Frames of a clip that gradients go through the whole line together with: those of a piece if
+    no layer sees more than one, else all."""
+    return bounds.frames if all(layer.cut == "frames" for layer in layers) else frames
+
+
+def frames_of(unit: Sequence[Layer], shape: Shape, bounds: Bounds) -> int:
+    """Frames that layers which gradients are computed of together get at a time."""
+    return bounds.group(unit, shape) if unit[0].cut == "frames" else shape[2]
+
+
+def piece_of(unit: Sequence[Layer], shape: Shape, bounds: Bounds) -> Shape:
+    """The largest piece of (1, C, T, H, W) that layers get at a time for gradients."""
+    _, c, t, h, w = shape
+    if unit[0].cut == "pixels":
+        pixels = bounds.chunk(unit[0])
+        return shape if pixels >= h * w else (1, c, t, 1, pixels)
+    return (1, c, min(t, frames_of(unit, shape, bounds)), h, w)
+
+
+def segments(layers: Iterable[Layer], shape: Shape, bounds: Bounds) -> list[list[list[Layer]]]:
+    """The layers in as many segments as there are to be for gradients, about equal in what is
+    between their layers; each in units that are computed together.
+
+    A unit is one layer, but for two with the widest result between them, which is never stored.
+    """
+    found, sizes = list[list[Layer]](), list[int]()
+    for run in runs(layers):
+        cut = stages(run, shape, Bounds(fused=True)) if run[0].cut == "frames" else [run]
+        for unit in cut:
+            found.append(unit)
+            sizes.append(math.prod(shape))
+            shape = shape_after(unit, shape)
+    before = accumulate(sizes, initial=0)
+    total, count = sum(sizes), max(1, bounds.segments)
+    numbered = zip(found, (count * size // total for size in before), strict=False)
+    return [[unit for unit, _ in of] for _, of in groupby(numbered, key=lambda pair: pair[1])]
 
 
 def largest_of(run: Iterable[Layer], shape: Shape) -> int:

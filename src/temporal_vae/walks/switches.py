@@ -13,7 +13,8 @@ from temporal_vae.walks.runner import Settings
 
 
 class Switches(nn.Module):
-    """Slicing, tiling, a memory budget, gradient checkpointing: none of them changes a result."""
+    """Slicing, tiling, a memory budget, gradient checkpointing: none of them changes a result, nor
+    a gradient, by more than rounding."""
 
     _settings: Settings
 
@@ -22,7 +23,7 @@ class Switches(nn.Module):
         self._settings = replace(self._settings, slicing=bool(enabled))
 
     def set_tiling_enabled(self, enabled: bool) -> None:
-        """Walk with the least memory from now on; the result stays the same. Needs `no_grad`.
+        """Walk with the least memory from now on; the result stays the same.
 
         It goes before a memory budget, which holds again once it is off.
         """
@@ -31,9 +32,10 @@ class Switches(nn.Module):
     def set_memory_budget(self, budget: Budget) -> None:
         """Plan every encode and decode for this budget from now on, see `plan`; None ends it.
 
-        The steps of a stream are planned as well, each piece as it comes. A budget is for walks
-        without gradients: an input that wants one is walked whole, whatever that takes, and weights
-        that want one are refused. Raises `ValueError` for what is no budget.
+        The steps of a stream are planned as well, each piece as it comes. Where gradients are
+        wanted, of an input or of weights, the budget holds to the end of `backward`, which takes
+        more: use `torch.no_grad` where they are not. `forward`, `train_step` and
+        `compute_gradients` walk whole. Raises `ValueError` for what is no budget.
         """
         parse_budget(budget)
         self._settings = replace(self._settings, budget=budget)
@@ -77,7 +79,8 @@ class Switches(nn.Module):
     def enable_gradient_checkpointing(self) -> None:
         """Compute each layer again for its gradients from now on, and keep only its input.
 
-        Training takes much less memory, and about a third more time; gradients stay the same.
+        Training takes much less memory, and about a third more time; gradients stay the same. For a
+        bound of memory, and less of it, decode with a plan made with gradients=True.
         """
         self._set_gradient_checkpointing(True)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +14,18 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from temporal_vae.network.autoencoder import Line
+from temporal_vae.network.kernels.norm import Moments
 from temporal_vae.network.layer import Layer, Past, Shape
 from temporal_vae.network.primitives import own_norm
+from temporal_vae.walks import gradients
+from temporal_vae.walks.norm_sums import with_known
 
 LONG_AGO = 2**31
 """Frames that a stream has taken when it is traced: more than any reach."""
+
+
+Traced = TypeVar("Traced", bound=Tensor | Moments)
 
 
 @lru_cache(maxsize=16)
@@ -38,6 +45,7 @@ class Tracer:
         self.dtype = dtype
         self._norm = _norm_on_cpu if device.type == "cpu" else _norm_elsewhere
         self._seen: dict[Any, list[int]] = {}
+        self._seen_again: dict[Any, tuple[int, int]] = {}
 
     def whole(self, layer: Layer, shape: Shape, stream: bool) -> int:
         """Bytes for a layer on all it gets at once, its norms on their own."""
@@ -59,6 +67,60 @@ class Tracer:
                 for index in range(len(norms) + 1)
             ]
         return self._seen[key]
+
+    def there_and_back(self, line: Line, shape: Shape) -> int:
+        """Bytes beside the input at the worst moment of a whole walk and its gradients."""
+        there, back, results = self._there_and_back(
+            partial(_fused, line), self._empty(shape), line.parameters()
+        )
+        return max(there, back + results)
+
+    def again(self, unit: Sequence[Layer], piece: Shape, norms: bool) -> tuple[int, int]:
+        """Bytes alive beside a piece whose inside is computed again for gradients: on the way
+        there, and on the way back beside the result and its gradient.
+
+        `norms`: whether the piece is less than what they sum over.
+        """
+        key = (tuple(map(_kind, unit)), piece, norms)
+        if key not in self._seen_again:
+            weights = [weight for layer in unit for weight in layer.parameters()]
+            found = [
+                self._there_and_back(
+                    partial(gradients.again, partial(_fused, one)), self._empty(piece), weights
+                )
+                for one in self._passes_again(unit, piece[0], norms)
+            ]
+            self._seen_again[key] = (max(each[0] for each in found), max(each[1] for each in found))
+        return self._seen_again[key]
+
+    def _passes_again(
+        self, unit: Sequence[Layer], samples: int, norms: bool
+    ) -> Iterator[Callable[[Tensor], Tensor | Moments]]:
+        """What is computed of a piece: what each norm sums up, and the result."""
+        known: dict[nn.Module, Moments] = {}
+        for norm in unit[0].norms() if norms and unit[0].cut == "pixels" else ():
+            yield partial(gradients.moments, unit[0], norm, known)
+            shape = (samples, cast(int, norm.num_groups))
+            sums = (torch.empty(shape, dtype=torch.float64, device="meta") for _ in range(2))
+            known = {**known, norm: Moments(1, *(each.requires_grad_() for each in sums))}
+        yield partial(gradients.compute, unit, norm=with_known(known))
+
+    @torch.enable_grad()
+    def _there_and_back(
+        self, function: Callable[[Tensor], Tensor | Moments], x: Tensor, weights: Iterable[Tensor]
+    ) -> tuple[int, int, int]:
+        """The most bytes alive on the way there beside x, and back beside result and gradient; and
+        the bytes of those two."""
+        alive, x = LiveBytes(), x.requires_grad_()
+        with alive:
+            alive.leave_out(x)
+            found = function(x)
+            results = (found,) if isinstance(found, Tensor) else (found.mean, found.variance)
+            given = [torch.empty_like(y) for y in results]
+            size, there, alive.most = 2 * sum(y.nbytes for y in results), alive.most, 0
+            wanted = [x, *(weight for weight in weights if weight.requires_grad)]
+            torch.autograd.grad(results, wanted, given, allow_unused=True)
+            return there, alive.most - size, size
 
     def _trace(
         self,
@@ -100,7 +162,7 @@ class Tracer:
 
 def _kind(layer: Layer) -> tuple[Any, ...]:
     """What layers have in common that take the same memory."""
-    shapes = tuple(p.shape for p in layer.parameters())
+    shapes = tuple((p.shape, p.requires_grad) for p in layer.parameters())
     declared = (layer.cut, layer.past, layer.future, layer.halo, layer.scale, layer.rate)
     return (type(layer), declared, layer.tails(), len(layer.norms()), shapes)
 
@@ -131,10 +193,31 @@ class _Attention(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
-            q, _, v = args[:3]  # (B, heads, queries, channels); the result lies queries first
-            b, heads, queries, _ = q.shape
-            return q.new_empty(b, queries, heads, v.shape[3]).transpose(1, 2)
+            bias = (kwargs or {}).get("attn_mask")
+            if bias is None or not bias.requires_grad:  # which no kernel has a gradient for
+                return _Fused.apply(*args[:3])  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
+
+
+def _fused(function: Callable[[Tensor], Traced], x: Tensor) -> Traced:
+    """`function(x)` with such attention, on the way back as well, where no mode of ours is on."""
+    with _Attention():
+        return function(x)
+
+
+class _Fused(torch.autograd.Function):
+    """Attention of (B, heads, queries or keys, channels), by shapes; queries lie first."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        b, heads, queries, _ = q.shape
+        y = q.new_empty(b, queries, heads, v.shape[3]).transpose(1, 2)
+        ctx.save_for_backward(q, k, v, y, q.new_empty(b, heads, queries, dtype=torch.float32))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
 
 
 class LiveBytes(TorchDispatchMode):

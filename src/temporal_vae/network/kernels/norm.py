@@ -89,8 +89,11 @@ class Moments:
     def of(cls, x: Tensor, groups: int) -> Moments:
         """Moments of x (N, C, ...), joined from those of short runs of pixels.
 
-        Runs are taken side by side, every n-th pixel in one of n: as channels, to torch.
+        Runs are taken side by side, every n-th pixel in one of n: as channels, to torch. Where
+        gradients are wanted torch sums it all.
         """
+        if not values_only(x):
+            return cls(x[0, 0].numel(), *_differentiable(x, groups))
         samples, channels = x.shape[:2]
         pixels = x.movedim(1, -1).reshape(samples, -1, channels)
         # float16 cannot hold the variance of what it can hold: 256 squared is beyond its end
@@ -122,8 +125,8 @@ class Moments:
 def normalise(x: Tensor, moments: Moments, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """A part of what has these moments by them, scaled and shifted per channel.
 
-    x is (N, C, H, W) or (B, C, T, H, W). No gradient goes through. 16-bit input is computed in
-    float32.
+    x is (N, C, H, W) or (B, C, T, H, W). 16-bit input is computed in float32. Gradients go through
+    the moments too.
     """
     if x.ndim == 5:
         y = normalise(fold_pixels(x), moments, weight, bias, eps)
@@ -136,6 +139,10 @@ def normalise(x: Tensor, moments: Moments, weight: Tensor, bias: Tensor, eps: fl
         moment.unsqueeze(2).expand(each).reshape(samples, -1).to(x.device, wide)
         for moment in (moments.mean, moments.variance)
     )
+    if not values_only(x, weight, bias, mean):
+        mean, scale = (each[..., None, None] for each in (mean, (variance + eps).rsqrt()))
+        weight, bias = (each[:, None, None] for each in (weight, bias))
+        return torch.addcmul(bias, x - mean, scale * weight).to(x.dtype)
     # CUDA computes with what it saves: two tensors, or one would overwrite the other
     y, saved = torch.empty_like(x), [x.new_empty(0, dtype=wide) for _ in range(2)]
     for n in range(samples):
@@ -153,6 +160,13 @@ def _of_columns(x: Tensor) -> tuple[Tensor, Tensor]:
     else:  # which have no such operator
         variance, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
     return mean, variance
+
+
+def _differentiable(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance (N, groups) of x (N, C, ...), float64, by torch's own sums."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(1, (groups, -1))
+    variance, mean = torch.var_mean(wide, tuple(range(2, wide.ndim)), correction=0)
+    return _double(mean), _double(variance)
 
 
 def _double(x: Tensor) -> Tensor:
