@@ -470,7 +470,8 @@ def killed_and_run_again(
         run = start("out", "--skip-existing")
         while number % 2 and run.poll() is None and not partials(folder / "out"):
             time.sleep(0.01)
-        time.sleep(chance.random() * (0.5 if number % 2 else length))
+        if number != 1:  # that one is killed as soon as there is something to leave behind
+            time.sleep(chance.random() * (0.5 if number % 2 else length))
         run.send_signal(signal.SIGKILL)
         run.communicate()
         cut += bool(partials(folder / "out"))

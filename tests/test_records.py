@@ -875,6 +875,7 @@ OTHERS: dict[str, Any] = {
     "quant_conv": False,
     "post_quant_conv": False,
     "temporal_encoder": False,
+    "temporal_decoder": False,
     "temporal_attention_reach": 1,
     "temporal_norm": "clip",
     "time_conv_out": True,

@@ -529,7 +529,7 @@ def torchrun(tmp_path: Path, clips: Path, out: str, *more: str) -> list[float]:
     return [json.loads(line)["loss"] for line in lines]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_two_processes_give_the_loss_of_one(tmp_path: Path, clips: Path, strategy: str) -> None:
     one = torchrun(
         tmp_path, clips, "one", *(["--set", "loss.adversarial=0"] * (strategy == "fsdp"))
@@ -563,7 +563,9 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_run_that_was_ended_goes_on(
     tmp_path: Path, clips: Path, file: Path, number: signal.Signals
 ) -> None:
