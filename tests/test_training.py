@@ -553,7 +553,9 @@ def file(tmp_path: Path) -> Iterator[Path]:
 
 def tvae(*words: object) -> subprocess.Popen[str]:
     command = [str(Path(sys.executable).parent / "tvae"), "train", *map(str, words)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
 
 
 def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
@@ -569,10 +571,11 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 def test_a_run_that_was_ended_goes_on(
     tmp_path: Path, clips: Path, file: Path, number: signal.Signals
 ) -> None:
-    words = [file, "--data", clips, "--out", tmp_path / "run", "--device", "cpu"]
+    words = [file, "--data", clips, "--out", tmp_path / "run", "--device", "cpu",
+             "--set", "data.workers=1"]  # fmt: skip
     process = tvae(*words)
     wait_for(tmp_path / "run/checkpoints/step-00000003", process)
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # as a terminal does, and what ends jobs
     process.communicate(timeout=60)
     assert process.returncode != 0
     before = json.loads((tmp_path / "run/state.json").read_text())

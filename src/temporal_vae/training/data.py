@@ -241,8 +241,12 @@ def in_order(batches: Batches, start: int, workers: int) -> Iterator[Samples]:
 
 
 def _quiet(worker: int) -> None:
-    """Ctrl-C goes to all processes of a terminal: the training process alone answers it."""
+    """Ctrl-C, and often a request to end, goes to all processes: the training one answers it.
+
+    A worker ends with the loader, or soon after the training process is gone.
+    """
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)

@@ -150,7 +150,8 @@ def set_rate(made: Iterable[Optimizer], rate: float) -> None:
 class Average:
     """An exponential average of parameters (EMA), by torch's own function, in tensors of its own.
 
-    It begins with a shorter memory, so that first values do not count for long.
+    It begins with a shorter memory, about a third of the steps so far, so that first values do not
+    count for long.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float):
@@ -161,7 +162,7 @@ class Average:
     def update(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Take in the parameters as they are now."""
         self.updates += 1
-        decay = min(self._decay, (1 + self.updates) / (10 + self.updates))
+        decay = min(self._decay, (1 + self.updates) / (4 + self.updates))
         now = [parameters[name].detach() for name in self.values]
         get_ema_multi_avg_fn(decay)(list(self.values.values()), now, self.updates)
 
