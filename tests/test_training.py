@@ -15,6 +15,7 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ import torch
 from conftest import awake
 from safetensors.torch import load_file
 from test_video import noise, smooth, write
+from torch import nn
 
 from temporal_vae import TemporalVAE
 from temporal_vae.cli import main
@@ -88,11 +90,19 @@ def losses(records: list[dict[str, Any]]) -> list[float]:
         ({"loss": {"feature": 1.0}}, "feature_weights"),
         ({"stage": [{"share": 0}]}, "shares"),
         ({"data": {"fps": 8, "strides": [2]}}, "fps"),
+        ({"data": {"strides": []}}, "strides"),
+        ({"optimizer": {"final_rate": -1.0}}, "final_rate is a share"),
+        ({"optimizer": {"rates": {"encoder": math.nan}}}, "rates"),
+        ({"steps": None, "hours": math.inf}, "hours must be a finite"),
+        ({"model": {"train": []}}, "nothing to train"),
+        ({"validation": {"noise": [-0.1]}}, "noise"),
+        ({"stage": [{"seed": 5, "model": {"init": "x"}}]}, "seed, model.init: a run has one"),
     ],
 )
 def test_what_is_no_recipe(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Recipe.from_table(table(**changes)).bounds()
+        its = {name: value for name, value in table(**changes).items() if value is not None}
+        Recipe.from_table(its).bounds()
 
 
 def test_changes_of_a_recipe(tmp_path: Path) -> None:
@@ -106,6 +116,18 @@ def test_changes_of_a_recipe(tmp_path: Path) -> None:
     for bad in ("steps", "data.crop=48", "=3"):
         with pytest.raises(ValueError, match=r"a\.toml"):
             Recipe.read(file, [bad])
+
+
+def test_changes_of_a_stage(tmp_path: Path) -> None:
+    file = tmp_path / "a.toml"
+    file.write_text(
+        'steps = 4\n[[stage]]\nname = "x"\nloss = {noise = 0.5}\n[[stage]]\nname = "y"\n'
+    )
+    changed, _ = Recipe.read(file, ["stage.x.loss.noise=0.25", "loss.l1=1"])
+    assert [stage.loss.noise for stage in changed.stages()] == [0.25, 0.0]
+    for change, message in (("loss.noise=0.1", r"--set stage\.x\.loss"), ("stage.z.share=1", "z")):
+        with pytest.raises(ValueError, match=message):
+            Recipe.read(file, [change])
 
 
 def test_stages_follow_one_another_by_their_shares(tmp_path: Path, clips: Path) -> None:
@@ -145,6 +167,19 @@ def test_batches_are_a_function_of_their_number(clips: Path) -> None:
     assert torch.equal(next(ahead).frames, other[6].frames)
 
 
+def test_fades_are_a_share_of_every_kind_of_batch(clips: Path) -> None:
+    """Of 600 samples a fifth; a fade begins and ends in flat colours."""
+    found = probe_all(find_sources([clips]), Skipped(), lambda *_: None)
+    kinds = [{"samples": 1, "frames": n, "crop": 16} for n in (2, 3)]
+    batches = Batches(found, Recipe.from_table(table(data={"batch": kinds, "fades": 0.2})).data, 0)
+    flat: dict[int, list[bool]] = {2: [], 3: []}
+    for number in range(600):
+        frames = batches[number].frames[0]
+        flat[len(frames)].append(bool((frames == frames[:, :1, :1]).all()))
+    for shares in flat.values():
+        assert len(shares) > 200 and 0.1 < np.mean(shares) < 0.3
+
+
 def test_batches_do_not_depend_on_what_is_kept_in_memory(clips: Path) -> None:
     found = probe_all(find_sources([clips]), Skipped(), lambda *_: None)
     for more in ({"strides": [1, 2]}, {"fps": 10.0}, {"widths": [32, 48]}):
@@ -158,6 +193,9 @@ def test_batches_do_not_depend_on_what_is_kept_in_memory(clips: Path) -> None:
 
 def test_lists_and_tar_files_hold_the_same_clips(tmp_path: Path, clips: Path) -> None:
     files = sorted(clips.glob("*.mkv"))
+    skipped = Skipped()
+    (tmp_path / "odd.txt").write_text("gone.mp4\nodd.txt\n" + str(files[0]))
+    assert len(find_sources([tmp_path / "odd.txt"], (), skipped)) == 1 and len(skipped) == 2
     (clips / "all.txt").write_text("# a list\n" + "\n".join(file.name for file in files))
     with tarfile.open(tmp_path / "shard.tar", "w") as tar:
         for file in files:
@@ -331,6 +369,14 @@ def test_a_budget_and_checkpointing_leave_the_losses_as_they_are(
              {"train": ["decoder"]})
         )
     ]  # fmt: skip
+    narrow = {"dtype": "bfloat16"}
+    both = [
+        losses(run(tmp_path / f"narrow{index}", clips, model=its, optimizer=narrow, steps=2))
+        for index, its in enumerate(
+            ({"train": ["decoder"]}, {"memory": "least", "train": ["decoder"]})
+        )
+    ]
+    assert both[0] == pytest.approx(both[1], abs=0.02)
     assert found[2] == pytest.approx(found[0], abs=1e-5)
     assert found[1] == pytest.approx(found[3], abs=1e-5) and found[0] != found[1]
     with pytest.raises(ValueError, match="below the least"):
@@ -465,6 +511,47 @@ def test_a_loss_that_is_not_finite_stops_with_the_batch_saved(tmp_path: Path, cl
     assert json.loads((tmp_path / "bad/state.json").read_text())["status"] == "failed"
 
 
+def test_a_gradient_that_is_not_finite_leaves_the_weights(tmp_path: Path, clips: Path) -> None:
+    its = table(steps=5)
+    records = train(Recipe.from_table(its), Inputs([clips]), tmp_path / "run", table=its)
+    next(records)
+    with (
+        mock.patch.object(nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.inf)),
+        pytest.raises(ValueError, match="gradient_norm = inf"),
+    ):
+        next(records)
+    weights = load_file(tmp_path / "run/checkpoints/step-00000001/weights.safetensors")
+    assert all(value.isfinite().all() for value in weights.values())
+    assert losses(run(tmp_path / "run", clips, steps=2, resume=True)) == losses(
+        run(tmp_path / "whole", clips, steps=2)[1:]
+    )
+
+
+def test_a_run_from_python_alone_goes_on(tmp_path: Path, clips: Path) -> None:
+    its = Recipe.from_table(table(steps=2))
+    assert len(list(train(its, Inputs([clips]), tmp_path / "run"))) == 2
+    assert Recipe.read(tmp_path / "run/recipe.toml")[0] == its
+    more = Recipe.from_table(table(steps=3))
+    assert len(list(train(more, Inputs([clips]), tmp_path / "run", resume=True))) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"config": SMALL | {"input_channels": 1}}}, "RGB"),
+        ({"data": {"batch": [{"frames": 2, "crop": 15}]}}, "no multiple"),
+        ({"loss": {"log_mse": 0.0, "colour": 0.0, "kl": 1.0}, "model": {"train": ["decoder"]}},
+         "nothing in"),
+    ],
+)  # fmt: skip
+def test_what_cannot_train_a_model_is_refused_before_the_first_step(
+    tmp_path: Path, clips: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "run", clips, **changes)
+    assert not (tmp_path / "run").exists()
+
+
 def test_averages_are_what_is_saved(tmp_path: Path, clips: Path) -> None:
     run(tmp_path / "run", clips, steps=3, optimizer={"ema": 0.5})
     checkpoint = tmp_path / "run/checkpoints/step-00000003"
@@ -479,7 +566,8 @@ def test_averages_are_what_is_saved(tmp_path: Path, clips: Path) -> None:
 
 def test_measurements(tmp_path: Path, clips: Path) -> None:
     its = table(steps=4, validation={"every": 2})
-    inputs = Inputs([clips], validation=[clips / "a.mkv"])
+    write(tmp_path / "v.mkv", smooth(4, 32, 32))
+    inputs = Inputs([clips], validation=[tmp_path / "v.mkv"])
     records = list(train(Recipe.from_table(its), inputs, tmp_path / "run", table=its))
     assert len(records) == 4
     text = (tmp_path / "run/validation.jsonl").read_text()
@@ -493,7 +581,7 @@ def test_measurements(tmp_path: Path, clips: Path) -> None:
     alone = run(tmp_path / "alone", clips, steps=4)  # measuring leaves the training as it is
     inputs.skipped.reasons.clear()
     assert losses(alone) == losses(records)
-    assert len(list((tmp_path / "run/samples").glob("step-*-a.png"))) == 2
+    assert len(list((tmp_path / "run/samples").glob("step-*-v.png"))) == 2
 
 
 def test_measuring_is_what_its_words_say(clips: Path) -> None:

@@ -229,7 +229,7 @@ def train(
       tvae train finetune --data clips/ --out run/ --init tiny
       tvae train recipe.toml --data a/ b/ --out run/ --set steps=5000 --set data.workers=4
       tvae train recipe.toml --data a/ b/ --out run/ --resume
-      torchrun --nproc-per-node 8 $(which tvae) train svd-decoder --data clips/ --out run/
+      torchrun --nproc-per-node 2 $(which tvae) train finetune --data clips/ --out run/
     """
     training.train(recipe, data, options)
 
@@ -340,3 +340,7 @@ def _fail(message: str, status: int = 1) -> NoReturn:
 def _terminate(number: int, frame: FrameType | None) -> None:
     """A request to end unwinds like Ctrl-C, so that no half-written file stays."""
     sys.exit(128 + number)
+
+
+if __name__ == "__main__":
+    main()

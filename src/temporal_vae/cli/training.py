@@ -126,18 +126,18 @@ def read_recipe(name: str, changes: Sequence[str], init: str | None) -> tuple[Re
     """The recipe of a file or a name, with the changes of the command line, and its table."""
     from temporal_vae.training.recipe import Recipe
 
-    more = [] if init is None else [f"model.init={init}"]
-    return Recipe.read(find_recipe(name), [*changes, *more])
+    return Recipe.read(find_recipe(name), changes, init)
 
 
 def checked(recipe: Recipe, inputs: Inputs, device: str) -> Rows:
     """What a training would be: the data, the model, and what it is computed with."""
-    from temporal_vae.training.build import build_model
+    from temporal_vae.training.build import build_model, refuse_misfit
     from temporal_vae.training.loop import computing_type
     from temporal_vae.training.optimizers import freeze
 
     stages = recipe.stages()
     model, anew = build_model(recipe.model, recipe.seed)
+    refuse_misfit(model, stages)
     trained = freeze(model, stages[-1].model)
     kinds = [asdict(batch) for stage in stages for batch in stage.data.batch]
     batches = "; ".join(f"{k['samples']} x {k['frames']} frames of {k['crop']}²" for k in kinds)

@@ -37,16 +37,16 @@ class Adversary:
             )
 
     def of_generator(
-        self, video: Tensor, reconstruction: Tensor, loss: Tensor, on: bool, terms: Tensors
+        self, video: Tensor, reconstruction: Tensor, loss: Tensor, part: float, terms: Tensors
     ) -> Tensor:
         """The weighted adversarial term; adds what it consists of to `terms`.
 
-        The critic's own gradients of this batch are added to its parameters.
+        `part` of the critic's own gradients of this batch is added to its parameters.
         """
-        if self.critic is None or not on:
+        if self.critic is None:
             return loss.new_zeros(())
         own = critic_loss(self._parallel(video), self._parallel(reconstruction.detach()))
-        own.backward()
+        (own * part).backward()
         self.critic.requires_grad_(False)  # what follows is the decoder's
         fooled = generator_loss(self.critic(reconstruction))
         self.critic.requires_grad_(True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
 
 import torch
@@ -10,6 +11,8 @@ from torch import nn
 from temporal_vae.config import TemporalVAEConfig
 from temporal_vae.model import TemporalVAE
 from temporal_vae.training import recipe
+from temporal_vae.training.optimizers import trained_parts
+from temporal_vae.training.recipe import Recipe
 
 PRESETS = {
     "default": TemporalVAEConfig,
@@ -37,6 +40,30 @@ def build_model(spec: recipe.Model, seed: int) -> tuple[TemporalVAE, list[str]]:
         return loaded, []
     model = TemporalVAE.from_config(config, seed=seed)
     return model, _take_over(model, loaded, spec.init)
+
+
+PIXEL_TERMS = ("l1", "mse", "log_mse", "colour", "temporal", "feature", "lpips")
+LATENT_TERMS = ("kl", "distill")
+
+
+def refuse_misfit(model: TemporalVAE, stages: Sequence[Recipe]) -> None:
+    """Raise `ValueError` where a recipe's stages cannot train this model."""
+    if model.input_channels != 3:
+        raise ValueError(f"training reads RGB, but the model has {model.input_channels} channels")
+    for stage in stages:
+        for kind in stage.data.batch:
+            if kind.crop % model.downsample_factor:
+                raise ValueError(
+                    f"a crop of {kind.crop} pixels is no multiple of {model.downsample_factor}, "
+                    "the pixels of a latent cell"
+                )
+        encoder = any("encoder" in part for part in trained_parts(stage.model))
+        terms = (*PIXEL_TERMS, *LATENT_TERMS) if encoder else PIXEL_TERMS
+        if not any(getattr(stage.loss, term) for term in terms):
+            raise ValueError(
+                f"nothing in [loss] reaches what is trained ({', '.join(stage.model.train)}): give "
+                f"a term a weight, of {', '.join(terms)}"
+            )
 
 
 def _changed(config: TemporalVAEConfig, changes: recipe.Table) -> TemporalVAEConfig:

@@ -25,6 +25,8 @@ from temporal_vae.walks.budget import parse_budget
 
 T = TypeVar("T")
 
+KIND = 2**31
+"""In place of a sample's number where the kind of a batch is drawn: a stream of its own."""
 ATTEMPTS = 20
 """Clips drawn for a sample, one after the other, before the data is given up as unreadable."""
 LARGEST_KEPT = 1 / 8
@@ -83,9 +85,8 @@ class Batches(Dataset[Samples]):
 
     def __getitem__(self, number: int) -> Samples:
         kinds = self._data.batch
-        kind = kinds[
-            np.random.default_rng((self._seed, number)).choice(len(kinds), p=self._chances)
-        ]
+        rng = np.random.default_rng((self._seed, number, KIND))
+        kind = kinds[rng.choice(len(kinds), p=self._chances)]
         mine = range(self._share.rank, kind.samples, self._share.of)
         broken: list[tuple[Clip, str]] = []
         frames = [
@@ -131,7 +132,8 @@ def _one_of(options: Sequence[T], rng: Generator) -> T:
 class Cache:
     """Frames of clips at a size and a rate; short clips are kept whole, as long as there is room.
 
-    Which frames come does not depend on what is kept.
+    Which frames come does not depend on what is kept, but for files of a variable frame rate and
+    rates (`data.fps`) that do not divide a file's own.
     """
 
     def __init__(self, size: int):
@@ -233,11 +235,14 @@ class _From(Sampler[int]):
 
 def in_order(batches: Batches, start: int, workers: int) -> Iterator[Samples]:
     """The batches from number `start` on, read ahead by so many worker processes."""
-    loader = DataLoader(
+    loader: DataLoader[Samples] = DataLoader(
         batches, batch_size=None, sampler=_From(start), num_workers=workers,
         prefetch_factor=4 if workers else None, worker_init_fn=_quiet if workers else None,
     )  # fmt: skip
-    return iter(loader)
+    try:
+        yield from loader
+    except VideoError as error:  # torch puts a worker's whole traceback before what it says
+        raise VideoError(str(error).strip().rpartition("VideoError: ")[2]) from None
 
 
 def _quiet(worker: int) -> None:

@@ -11,11 +11,14 @@ sample: a run that was stopped, or killed, goes on as if nothing had happened.
 from __future__ import annotations
 
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -28,11 +31,11 @@ from temporal_vae.network.kernels.dtypes import fastest, slowness
 from temporal_vae.training import optimizers as how
 from temporal_vae.training import parallel
 from temporal_vae.training.adversary import Adversary
-from temporal_vae.training.build import build_model, image_twin
+from temporal_vae.training.build import build_model, image_twin, refuse_misfit
 from temporal_vae.training.data import Batches, Samples, Share, in_order
 from temporal_vae.training.page import write_page
 from temporal_vae.training.parallel import Strategy
-from temporal_vae.training.recipe import Recipe, Table
+from temporal_vae.training.recipe import Recipe, Table, plain_table
 from temporal_vae.training.run import Run, pack, restore, unpack, weights
 from temporal_vae.training.sources import (
     Clip,
@@ -41,7 +44,7 @@ from temporal_vae.training.sources import (
     find_sources,
     hold_out,
     probe_all,
-    refuse_unfit,
+    unfit_clips,
 )
 from temporal_vae.training.step import Pass, Terms, cells_of
 from temporal_vae.training.tensorboard import Events
@@ -73,19 +76,26 @@ class Inputs:
 
         Raises `ValueError` where there are none.
         """
-        found = find_sources(self.data, recipe.data.exclude)
+        found = find_sources(self.data, recipe.data.exclude, self.skipped)
         if self.validation:
-            self.held = find_sources(self.validation)
+            self.held = find_sources(self.validation, (), self.skipped, "measure")
+            found = [source for source in found if source not in self.held]
         else:
             found, self.held = hold_out(found)
         readable = probe_all(found, self.skipped, progress)
         self.held = [clip.source for clip in probe_all(self.held, self.skipped, progress)]
-        kinds = [stage.data for stage in recipe.stages()]
-        fitting = [{clip.source for clip in refuse_unfit(readable, k, self.skipped)} for k in kinds]
-        self.clips = [clip for clip in readable if clip.source in set.union(*fitting)]
-        if not all(fitting):
-            reasons = "; ".join(f"{n}: {r}" for n, r in list(self.skipped.reasons.items())[:3])
-            raise ValueError(f"none of {len(found)} videos can be trained on: {reasons}")
+        unfit = [unfit_clips(readable, stage.data) for stage in recipe.stages()]
+        self.clips = []
+        for clip in readable:
+            if all(clip.source in reasons for reasons in unfit):
+                self.skipped.add(clip.source, unfit[0][clip.source])
+            else:
+                self.clips.append(clip)
+        if any(len(reasons) == len(readable) for reasons in unfit):
+            for source, reason in (item for reasons in unfit for item in reasons.items()):
+                self.skipped.add(source, reason)
+            some = "; ".join(f"{n}: {r}" for n, r in list(self.skipped.reasons.items())[:3])
+            raise ValueError(f"none of {len(found)} videos can be trained on in some stage: {some}")
 
 
 def train(
@@ -115,7 +125,7 @@ def train(
     with parallel.processes(torch.device(device)) as share:
         if not inputs.clips:
             inputs.look(recipe)
-        run, its = Run(out), table or asdict(recipe)
+        run, its = Run(out), table or plain_table(recipe)
         device = parallel.own_device(torch.device(device))
         training = Training(recipe, inputs, run, share, device, strategy, say)
         training.begin(run.look(its, resume))
@@ -152,8 +162,10 @@ class Training:
         self.stages, self.bounds = recipe.stages(), recipe.bounds()
         self.step, self.index, self.batch, self.clock = recipe.first_step, 0, 0, Clock()
         self.held = HeldOut.read(inputs.held, recipe.validation, inputs.skipped)
+        if not self.held.clips:
+            say("there is nothing to measure on: give clips for validation")
         self.model: TemporalVAE
-        self._is_spread = self._updating = False
+        self._is_spread, self._whole = False, True
         self.progress = 0.0
         self._events: Events | None = None
         self.average: how.Average | None = None
@@ -168,6 +180,7 @@ class Training:
             if anew:
                 self.say(f"{len(anew)} weights in time begin anew, such as {anew[0]}")
             self.index, self.batch = self._stage_at(self.look_at_clock()), self._batches_before()
+            refuse_misfit(self.model, self.stages)
             self._enter_stage()
             return
         tensors, state = self.run.load(step)
@@ -185,7 +198,9 @@ class Training:
         self.say(f"going on from step {step}")
 
     def _batches_before(self) -> int:
-        return self.step * self.stages[self.index].optimizer.accumulate
+        """Batches that the steps of earlier runs have taken."""
+        before = (self._stage_at(step / (self.recipe.steps or 1)) for step in range(self.step))
+        return sum(self.stages[index].optimizer.accumulate for index in before)
 
     def _stage_at(self, progress: float) -> int:
         """Which stage a part of the run falls into."""
@@ -198,6 +213,7 @@ class Training:
         self.stage, self.stage_step = self.stages[self.index], stage_step
         self.model.to(self.device)
         network = self.model if self.stage.model.temporal else image_twin(self.model)
+        network.disable_gradient_checkpointing()
         if self.stage.model.gradient_checkpointing:
             network.enable_gradient_checkpointing()
         self.trained = how.freeze(self.model, self.stage.model)
@@ -250,20 +266,20 @@ class Training:
             self._events = Events(self.run.folder / "tensorboard", self.step)
         self.tell("running")
         try:
-            while self.look_at_clock() < 1:
-                if self._stage_at(self.progress) > self.index:
-                    self.end_stage()
-                    self.index = self._stage_at(self.progress)
-                    self._enter_stage()
-                record = self.one_step()
-                self.note(record)
-                yield record
-                self.now_and_then()
+            with deferred_requests() as asked:
+                while self.look_at_clock() < 1:
+                    if self._stage_at(self.progress) > self.index:
+                        self.next_stage()
+                    record = self.one_step()
+                    self.note(record)
+                    yield record
+                    self.now_and_then()
+                    obey(int(parallel.agreed(asked[0] if asked else 0, self.share, self.device)))
             self.end_stage()
             self.measure()
             self.save()
         except (KeyboardInterrupt, SystemExit, GeneratorExit):
-            if not self._updating:  # half an update is no state to go on from
+            if self._whole:  # half an update, or half a stage, is no state to go on from
                 self.save()
             self.tell("stopped")
             raise
@@ -274,6 +290,14 @@ class Training:
             if self._events is not None:
                 self._events.close()
         self.tell("done")
+
+    def next_stage(self) -> None:
+        """Leave a stage for the one that it is time for."""
+        self._whole = False
+        self.end_stage()
+        self.index = self._stage_at(self.progress)
+        self._enter_stage()
+        self._whole = True
 
     @torch.no_grad()
     def end_stage(self) -> None:
@@ -308,11 +332,13 @@ class Training:
             for name, value in self._gradients(samples, 1 / count).items():
                 sums[name] = sums.get(name, torch.zeros(())) + value.detach().cpu() / count
         values = parallel.mean_over_processes(sums, self.share)
+        values["gradient_norm"] = self._clip()
         self._refuse_infinite(values, samples)
-        values["gradient_norm"] = self._update(rate)
+        self._whole = False
+        self._update(rate)
         self.batch = samples.number + 1
         self.step, self.stage_step = self.step + 1, self.stage_step + 1
-        self._updating = False
+        self._whole = True
         seconds = time.monotonic() - start
         return {
             "step": self.step, **values, "stage": self.stage.name, "learning_rate": rate,
@@ -330,18 +356,19 @@ class Training:
         reconstruction, mean = reconstruction.float(), mean.float()
         terms = self.terms(video, reconstruction, mean, log_variance.float())
         loss = self.terms.weighted(terms)
-        loss = loss + self.adversary.of_generator(video, reconstruction, loss, self._on(), terms)
+        if self.stage_progress() >= self.stage.critic.start:
+            loss = loss + self.adversary.of_generator(video, reconstruction, loss, part, terms)
         (loss * part).backward()
         return {"loss": loss, **{f"{_family(name)}/{name}": term for name, term in terms.items()}}
 
-    def _on(self) -> bool:
-        return self.stage_progress() >= self.stage.critic.start
+    def _clip(self) -> float:
+        """Scale gradients down to the largest norm that the recipe allows; the norm they had."""
+        limit = self.stage.optimizer.clip_norm or math.inf
+        norm = nn.utils.clip_grad_norm_(list(self.trained.values()), limit)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
-    def _update(self, rate: float) -> float:
-        """Clip the gradients, step, average; the norm that the gradients had."""
-        self._updating = True
-        parameters, limit = list(self.trained.values()), self.stage.optimizer.clip_norm
-        norm = nn.utils.clip_grad_norm_(parameters, limit or math.inf)
+    def _update(self, rate: float) -> None:
+        """Step down the gradients, and take the weights into the average."""
         how.set_rate(self.optimizers, rate)
         for optimizer in self.optimizers:
             optimizer.step()
@@ -349,17 +376,17 @@ class Training:
         self.adversary.update()
         if self.average is not None:
             self.average.update(self.trained)
-        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
     def _refuse_infinite(self, values: Mapping[str, float], samples: Samples) -> None:
-        if math.isfinite(values["loss"]):
+        if math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"]):
             return
         odd = next((name for name, value in values.items() if not math.isfinite(value)), "loss")
         file = self.run.folder / f"failed-step-{self.step + 1:08d}.safetensors"
         if self.share.rank == 0:
             save_file({"frames": samples.frames.contiguous()}, file)
         raise ValueError(
-            f"the loss of step {self.step + 1} is not finite ({odd} = {values[odd]}): its batch is "
+            f"the loss or gradient of step {self.step + 1} is not finite ({odd} = {values[odd]}): "
+            f"its batch is "
             f"in {file}; the last checkpoint is that of step {self.run.last()}; a lower "
             "optimizer.learning_rate or a longer warm-up is the usual way out"
         )
@@ -454,6 +481,38 @@ class Training:
             seconds=self.clock.seconds, message=message, skipped=self.inputs.skipped.reasons,
         )  # fmt: skip
         write_page(self.run.folder)
+
+
+@contextmanager
+def deferred_requests() -> Iterator[list[int]]:
+    """Ctrl-C and requests to end wait for the end of a step, in the list; a second one does not."""
+    asked: list[int] = []
+    before: dict[int, Any] = {}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if asked:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
+        asked.append(number)
+
+    if threading.current_thread() is threading.main_thread():
+        number: int
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                before[number] = signal.signal(number, note)
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def obey(number: int) -> None:
+    """End as a signal asks, if there was one."""
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    if number:
+        raise SystemExit(128 + number)
 
 
 def _family(name: str) -> str:

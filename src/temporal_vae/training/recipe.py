@@ -14,6 +14,7 @@ override any value of the sections, by the same names:
 from __future__ import annotations
 
 import json
+import math
 import tomllib
 import types
 import typing
@@ -34,6 +35,12 @@ def _positive(section: Any, *names: str) -> None:
     for name in names:
         if getattr(section, name) < 1:
             raise ValueError(f"{name} must be 1 or more, got {getattr(section, name)}")
+
+
+def _shares(section: Any, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(section, name) <= 1:
+            raise ValueError(f"{name} is a share, 0 to 1, got {getattr(section, name)}")
 
 
 def _not_negative(section: Any, *names: str) -> None:
@@ -84,6 +91,8 @@ class Model:
     """What the decoder's gradients may take, such as "6GiB"; see `TemporalVAE.plan`."""
 
     def __post_init__(self) -> None:
+        if not self.train:
+            raise ValueError(f"model.train names nothing to train: there are {', '.join(PARTS)}")
         for name in self.train:
             if not any(part in (name, f"{name}.spatial", f"{name}.temporal") for part in PARTS):
                 raise ValueError(
@@ -98,8 +107,8 @@ class Data:
 
     batch: tuple[Batch, ...] = (Batch(),)
     widths: tuple[int, ...] = ()
-    """Pixels to which the longer side of a source is scaled, one of them drawn for each sample;
-    empty: as it is."""
+    """Pixels across to which a source is scaled, one of them drawn for each sample; empty: as it
+    is."""
     strides: tuple[int, ...] = (1,)
     """Of the frames every n-th is taken, n drawn for each sample."""
     fps: float | None = None
@@ -121,6 +130,8 @@ class Data:
     def __post_init__(self) -> None:
         if not self.batch or sum(batch.chance for batch in self.batch) <= 0:
             raise ValueError("data.batch needs a kind of batch with a chance above 0")
+        if not self.strides:
+            raise ValueError("data.strides needs one stride at least, such as [1]")
         for name in ("widths", "strides"):
             if any(value < 1 for value in getattr(self, name)):
                 raise ValueError(f"data.{name} must be 1 or more each, got {getattr(self, name)}")
@@ -128,7 +139,8 @@ class Data:
             raise ValueError("data.fps and data.strides both choose frames: give one of them")
         if self.fps is not None and not self.fps > 0:
             raise ValueError(f"data.fps must be above 0, got {self.fps}")
-        _not_negative(self, "workers", "colours", "fades")
+        _not_negative(self, "workers")
+        _shares(self, "colours", "fades")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,8 +170,8 @@ class Optimizer:
     device has instructions for it."""
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "clip_norm", "weight_decay", "warmup_steps"):
-            _not_negative(self, name)
+        _not_negative(self, "learning_rate", "clip_norm", "weight_decay", "warmup_steps")
+        _shares(self, "final_rate")
         _positive(self, "accumulate")
         if not 0 <= self.ema < 1:
             raise ValueError(f"optimizer.ema must be in [0, 1), got {self.ema}")
@@ -167,7 +179,11 @@ class Optimizer:
             raise ValueError(f"optimizer.betas are two numbers in [0, 1), got {self.betas}")
         for name, value in self.rates.items():
             known = (*PARTS, "encoder", "decoder")
-            if name not in known or not isinstance(value, (int, float)) or value < 0:
+            if (
+                name not in known
+                or not isinstance(value, (int, float))
+                or not 0 <= value < math.inf
+            ):
                 raise ValueError(
                     f"optimizer.rates gives a factor for each of {', '.join(known)}, "
                     f"got {name!r} = {value!r}"
@@ -204,8 +220,9 @@ class Loss:
     teacher: str | None = None
     """A model whose reconstruction is the target in place of the video: distillation."""
     noise: float = 0.0
-    """The largest share of noise on the latents, in their deviations: what diffusion models hand to
-    a decoder. Each clip has a share of its own, uniform up to this, and each frame noise of its
+    """The largest share of noise on the latents, in their deviations (1 / `latent_scale_factor`,
+    measured at the end of each stage that trains the encoder): what diffusion models hand to a
+    decoder. Each clip has a share of its own, uniform up to this, and each frame noise of its
     own."""
     clean: float = 0.25
     """The part of the clips that has no noise, where `noise` is above 0."""
@@ -215,8 +232,7 @@ class Loss:
     def __post_init__(self) -> None:
         numbers = [f.name for f in fields(self) if isinstance(f.default, float)]
         _not_negative(self, *numbers)
-        if self.clean > 1:
-            raise ValueError(f"loss.clean is a share of the clips, 0 to 1, got {self.clean}")
+        _shares(self, "clean")
         if self.feature and not self.feature_weights:
             raise ValueError(
                 "loss.feature needs loss.feature_weights, a .safetensors file of SqueezeNet 1.1"
@@ -244,7 +260,8 @@ class Critic:
 
     def __post_init__(self) -> None:
         _positive(self, "width", "depth")
-        _not_negative(self, "start", "learning_rate")
+        _not_negative(self, "learning_rate")
+        _shares(self, "start")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -262,6 +279,8 @@ class Validation:
 
     def __post_init__(self) -> None:
         _not_negative(self, "every", "clips")
+        if not self.noise or min(self.noise) < 0:
+            raise ValueError(f"validation.noise are shares, 0 or more each, got {self.noise}")
         _positive(self, "frames", "width")
 
 
@@ -298,10 +317,12 @@ class Recipe:
             raise ValueError("a recipe lasts for `steps` or for `hours`: give one of them")
         if self.steps is not None:
             _positive(self, "steps")
-            if self.first_step >= self.steps:
+            if self.first_step > 0 and self.first_step >= self.steps:
                 raise ValueError(f"first_step must be below steps, which is {self.steps}")
         if self.hours is not None and not self.hours > 0:
             raise ValueError(f"hours must be above 0, got {self.hours}")
+        if self.hours is not None and self.first_step:
+            raise ValueError("first_step counts steps: give steps in place of hours")
         _positive(self, "keep")
         _not_negative(self, "save_minutes", "share", "first_step")
 
@@ -316,16 +337,22 @@ class Recipe:
         return recipe
 
     @classmethod
-    def read(cls, path: str | Path, changes: Sequence[str] = ()) -> tuple[Self, Table]:
-        """The recipe of a TOML file with `changes` such as "data.crop=48", and its table.
+    def read(
+        cls, path: str | Path, changes: Sequence[str] = (), init: str | None = None
+    ) -> tuple[Self, Table]:
+        """The recipe of a TOML file with `changes` such as "data.workers=4", and its table.
 
+        "stage.NAME.data.workers=4" changes a stage. `init` takes the place of the model to begin
+        with.
         `steps` in the changes takes the place of `hours` in the file, and the other way round.
         Raises `ValueError` naming the file for what is no recipe.
         """
         try:
-            table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+            table = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
             for change in changes:
                 _set(table, change)
+            if init is not None:
+                table.setdefault("model", {})["init"] = init
             return cls.from_table(table), table
         except (ValueError, UnicodeError) as error:  # tomllib's error is a ValueError
             raise ValueError(f"{path}: {error}") from error
@@ -336,6 +363,8 @@ class Recipe:
             return [self]
         whole = _plain(self)
         del whole["stage"]
+        for index, table in enumerate(self.stage):
+            _refuse_in_stage(table, f"stage {index + 1}: ")
         return [
             _build(type(self), _merged(whole, table), f"stage {index + 1}: ")
             for index, table in enumerate(self.stage)
@@ -363,11 +392,50 @@ def _set(table: Table, change: str) -> None:
     for other in {"steps": ["hours"], "hours": ["steps"]}.get(key.strip(), []):
         table.pop(other, None)
     inner = table
+    if names[0] == "stage" and len(names) > 2:
+        inner, names = _stage(table, names[1]), names[2:]
+    elif own := [s.get("name", "") for s in table.get("stage", []) if _has(s, names)]:
+        raise ValueError(
+            f"--set {change}: the stages {', '.join(own)} have a value of their own: "
+            f"--set stage.{own[0]}.{change} changes it"
+        )
     for name in names[:-1]:
         inner = inner.setdefault(name, {})
         if not isinstance(inner, dict):
             raise ValueError(f"--set {change}: {name} is a value, not a section")
     inner[names[-1]] = value
+
+
+def _stage(table: Table, name: str) -> Table:
+    """The table of a stage by its name."""
+    found: Table | None = next((s for s in table.get("stage", []) if s.get("name") == name), None)
+    if found is None:
+        known = ", ".join(str(s.get("name")) for s in table.get("stage", [])) or "none"
+        raise ValueError(f"there is no stage {name}: there are {known}")
+    return found
+
+
+def _has(table: Mapping[str, Any], names: Sequence[str]) -> bool:
+    """Whether a table holds a value, or a part of one, under these names."""
+    for name in names:
+        if not isinstance(table, Mapping) or name not in table:
+            return False
+        table = table[name]
+    return True
+
+
+IN_STAGES = {"name", "share", "model", "data", "optimizer", "loss", "critic"}
+OF_MODEL = {"train", "temporal", "gradient_checkpointing", "memory"}
+
+
+def _refuse_in_stage(table: Mapping[str, Any], where: str) -> None:
+    """Raise `ValueError` for keys that would change the whole run, not a stage."""
+    model = table.get("model", {})
+    odd = sorted(set(table) & ({f.name for f in fields(Recipe)} - IN_STAGES))
+    if isinstance(model, Mapping):
+        odd += [f"model.{n}" for n in model if n in {f.name for f in fields(Model)} - OF_MODEL]
+    if odd:
+        raise ValueError(f"{where}{', '.join(odd)}: a run has one of these, not each stage its own")
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> Table:
@@ -378,6 +446,12 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> Table:
         both = isinstance(old, Mapping) and isinstance(value, Mapping)
         merged[name] = _merged(old, value) if both else value  # type: ignore[arg-type]
     return merged
+
+
+def plain_table(recipe: Recipe) -> Table:
+    """A recipe as a TOML table."""
+    table: Table = _plain(recipe)
+    return table
 
 
 def _plain(value: Any) -> Any:
@@ -414,7 +488,9 @@ def _value(kind: Any, value: Any, where: str) -> Any:
             return value
         raise ValueError(f"{where} must be one of {', '.join(map(repr, inner))}, got {value!r}")
     plain = origin or kind
-    if plain is float and isinstance(value, int) and not isinstance(value, bool):
+    if plain is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise ValueError(f"{where} must be a finite number, got {value}")
         return float(value)
     if type(value) is not plain:
         name = {tuple: "a list", dict: "a table", str: "a text", bool: "true or false",

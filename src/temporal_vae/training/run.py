@@ -32,7 +32,7 @@ from temporal_vae.training.recipe import Table, to_toml
 
 FREE = {"steps", "hours", "save_minutes", "keep", "tensorboard", "validation"}
 """Keys of a recipe that may differ when a run goes on."""
-FREE_DATA = {"workers", "cache"}
+FREE_DATA = {"workers"}
 FORMAT = 1
 
 Tensors = dict[str, Tensor]
@@ -59,10 +59,9 @@ class Run:
         should not be gone on with.
         """
         there = self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir()))
-        recipe = self.folder / "recipe.toml"
-        if there and not recipe.is_file():
+        begun = self._checkpoints.is_dir() and (self.folder / "recipe.toml").is_file()
+        if there and not begun:
             raise ValueError(f"{self.folder} is not empty and holds no run: take another folder")
-        begun = there and (self.last() is not None or self._metrics.exists())
         if begun and not resume:
             raise ValueError(
                 f"{self.folder} holds a run already: --resume goes on with it, or take another "
@@ -76,6 +75,8 @@ class Run:
         """Make the folder, or drop what its records say of steps past the last checkpoint."""
         for folder in (self.folder, self._checkpoints, self.samples):
             folder.mkdir(parents=True, exist_ok=True)
+        for left in self._checkpoints.glob(".*"):  # unfinished, by a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
         with atomic_path(self.folder / "recipe.toml") as part:
             part.write_text(to_toml(table), encoding="utf-8")
         for file in (self._metrics, self._validation):

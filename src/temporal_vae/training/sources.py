@@ -89,32 +89,38 @@ class Skipped:
 
 
 def find_sources(
-    paths: Sequence[str | os.PathLike[str]], exclude: Sequence[str] = ()
+    paths: Sequence[str | os.PathLike[str]],
+    exclude: Sequence[str] = (),
+    skipped: Skipped | None = None,
+    purpose: str = "train",
 ) -> list[Source]:
     """The videos of folders (with those inside them), list files and tar files, in order of name.
 
     A list is a .txt file with a path a line, relative to the list. A .tar is read as webdataset
     writes it: every member with a video's suffix is a clip. `exclude` are patterns of file names.
+    What is wrong inside of a folder or a list is added to `skipped`.
 
     Raises `ValueError` for a path that is not there, and where nothing is found.
     """
-    found = [source for path in paths for source in _sources(Path(path))]
+    passed = Skipped() if skipped is None else skipped
+    found = [source for path in paths for source in _sources(Path(path), passed)]
     kept = [s for s in found if not any(fnmatch(s.name, pattern) for pattern in exclude)]
     if not kept:
         where = ", ".join(map(str, paths)) or "no folder was given"
         left_out = f" ({len(found)} left out by data.exclude)" if found else ""
         raise ValueError(
-            f"no videos to train on in {where}{left_out}: give folders of videos "
+            f"no videos to {purpose} on in {where}{left_out}: give folders of videos "
             f"({', '.join(sorted(VIDEO_SUFFIXES)[:4])}, ...), .txt lists of them, or .tar files"
         )
     return list(dict.fromkeys(kept))
 
 
-def _sources(path: Path) -> Iterator[Source]:
+def _sources(path: Path, skipped: Skipped) -> Iterator[Source]:
     if path.is_dir():
-        for file in sorted(p for p in path.rglob("*") if not p.name.startswith(".")):
-            if file.suffix == ".tar" or (file.suffix.lower() in VIDEO_SUFFIXES and file.is_file()):
-                yield from _sources(file)
+        for file in sorted(path.rglob("*")):
+            hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+            if file.suffix.lower() in (*VIDEO_SUFFIXES, ".tar") and file.is_file() and not hidden:
+                yield from _inside(file, skipped)
     elif not path.exists():
         raise ValueError(f"{path} is not there: give folders, lists or tar files of videos")
     elif path.suffix == ".tar":
@@ -122,9 +128,19 @@ def _sources(path: Path) -> Iterator[Source]:
     elif path.suffix == ".txt":
         for line in path.read_text(encoding="utf-8").splitlines():
             if line.strip() and not line.startswith("#"):
-                yield from _sources(path.parent / line.strip())
+                yield from _inside(path.parent / line.strip(), skipped)
     else:
-        yield Source(str(path))
+        yield Source(os.path.realpath(path))
+
+
+def _inside(path: Path, skipped: Skipped) -> Iterator[Source]:
+    """What a folder or a list names: where that is wrong, the rest is still there."""
+    try:
+        if path.suffix == ".txt":
+            raise ValueError("a list is not read from within another one")
+        yield from _sources(path, skipped)
+    except (ValueError, OSError) as error:
+        skipped.add(Source(str(path)), str(error))
 
 
 def _members(path: Path) -> Iterator[Source]:
@@ -201,18 +217,16 @@ def fitting_strides(clip: Clip, data: Data, frames: int) -> list[int]:
     return [stride for stride in data.strides if (frames - 1) * stride < length]
 
 
-def refuse_unfit(clips: Sequence[Clip], data: Data, skipped: Skipped) -> list[Clip]:
-    """The clips that fit one of the recipe's batches; the others are added to `skipped`."""
-    kept = []
+def unfit_clips(clips: Sequence[Clip], data: Data) -> dict[Source, str]:
+    """The clips that fit none of the kinds of batches that are drawn, and why."""
+    kinds, unfit = [kind for kind in data.batch if kind.chance], {}
     for clip in clips:
-        large = [b for b in data.batch if fitting_widths(clip, data, b.crop)]
+        large = [b for b in kinds if fitting_widths(clip, data, b.crop)]
         if not large:
-            least = min(b.crop for b in data.batch)
+            least = min(b.crop for b in kinds)
             size = f"{clip.width}x{clip.height}"
-            skipped.add(clip.source, f"{size} pixels are too small for a crop of {least}")
+            unfit[clip.source] = f"{size} pixels are too small for a crop of {least}"
         elif not any(fitting_strides(clip, data, b.frames) for b in large):
             least = min(b.frames for b in large)
-            skipped.add(clip.source, f"{clip.frames} frames are too few for a batch of {least}")
-        else:
-            kept.append(clip)
-    return kept
+            unfit[clip.source] = f"{clip.frames} frames are too few for a batch of {least}"
+    return unfit

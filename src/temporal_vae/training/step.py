@@ -48,7 +48,7 @@ class Pass(nn.Module):
         if self._memory is None:
             pixels: Tensor = self.model.decoder(latent)
             return pixels
-        shape = tuple(latent.shape)
+        shape, latent = tuple(latent.shape), latent.float()  # as the weights are; counted so, too
         plan = self.model.plan(shape, "decode", budget=self._memory, gradients=True)
         return self.model.decode(latent, plan=plan)
 

@@ -41,7 +41,9 @@ class HeldOut:
             if len(clips) == spec.clips:
                 break
             try:
-                clips[Path(source.name).stem] = _first_frames(source, spec)
+                name = Path(source.name).stem
+                name = f"{name}-{len(clips)}" if name in clips else name
+                clips[name] = _first_frames(source, spec)
             except (VideoError, OSError) as error:
                 skipped.add(source, str(error))
         baseline = LinearBaseline.bundled()
