@@ -289,6 +289,7 @@ class Training:
                 for number in range(SCALE_BATCHES)
             ]
         scale = round(1 / float(torch.cat(found).std()), 4)
+        assert isinstance(self.model.config, TemporalVAEConfig)  # see `build_model`
         self.model.config = replace(self.model.config, latent_scale_factor=scale)
 
     def ended(self) -> bool:

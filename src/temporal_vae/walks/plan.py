@@ -18,9 +18,10 @@ from typing import Literal
 
 import torch
 
-from temporal_vae.config import TemporalVAEConfig
-from temporal_vae.network.autoencoder import Decoder, Encoder, Line
+from temporal_vae.config import TemporalVAEConfig, WanVAEConfig
+from temporal_vae.network.autoencoder import Line
 from temporal_vae.network.layer import Shape
+from temporal_vae.network.lines import line_of
 from temporal_vae.walks import stages
 from temporal_vae.walks.budget import Budget, BudgetError, parse_budget
 from temporal_vae.walks.peak import Offload, Operation, Part, Peak, PlanRequest
@@ -108,10 +109,10 @@ class Planner:
     def __init__(self, request: PlanRequest):
         self._request, self._lock = request, threading.Lock()
         self._counted: dict[Bounds | None, Plan] = {}
-        kind, config = Encoder if request.operation == "encode" else Decoder, request.network
-        assert isinstance(config, TemporalVAEConfig)
+        config = request.network
+        assert isinstance(config, TemporalVAEConfig | WanVAEConfig)
         with _on_shapes_alone(), torch.device("meta"):
-            self._line: Line = kind(config).to(request.dtype)
+            self._line: Line = line_of(config, request.operation).to(request.dtype)
 
     def plan(self, budget: Budget) -> Plan:
         """The fastest plan within a budget: bytes, words such as "6GiB", "least", None for any.
