@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import difference
+from conftest import difference, thinned
 from diffusers import AutoencoderKLQwenImage, AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from diffusers.models.autoencoders import autoencoder_kl_qwenimage, autoencoder_kl_wan
@@ -26,6 +26,11 @@ from temporal_vae.inputs import Layout
 from temporal_vae.network import spacetime
 from temporal_vae.network.spacetime import SpacetimeDownsample, SpacetimeUpsample
 from temporal_vae.training import build, recipe
+from temporal_vae.walks import piecewise
+from temporal_vae.walks import plan as planning
+from temporal_vae.walks.plan import Plan
+from temporal_vae.walks.stages import Bounds
+from temporal_vae.walks.tracing import LiveBytes
 
 STATISTICS: dict[str, Any] = {
     "latents_mean": [0.5, -0.25, 0.0, 1.0], "latents_std": [2.0, 0.5, 1.0, 1.5],
@@ -424,6 +429,165 @@ def test_a_lost_tail_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(spacetime, "_last", lambda tail, x: torch.zeros_like(tail))
     with pytest.raises(AssertionError):
         test_any_split_gives_the_whole(name)
+
+
+# Budgets -------------------------------------------------------------------------------------
+
+
+BOUNDS = {
+    "latents": Bounds(pieces=1),
+    "pairs": Bounds(pieces=2),
+    "all": Bounds(pieces=9),
+    "bands": Bounds(pieces=1, rows=32),
+    "odd bands": Bounds(pieces=2, rows=17),
+    "one band": Bounds(pieces=3, rows=1000),
+}
+
+
+@pytest.mark.parametrize(("name", "cut"), thinned(3, MODELS, BOUNDS))
+@torch.no_grad()
+def test_pieces_and_bands_give_the_whole(name: str, cut: str) -> None:
+    """Bands of an encoder are whole latent cells; those of a decoder have any number of rows."""
+    model, bounds = ours(name), BOUNDS[cut]
+    f, generator = model.downsample_factor, torch.Generator().manual_seed(1)
+    for frames in (1, 9):
+        x = torch.rand(2, 3, frames, 4 * f, 2 * f, generator=generator, dtype=torch.float64)
+        z = torch.randn(2, 4, model.latent_frames(frames), 4, 2, generator=generator).double()
+        for line, clip in ((model.encoder, x), (model.decoder, z)):
+            assert difference(piecewise.walk(line, clip, bounds), line(clip)) < 1e-10
+        found = torch.cat(list(piecewise.frames(model.decoder, z[:1], bounds)), 2)
+        assert difference(found, model.decode(z[:1])) < 1e-10
+
+
+def alive(model: TemporalVAE, operation: Any, x: Tensor, plan: Plan) -> int:
+    """The most bytes at a time of all storages that are made while a walk really runs."""
+    with LiveBytes() as counted:
+        for there in (x, *model.parameters()):
+            counted.leave_out(there)
+        model._runner._walk(operation, x, plan)
+    most: int = counted.most
+    return most
+
+
+@pytest.fixture
+def _few_ways(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """To walk, so that less is counted."""
+    monkeypatch.setattr(planning, "BAND_ROWS", (32, 16))
+    monkeypatch.setattr(planning, "LATENTS", (2, 1))
+    planning.planner.cache_clear()
+    yield
+    planning.planner.cache_clear()
+
+
+@pytest.mark.usefixtures("_few_ways")
+@pytest.mark.parametrize(
+    ("name", "operation", "frames"),
+    [
+        ("Wan 2.1", "decode", 9),
+        pytest.param("Wan 2.1", "encode", 13, marks=pytest.mark.slow),
+        pytest.param("Wan 2.2", "decode", 9, marks=pytest.mark.slow),
+        pytest.param("Wan 2.2", "encode", 13, marks=pytest.mark.slow),
+        ("Qwen-Image", "decode", 1), ("Qwen-Image", "encode", 1),
+    ],
+)  # fmt: skip
+@torch.no_grad()
+def test_plans_hold_and_change_nothing(name: str, operation: Any, frames: int) -> None:
+    model = ours(name)
+    f, generator = model.downsample_factor, torch.Generator().manual_seed(1)
+    if operation == "encode":
+        x = torch.rand(1, 3, frames, 64, 4 * f, generator=generator, dtype=torch.float64)
+    else:
+        shape = (1, 4, model.latent_frames(frames), 64 // f, 4)
+        x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    whole = model.plan(x.shape, operation)
+    exact = model._runner._walk(operation, x, whole)
+    assert whole.walk == "whole" and alive(model, operation, x, whole) <= whole.peak_bytes
+    least = model.plan(x.shape, operation, budget="least")
+    between = model.plan(x.shape, operation, budget=whole.peak_bytes - 1)
+    assert least.peak_bytes < 0.95 * whole.peak_bytes
+    for plan in {least.peak_bytes: least, between.peak_bytes: between}.values():
+        assert plan.bounds is not None and plan.bounds.pieces is not None
+        assert 0.75 * plan.peak_bytes < alive(model, operation, x, plan) <= plan.peak_bytes, plan
+        assert difference(model._runner._walk(operation, x, plan), exact) < 1e-10
+        assert "latents in time" in plan.explain()
+    with pytest.raises(ValueError, match="below the least"):
+        model.plan(x.shape, operation, budget=1000)
+
+
+@torch.no_grad()
+def test_memory_is_flat_in_time() -> None:
+    model, peaks = ours("Wan 2.1"), []
+    for latents in (3, 12):
+        z = torch.randn(1, 4, latents, 2, 3, dtype=torch.float64)
+        with LiveBytes() as counted:
+            for there in (z, *model.parameters()):
+                counted.leave_out(there)
+            for piece in piecewise.frames(model.decoder, z, Bounds(pieces=1)):
+                del piece
+        peaks.append(counted.most)
+    assert peaks[1] <= 1.001 * peaks[0]
+
+
+@pytest.mark.usefixtures("_few_ways")
+@pytest.mark.parametrize("name", ["Wan 2.1", pytest.param("Wan 2.2", marks=pytest.mark.slow)])
+@torch.no_grad()
+def test_the_setters_are_exact(name: str) -> None:
+    model, x = ours(name), video_of(ours(name), 5, 2)
+    expected = model.predict(x)
+    model.set_tiling_enabled(True)
+    assert difference(model.predict(x), expected) < 1e-10
+    stream = model.encode_stream(sample_mode=False)
+    y = torch.cat(list(stream.pull(x.split(4, 2))), 2)
+    model.set_tiling_enabled(False)
+    latent = model.encode(x, False)
+    assert difference(y, latent) < 1e-10
+    model.set_memory_budget("1GiB")
+    assert difference(model.predict(x), expected) < 1e-10
+    model.set_memory_budget(None)
+    plan = model.plan(latent[:1].shape, budget="least")
+    found = torch.cat(list(model.iter_decode(latent[:1], plan=plan)), 2)
+    assert difference(found, model.decode(latent[:1])) < 1e-10
+    with torch.enable_grad():
+        model.set_tiling_enabled(True)
+        with pytest.raises(ValueError, match="cannot run under autograd"):
+            model.encode(x)
+    with pytest.raises(ValueError, match="leave offload out"):
+        model.plan(latent.shape, offload="host")
+
+
+@pytest.mark.usefixtures("_few_ways")
+@pytest.mark.parametrize("keep", [True, pytest.param(False, marks=pytest.mark.slow)])
+@torch.no_grad()
+def test_steps_of_a_stream_are_planned(keep: bool) -> None:
+    model = ours("Wan 2.1")
+    z = torch.randn(1, 4, 5, 6, 4, dtype=torch.float64)
+    shape, exact = (1, 4, 2, 6, 4), model.decode(z)
+    whole = model.plan(shape, stream=True, keep_state=keep)
+    least = model.plan(shape, stream=True, keep_state=keep, budget="least")
+    assert least.walk == "bounded" and least.peak_bytes < whole.peak_bytes
+    for plan in (whole, least):
+        stream = model.decode_stream(plan)
+        with LiveBytes() as counted:
+            for there in (z, *model.parameters()):
+                counted.leave_out(there)
+            for index, piece in enumerate(z.split(2, 2)):
+                y = stream.push(piece)
+                assert y is not None
+                start = 1 + 4 * (2 * index - 1) if index else 0
+                assert difference(y, exact[:, :, start : start + y.shape[2]]) < 1e-10
+                del y
+        assert stream.finish() is None
+        assert counted.most - exact.nbytes <= 1.05 * plan.peak_bytes
+
+
+@torch.no_grad()
+def test_a_band_with_a_short_halo_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    for where in (spacetime.CausalResidualBlock, SpacetimeUpsample):
+        with monkeypatch.context() as patched:
+            above, below = where.halo
+            patched.setattr(where, "halo", (above, below - 1))
+            with pytest.raises((AssertionError, RuntimeError)):
+                test_pieces_and_bands_give_the_whole("Wan 2.1", "odd bands")
 
 
 # The face ------------------------------------------------------------------------------------

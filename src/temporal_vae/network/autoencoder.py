@@ -188,10 +188,15 @@ class Line(Chain):
         return None
 
     @property
+    def streams(self) -> bool:
+        """Whether a clip may come in pieces: no layer depends on all of it."""
+        return all(layer.past is not None and layer.future is not None for layer in self.layers())
+
+    @property
     def reach(self) -> tuple[int, int] | None:
         """Frames (back, ahead) that an output depends on; None when it is the whole clip."""
         layers = list(self.layers())
-        if any(layer.past is None or layer.future is None for layer in layers):
+        if not self.streams:
             return None
         return frames_back(layers), sum(layer.future or 0 for layer in layers)
 

@@ -46,6 +46,8 @@ class Tail(NamedTuple):
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Its height and width for an input of these."""
+        if self.scale == 1:  # as they are: in a graph they may be symbols
+            return height, width
         return int(height * self.scale), int(width * self.scale)
 
 

@@ -20,11 +20,11 @@ import torch
 
 from temporal_vae.config import TemporalVAEConfig, WanVAEConfig
 from temporal_vae.network.autoencoder import Line
-from temporal_vae.network.layer import Shape
+from temporal_vae.network.layer import Layer, Shape
 from temporal_vae.network.lines import line_of
-from temporal_vae.walks import stages
+from temporal_vae.walks import piecewise, stages
 from temporal_vae.walks.budget import Budget, BudgetError, parse_budget
-from temporal_vae.walks.peak import Offload, Operation, Part, Peak, PlanRequest
+from temporal_vae.walks.peak import Offload, Operation, Part, Peak, PiecewisePeak, PlanRequest
 from temporal_vae.walks.stages import Bounds
 
 MARGIN = 0.06
@@ -46,6 +46,8 @@ STEP_GROUP_BYTES = 8 * 2**20
 the process stays as large as it is. Twice as large ones walk 4 percent faster."""
 BAND_ROWS = (256, 128, 64, 32, 16, 8)
 """Rows of a band, fastest first."""
+LATENTS = (8, 4, 2, 1)
+"""Latents of a piece in time, most memory first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +145,9 @@ class Planner:
         )
 
     def _count(self, bounds: Bounds | None) -> Plan:
-        request, found = self._request, Peak(self._line, self._request, bounds)
+        request = self._request
+        kind = Peak if bounds is None or bounds.pieces is None else PiecewisePeak
+        found = kind(self._line, request, bounds)
         parts = list(found.parts)
         if (rest := found.after - sum(size for _, size in parts)) > 0:
             parts.append(("what is made of the result", rest))
@@ -188,6 +192,9 @@ def _candidates(line: Line, request: PlanRequest, limited: bool) -> Iterator[Bou
     if None in request.offload and not writes_over:
         yield None  # which cannot write over a state, and takes large blocks anew at every step
     layers, frames, itemsize = list(line.layers()), request.shape[2], request.dtype.itemsize
+    if piecewise.suits(layers):
+        yield from _pieces(layers, request)
+        return
     shapes = stages.shapes_in(layers, (1, *request.shape[1:]))
     height, width = max(shape[3:] for shape in shapes)
     channels = max(
@@ -215,3 +222,15 @@ def _candidates(line: Line, request: PlanRequest, limited: bool) -> Iterator[Bou
             for rows in (rows for rows in BAND_ROWS if rows < height):
                 chunk = max(16, min(pixels, rows * width // frames))
                 yield cut(rows=rows, fused=fused, pixels=chunk)
+
+
+def _pieces(layers: list[Layer], request: PlanRequest) -> Iterator[Bounds]:
+    """The same for layers that see time and space together: fewer latents at a time, then bands."""
+    whole = piecewise.Section(layers, None)
+    latents = -(-request.shape[2] // whole.frames_each)
+    for pieces in (n for n in LATENTS if n < latents or n == 1):
+        yield Bounds(pieces=pieces)
+    if not request.stream:  # whose state is that of whole frames
+        height = max(shape[3] for shape in stages.shapes_in(layers, request.shape))
+        for rows in (rows for rows in BAND_ROWS if rows < height):
+            yield Bounds(pieces=1, rows=rows)

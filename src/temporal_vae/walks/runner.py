@@ -26,7 +26,7 @@ from temporal_vae.network.autoencoder import unwrapped
 from temporal_vae.network.layer import Shape
 from temporal_vae.network.lines import AnyDecoder, AnyEncoder
 from temporal_vae.network.primitives import hooked
-from temporal_vae.walks import bounded, streamed
+from temporal_vae.walks import bounded, piecewise, streamed
 from temporal_vae.walks.budget import Budget, check_budget
 from temporal_vae.walks.peak import Offload, Operation, PlanRequest
 from temporal_vae.walks.plan import Plan, planner
@@ -122,13 +122,13 @@ class Runner:
             raise ValueError(
                 f"this model normalises over the whole clip, so it cannot {operation} a stream"
             )
-        rows = any(layer.cut == "rows" for layer in line.layers())
-        if rows and (budget is not None or offload is not None):
+        together = piecewise.suits(list(line.layers()))
+        if together and offload is not None:
             raise ValueError(
-                "a budget or offload is not there for layers that see time and space at once: give "
-                "the clip piece by piece to encode_stream or decode_stream, whose memory is flat"
+                "this model's layers see time and space together and keep no activation of the "
+                "whole clip that could lie elsewhere: leave offload out"
             )
-        places = self._places(offload, budget)
+        places = (None,) if together else self._places(offload, budget)
         request = PlanRequest(
             self.config.layout, operation, full, dtype, stream, places, device,
             keep_state or not stream,
@@ -270,7 +270,8 @@ class Runner:
         self, operation: Operation, clip: Tensor, plan: Plan | None, out: Tensor | None
     ) -> Tensor:
         if plan is not None and plan.bounds is not None:
-            return bounded.walk(self.line(operation), clip, plan.bounds, out)
+            walked = bounded.walk if plan.bounds.pieces is None else piecewise.walk
+            return walked(self.line(operation), clip, plan.bounds, out)
         walk = self._compiled(operation)
         samples = clip.split(1) if self.settings.slicing else (clip,)
         y = torch.cat([walk(x) for x in samples]) if len(samples) > 1 else walk(clip)
@@ -286,6 +287,8 @@ class Runner:
         def walk(plan: Plan | None) -> Iterator[Tensor]:
             if plan is None or plan.bounds is None:
                 return iter([line(clip)])
+            if plan.bounds.pieces is not None:
+                return piecewise.frames(line, clip, plan.bounds)
             return bounded.pieces(line, clip, plan.bounds)
 
         return self._retried_pieces(plan, walk)
@@ -366,6 +369,8 @@ class Runner:
 
         def walk(plan: Plan | None) -> Iterator[Tensor]:
             frames, bounds = (1, None) if plan is None else (plan.shape[2], plan.bounds)
+            if bounds is not None and bounds.pieces is not None:  # which owe nothing
+                bounds = None
             return streamed.finish(self.line(operation), state, bounds, frames)
 
         return walk(plan) if donated else self._retried_pieces(plan, walk)
@@ -438,7 +443,7 @@ class Steps:
 
     def first_state(self) -> State:
         """The state of a stream that writes over it: there from the start, if it walks bounded."""
-        if self.plan is None or self.plan.bounds is None:
+        if self.plan is None or self.plan.bounds is None or self.plan.bounds.pieces is not None:
             return ()
         like = torch.empty(1, dtype=self.plan.dtype, device=self.runner.device)
         return streamed.begin(self.runner.line(self.operation), like.expand(self.plan.shape))

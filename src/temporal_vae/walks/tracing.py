@@ -78,6 +78,10 @@ class Tracer:
 
         alive = LiveBytes()
         with alive, _Attention():
+            for layer in stage:
+                if layer.cut == "rows":  # which takes its weights frame by frame of the kernel
+                    for parameter in layer.parameters():
+                        alive.leave_out(parameter)
             x = self._empty(piece)
             shapes = [
                 (piece[0], tail.channels, tail.frames, *tail.size(*piece[3:]))
