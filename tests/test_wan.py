@@ -47,6 +47,8 @@ MODELS: dict[str, Callable[[], Any]] = {
 CONFIGS = {"Wan 2.1": WanVAEConfig.wan21, "Wan 2.2": WanVAEConfig.wan22,
            "Qwen-Image": WanVAEConfig.qwen_image}  # fmt: skip
 family = pytest.mark.parametrize("name", MODELS)
+kind = pytest.mark.parametrize("name", ["Wan 2.1", "Wan 2.2"])
+"""Qwen-Image computes what Wan 2.1 does."""
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -128,7 +130,7 @@ def test_float64_numbers_are_diffusers(name: str, frames: int, tmp_path: Path) -
         assert found.shape == expected.shape and difference(found, expected) < 1e-10
 
 
-@family
+@kind
 def test_an_image_is_a_clip_of_one_frame(name: str) -> None:
     model, mine = theirs(name), ours(name)
     x = video_of(mine, 1, 2)
@@ -154,7 +156,7 @@ def test_float32_is_no_further_from_float64(name: str) -> None:
         assert rms(own, truth) <= 1.5 * rms(other, truth)
 
 
-@family
+@kind
 def test_law_6_sees_what_the_rules_are_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, mine = theirs(name), ours(name)
     mutations: list[tuple[type, str, Any]] = [
@@ -340,14 +342,14 @@ def splits(frames: int, seed: int) -> list[int]:
     return sizes
 
 
-@family
+@kind
 @torch.no_grad()
 def test_any_split_gives_the_whole(name: str) -> None:
     model = ours(name)
     x, z = video_of(model, 17), latent_of(model, 5)
     whole = model.encode(x, generator=torch.Generator().manual_seed(3))
     decoded = model.decode(z)
-    for seed, sizes in enumerate([[17], [1] * 17, [16, 1], *(splits(17, n) for n in range(4))]):
+    for seed, sizes in enumerate([[1] * 17, [16, 1], splits(17, 0), splits(17, 1)]):
         stream = model.encode_stream(generator=torch.Generator().manual_seed(3))
         y = torch.cat(list(stream.pull(x.split(sizes, 2))), 2)
         assert y.shape == whole.shape and difference(y, whole) < 1e-10, sizes
@@ -356,7 +358,7 @@ def test_any_split_gives_the_whole(name: str) -> None:
         assert y.shape == decoded.shape and difference(y, decoded) < 1e-10
 
 
-@family
+@kind
 @torch.no_grad()
 def test_a_step_gives_all_that_is_certain(name: str) -> None:
     model, state, given = ours(name), None, []
@@ -370,7 +372,7 @@ def test_a_step_gives_all_that_is_certain(name: str) -> None:
     assert (frames.shape[2], more.shape[2]) == (1, 8) and model.decode_finish(state) is None
 
 
-@family
+@kind
 @torch.no_grad()
 def test_a_state_is_a_value_of_a_fixed_size(name: str) -> None:
     model, x = ours(name), video_of(ours(name), 17)
@@ -389,7 +391,7 @@ def test_a_state_is_a_value_of_a_fixed_size(name: str) -> None:
         model.encode_step(x[..., : x.shape[4] // 3], state)
 
 
-@family
+@kind
 @torch.no_grad()
 def test_the_future_never_changes_the_past(name: str) -> None:
     model, x, z = ours(name), video_of(ours(name), 13), latent_of(ours(name), 4)
@@ -402,7 +404,7 @@ def test_the_future_never_changes_the_past(name: str) -> None:
     assert torch.equal(a[:, :, :5], b[:, :, :5]) and not torch.equal(a[:, :, 5], b[:, :, 5])
 
 
-@family
+@kind
 @torch.no_grad()
 def test_a_frame_reaches_as_far_as_stated(name: str) -> None:
     """Through the layers of a shallow model: a change is followed frame by frame."""
@@ -423,7 +425,7 @@ def test_a_frame_reaches_as_far_as_stated(name: str) -> None:
         assert math.ceil(last / per_latent) - at == reach
 
 
-@family
+@kind
 @torch.no_grad()
 def test_a_lost_tail_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spacetime, "_last", lambda tail, x: torch.zeros_like(tail))
@@ -657,7 +659,7 @@ def test_latents_are_scaled_by_channel() -> None:
         model.decode(torch.randn(1, 16, 2, 2, 2).double())
 
 
-@family
+@kind
 def test_every_member_works_or_says_why_not(name: str, tmp_path: Path) -> None:
     model, x = ours(name), video_of(ours(name), 5)
     assert (model.is_causal, model.temporal_kernel_size, model.input_channels) == (True, 3, 3)
@@ -694,7 +696,7 @@ def test_every_member_works_or_says_why_not(name: str, tmp_path: Path) -> None:
         to_diffusers(model)
 
 
-@family
+@kind
 def test_it_learns(name: str) -> None:
     model, x = ours(name), video_of(ours(name), 5)
     before = float((model.predict(x) - x).square().mean())
@@ -724,7 +726,7 @@ def test_compiled_is_the_same(name: str) -> None:
     assert difference(y, latents) < 1e-12, "steps are not compiled, and the same"
 
 
-@family
+@kind
 @torch.no_grad()
 def test_float16_and_bfloat16(name: str) -> None:
     """A stream that would overflow float16 is carried smaller, as of other models."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Sequence
 from fractions import Fraction
-from typing import ClassVar, Self, cast
+from typing import ClassVar, NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -86,6 +86,23 @@ class RMSNorm(Leaf):
         return y.mul_(gain) if values_only(x, gain) else y * gain
 
 
+class _Frames(NamedTuple):
+    """Frames (B, C, n, H, W), and those before them."""
+
+    x: Tensor
+    tail: Tensor | None
+
+    def between(self, first: int, stop: int, step: int) -> Tensor:
+        """Some of them, counted from the first of the tail: a view where they lie together."""
+        known = 0 if self.tail is None else self.tail.shape[2]
+        if self.tail is None or first >= known:
+            return self.x[:, :, first - known : stop - known : step]
+        if stop <= known:
+            return self.tail[:, :, first:stop:step]
+        both = _joined(self.tail[:, :, first:], self.x[:, :, : stop - known])
+        return both[:, :, ::step]
+
+
 class CausalConv(Scaled, nn.Conv3d):
     """A convolution over frames and pixels that sees the past, and keeps height and width.
 
@@ -106,22 +123,28 @@ class CausalConv(Scaled, nn.Conv3d):
         """Frames before an output's own that it reads."""
         return int(self.kernel_size[0]) - 1
 
-    def forward(self, u: Tensor, zeros: int = 0) -> Tensor:
-        """(B, C, n, H, W) behind so many frames of zeros, with what comes before already in it."""
-        u, bias = self.scales.enter(u, self), self.scales.shift(self.bias)
-        step, (b, _, n, h, w) = int(self.stride[0]), u.shape
-        frames = (n + zeros - self.past - 1) // step + 1
+    def forward(self, x: Tensor, zeros: int = 0, tail: Tensor | None = None) -> Tensor:
+        """(B, C, n, H, W) behind so many frames of zeros, or a tail, with no copy of both together.
+
+        With neither, what comes before the first result is in x.
+        """
+        x, bias = self.scales.enter(x, self), self.scales.shift(self.bias)
+        before = None if tail is None else self.scales.enter(tail, None).to(x.dtype)
+        step, (b, _, n, h, w) = int(self.stride[0]), x.shape
+        known = zeros if before is None else before.shape[2]
+        frames = (n + known - self.past - 1) // step + 1
         together = frames
-        if values_only(u, self.weight):
+        if values_only(x, self.weight):
             together = max(1, NUMBERS_AT_A_TIME // (b * len(self.weight) * h * w))
+        u = _Frames(x, before)
         if frames <= together:
             return self._added(u, bias, 0, frames, zeros)
-        y = u.new_empty(b, frames, h, w, len(self.weight)).movedim(-1, 1)
+        y = x.new_empty(b, frames, h, w, len(self.weight)).movedim(-1, 1)
         for start, stop in spans(frames, together):
             y[:, :, start:stop] = self._added(u, bias, start, stop, zeros)
         return y
 
-    def _added(self, u: Tensor, bias: Tensor | None, start: int, stop: int, zeros: int) -> Tensor:
+    def _added(self, u: _Frames, bias: Tensor | None, start: int, stop: int, zeros: int) -> Tensor:
         """Results `start` to `stop`, by the frames of the kernel from the last one on."""
         step, y = int(self.stride[0]), None
         for k in reversed(range(self.past + 1)):
@@ -129,10 +152,10 @@ class CausalConv(Scaled, nn.Conv3d):
             if before >= stop - start:
                 continue
             first, last = step * (start + before) + k - zeros, step * (stop - 1) + k - zeros
-            read = fold_frames(u[:, :, first : last + 1 : step])
+            read = fold_frames(u.between(first, last + 1, step))
             part = conv2d(read, self.weight[:, :, k], bias, padding=int(self.padding[1]))
             work.count(part, self.weight[0, :, k].numel())
-            clip, bias = unfold_frames(part, len(u)), None
+            clip, bias = unfold_frames(part, len(u.x)), None
             if y is None:
                 y = clip
             elif values_only(y, clip):
@@ -157,7 +180,9 @@ def _over(conv: nn.Module, x: Tensor) -> Tensor:
 def _on(conv: nn.Module, x: Tensor, tail: Tensor, past: Past) -> tuple[Tensor, Tensor]:
     """A convolution of the next piece behind a tail -> its result, and the next tail."""
     kept = _last(tail, x)  # before the convolution: in float16 x is scaled there
-    y: Tensor = _over(conv, x) if past.begins else conv(_joined(tail, x))
+    if past.begins:
+        return _over(conv, x), kept
+    y: Tensor = conv(x, 0, tail) if bare(conv) is conv else conv(_joined(tail, x))
     return y, kept
 
 
