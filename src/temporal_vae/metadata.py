@@ -85,8 +85,9 @@ def record(name: str | None, encoder: AnyEncoder, decoder: AnyDecoder) -> ModelR
     config = encoder.config
     if isinstance(config, WanVAEConfig):
         raise ValueError(
-            "a file of latents has one latent for each frame, and this model makes one of several: "
-            "keep its latents as tensors, with safetensors or torch.save"
+            "commands and files of latents have a latent for each frame, and this model makes one "
+            "of several: in Python, encode_stream and decode_stream take videos of any length, and "
+            "safetensors or torch.save keeps latents"
         )
     groups = ",".join(str(config.groups(width)) for width in config.widths)
     hashes = {}
