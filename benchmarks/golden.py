@@ -167,7 +167,7 @@ def awake(dtype: torch.dtype = torch.float64, gain: float = 1.0, **options: Any)
     small: dict[str, Any] = {"base_channels": 8, "channel_multipliers": (1, 2), "seed": 0}
     model = TemporalVAE(**(small | options)).double()
     redraw(model, gain)
-    if model.config.num_temporal_layers:
+    if model.get_metadata().parameters["decoder_temporal"]:
         z, order = drawn(1, model.latent_channels, 4, 2, 2), [1, 0, 2, 3]
         with torch.no_grad():
             moved = (model.decode(z[:, :, order])[:, :, order] - model.decode(z)).abs().max()

@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor, nn
 
-from temporal_vae import TemporalVAE
+from temporal_vae import TemporalVAE, TemporalVAEConfig
 from temporal_vae.cli import allocator, main
 from temporal_vae.convert import memory
 from temporal_vae.walks import plan
@@ -55,6 +55,7 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 def assert_awake(model: TemporalVAE) -> None:
     """Swapping two frames changes every half of the model by more than the swap."""
+    assert isinstance(model.config, TemporalVAEConfig)
     swapped = [1, 0, 2, 3, 4]
     generator = torch.Generator().manual_seed(1)
     size, cells = 2 * model.downsample_factor, model.latent_channels
@@ -82,7 +83,7 @@ def awake(dtype: torch.dtype = torch.float64, seed: int = 0, **options: Any) -> 
     model = TemporalVAE(**(small | options)).to(dtype)
     redraw(model, seed)
     known = str((dtype, seed, options))
-    if model.config.num_temporal_layers and known not in _AWAKE:
+    if options.get("num_temporal_layers", 1) and known not in _AWAKE:
         assert_awake(model)
         _AWAKE.add(known)
     return model

@@ -81,6 +81,7 @@ def test_what_diffusers_wrote_gives_its_numbers(name: str, tmp_path: Path) -> No
     assert worst(model, mine, *given(mine)) < 1e-10
     assert mine.config.widths == tuple(model.config.block_out_channels)
     assert mine.latent_scale_factor == model.config.scaling_factor
+    assert isinstance(mine.config, TemporalVAEConfig)
     assert mine.config.latent_shift_factor == (model.config.get("shift_factor") or 0.0)
     assert mine.parameter_count == sum(p.numel() for p in model.parameters())
 
@@ -289,6 +290,7 @@ def test_single_files(name: str, prefix: str, tmp_path: Path) -> None:
     )
     assert worst(model, mine, *given(mine)) < 1e-10
     assert mine.latent_scale_factor == 0.5
+    assert isinstance(mine.config, TemporalVAEConfig)
     assert mine.config.time_conv_out == (name == "SVD")
 
 
@@ -320,6 +322,7 @@ def test_svd_as_stability_published_it_has_no_quant_conv(tmp_path: Path) -> None
     state = {key: t.contiguous() for key, t in single_state(model).items() if "quant" not in key}
     save_file(state, tmp_path / "svd.safetensors")
     mine = TemporalVAE.from_pretrained(tmp_path / "svd.safetensors", dtype=torch.float64)
+    assert isinstance(mine.config, TemporalVAEConfig)
     assert not mine.config.quant_conv
     assert worst(model, mine, *given(mine)) < 1e-10
 
@@ -342,6 +345,7 @@ def test_a_whole_checkpoint_tells_its_latent_scale(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         config = TemporalVAE.from_pretrained(file).config
+    assert isinstance(config, TemporalVAEConfig)
     assert (config.latent_scale_factor, config.latent_shift_factor) == (scale, shift)
 
 
@@ -930,6 +934,7 @@ def test_what_else_can_be_inflated(tmp_path: Path) -> None:
     ours = TemporalVAE(base_channels=8, num_temporal_layers=0, seed=3)
     ours.save_pretrained(tmp_path / "ours")
     mine = TemporalVAE.from_image_vae(tmp_path / "ours", causal_mode=True)
+    assert isinstance(mine.config, TemporalVAEConfig)
     assert (mine.is_causal, mine.config.num_temporal_layers) == (True, 1)
     video = pixels(3).float()
     assert torch.equal(mine.encode(video, False), ours.encode(video, False))

@@ -217,7 +217,7 @@ def test_walks_know_no_class_of_layer() -> None:
     root = Path(temporal_vae.__file__).parent
     classes = {
         node.name
-        for file in ("framewise", "timewise", "primitives")
+        for file in ("framewise", "timewise", "spacetime", "primitives")
         for node in ast.walk(ast.parse((root / "network" / f"{file}.py").read_text()))
         if isinstance(node, ast.ClassDef)
     }

@@ -334,7 +334,7 @@ def test_a_child_of_a_process_that_plans_can_plan() -> None:
 def _question(model: TemporalVAE) -> PlanRequest:
     shape = (1, 4, 2, 2, 2)
     return PlanRequest(
-        model._runner._network, "decode", shape, torch.float32, False, (None,), torch.device("cpu")
+        model.config.layout, "decode", shape, torch.float32, False, (None,), torch.device("cpu")
     )
 
 

@@ -10,7 +10,7 @@ import typing
 
 if typing.TYPE_CHECKING:
     from temporal_vae.adapters.diffusers import to_diffusers, upgrade
-    from temporal_vae.config import TemporalVAEConfig
+    from temporal_vae.config import TemporalVAEConfig, WanVAEConfig
     from temporal_vae.files.streams import CheckpointError
     from temporal_vae.latents import (
         LatentDistribution,
@@ -40,6 +40,7 @@ __all__ = [
     "TemporalVAE",
     "TemporalVAEConfig",
     "VideoInfo",
+    "WanVAEConfig",
     "load_video",
     "read_latents",
     "save_video",
@@ -53,7 +54,7 @@ _NAMES_BY_MODULE = {
     # A saved pipeline names its VAE as ["temporal_vae", "DiffusersTemporalVAE"]; diffusers looks
     # that up here, and beside it the base class that says how to load it.
     "adapters.drop_in": ("DiffusersTemporalVAE", "ModelMixin"),
-    "config": ("TemporalVAEConfig",),
+    "config": ("TemporalVAEConfig", "WanVAEConfig"),
     "files.streams": ("CheckpointError",),
     "latents": (
         "LatentDistribution", "LatentFile", "LatentFileError", "LatentInfo", "ModelRecord",

@@ -7,13 +7,13 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from temporal_vae.latents import LatentDistribution, latent_channels
-from temporal_vae.network.autoencoder import Decoder, Encoder
+from temporal_vae.network.lines import AnyDecoder, AnyEncoder
 
 
 class Reconstruction(nn.Module):
     """`predict` alone: pixels (B, C, T, H, W) or (B, C, H, W) -> the same shape, by the mean."""
 
-    def __init__(self, encoder: Encoder, decoder: Decoder, active: tuple[int, ...] | None):
+    def __init__(self, encoder: AnyEncoder, decoder: AnyDecoder, active: tuple[int, ...] | None):
         super().__init__()
         self.encoder, self.decoder, self.active = encoder, decoder, active
 
@@ -28,12 +28,19 @@ class Reconstruction(nn.Module):
 
 
 def export(
-    encoder: Encoder, decoder: Decoder, active: tuple[int, ...] | None, example: Tensor
+    encoder: AnyEncoder, decoder: AnyDecoder, active: tuple[int, ...] | None, example: Tensor
 ) -> ExportedProgram:
     """`torch.export` of the reconstruction; batch, frames, height and width may vary.
 
     A graph takes what there is 1 of for fixed, so it is traced with at least 2 of each.
+
+    Raises `ValueError` for a model that takes the first frame of a clip apart.
     """
+    if encoder.config.frames_per_latent > 1:
+        raise ValueError(
+            "this model takes the first frame of a clip apart, which a graph for any number of "
+            "frames does not: compile it with compile() instead"
+        )
     f, (samples, channels, *frames, rows, columns) = encoder.config.downsample_factor, example.shape
     least = [max(2, n) for n in (samples, *frames)], [max(2 * f, n) for n in (rows, columns)]
     (samples, *frames), sides = least

@@ -40,6 +40,30 @@ def indivisible(height: int, width: int, factor: int) -> str | None:
     )
 
 
+def latent_frames(frames: int, per_latent: int) -> int:
+    """Latents along time of so many frames: one for the first, one for every few behind it.
+
+    Raises `ValueError` naming the nearest numbers of frames for one that does not fit.
+    """
+    latents, left = divmod(frames - 1, per_latent)
+    if frames < 1:
+        raise ValueError(f"a clip has at least one frame, got {frames}")
+    if left:
+        fewer, more = video_frames(latents + 1, per_latent), video_frames(latents + 2, per_latent)
+        raise ValueError(
+            f"{frames} frames are no whole number of latents: this model makes one of the first "
+            f"frame, and one of each {per_latent} behind it: take {fewer} frames or {more}"
+        )
+    return latents + 1
+
+
+def video_frames(latents: int, per_latent: int) -> int:
+    """Frames of so many latents along time. Raises `ValueError` for less than one."""
+    if latents < 1:
+        raise ValueError(f"a clip has at least one latent, got {latents}")
+    return (latents - 1) * per_latent + 1
+
+
 Span = tuple[int, int]
 """A range of frames, rows or pixels: first, and one past the last."""
 

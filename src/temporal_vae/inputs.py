@@ -12,7 +12,7 @@ from typing import BinaryIO, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from temporal_vae.geometry import indivisible
+from temporal_vae.geometry import indivisible, latent_frames, video_frames
 
 Layout = Literal["BCTHW", "BTCHW"]
 Bytes = bytes | bytearray | memoryview
@@ -25,11 +25,18 @@ class Door(NamedTuple):
     latent_channels: int
     factor: int
     """Pixels per latent cell along height and width."""
+    frames: int
+    """Frames per latent along time, but for the first."""
     dtype: torch.dtype
     device: torch.device
 
     def pixels(self, video: Tensor, name: str, layout: Layout = "BCTHW") -> Tensor:
-        """A video or image of whole latent cells."""
+        """A video or image of whole latent cells, and as many frames as make whole latents."""
+        clip = self._piece(video, name, layout)
+        latent_frames(clip.shape[2], self.frames)
+        return clip
+
+    def _piece(self, video: Tensor, name: str, layout: Layout = "BCTHW") -> Tensor:
         clip = self._clip(video, self.input_channels, name, layout)
         if problem := indivisible(clip.shape[3], clip.shape[4], self.factor):
             raise ValueError(problem)
@@ -42,7 +49,11 @@ class Door(NamedTuple):
     def target(self, out: Tensor, latent: Tensor, layout: Layout) -> Tensor:
         """Where the pixels of a latent are to be written, as a clip: `out` seen (B, C, T, H, W)."""
         shape = [*latent.shape[:-2], *(side * self.factor for side in latent.shape[-2:])]
-        shape[2 if latent.ndim == 5 and layout == "BTCHW" else 1] = self.input_channels
+        swapped = latent.ndim == 5 and layout == "BTCHW"
+        shape[2 if swapped else 1] = self.input_channels
+        if latent.ndim == 5:
+            axis = 1 if swapped else 2
+            shape[axis] = video_frames(shape[axis], self.frames)
         if tuple(out.shape) != tuple(shape):
             order = layout if latent.ndim == 5 else "BCHW"
             raise ValueError(f"out must hold {tuple(shape)} as {order}, got {tuple(out.shape)}")
@@ -50,7 +61,7 @@ class Door(NamedTuple):
 
     def next_frames(self, frames: Tensor) -> Tensor:
         """A piece of a stream of pixels."""
-        return self.pixels(check_piece(frames, "frames"), "frames")
+        return self._piece(check_piece(frames, "frames"), "frames")
 
     def next_latents(self, latents: Tensor) -> Tensor:
         """A piece of a stream of latents."""
@@ -193,6 +204,17 @@ def seeded_generator(seed: int | None) -> torch.Generator:
     else:
         generator.manual_seed(seed)
     return generator
+
+
+def given(scale: float | None, shift: float | None) -> dict[str, float]:
+    """The latent's scale and shift as fields of a configuration, as far as they were given."""
+    values = {"latent_scale_factor": scale, "latent_shift_factor": shift}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def channel_axis(x: Tensor, layout: Layout) -> int:
+    """Where the channels of a video or an image stand."""
+    return 2 if layout == "BTCHW" and x.ndim == 5 else 1
 
 
 def relayout(x: Tensor, layout: Layout) -> Tensor:

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from temporal_vae.config import TemporalVAEConfig
+from temporal_vae.config import VAEConfig, WanVAEConfig
 from temporal_vae.latents import ModelRecord, weights_sha256
-from temporal_vae.network.autoencoder import Decoder, Encoder
+from temporal_vae.network.lines import AnyDecoder, AnyEncoder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,11 +22,12 @@ class ModelMetadata:
     """Name of the class."""
     version: str
     """Of this library."""
-    config: TemporalVAEConfig
+    config: VAEConfig
     parameter_count: int
     parameters: Mapping[str, int]
     """Number of parameters by part: "encoder_spatial", "encoder_temporal", "decoder_spatial",
-    "decoder_temporal". They add up to `parameter_count`."""
+    "decoder_temporal". They add up to `parameter_count`; layers that see time and space at once are
+    temporal."""
     encode_reach: int | None
     """Frames back (and ahead too, unless the model is causal) that a latent frame depends on; None
     for the whole clip."""
@@ -49,7 +50,7 @@ class ModelMetadata:
 
 
 def describe(
-    name: str, encoder: Encoder, decoder: Decoder, active_features: tuple[int, ...]
+    name: str, encoder: AnyEncoder, decoder: AnyDecoder, active_features: tuple[int, ...]
 ) -> ModelMetadata:
     """The metadata of a model with this encoder and decoder."""
     parts = {}
@@ -76,9 +77,18 @@ def describe(
     )
 
 
-def record(name: str | None, encoder: Encoder, decoder: Decoder) -> ModelRecord:
-    """What a file of latents records of a model with these two lines."""
+def record(name: str | None, encoder: AnyEncoder, decoder: AnyDecoder) -> ModelRecord:
+    """What a file of latents records of a model with these two lines.
+
+    Raises `ValueError` for a model that makes one latent of several frames.
+    """
     config = encoder.config
+    if isinstance(config, WanVAEConfig):
+        raise ValueError(
+            "commands and files of latents have a latent for each frame, and this model makes one "
+            "of several: in Python, encode_stream and decode_stream take videos of any length, and "
+            "safetensors or torch.save keeps latents"
+        )
     groups = ",".join(str(config.groups(width)) for width in config.widths)
     hashes = {}
     for half, line in {"encoder": encoder, "decoder": decoder}.items():

@@ -1,8 +1,7 @@
 """`TemporalVAE`: pixels of a video to latents and back.
 
 Letters: B batch, C input channels, L latent channels, T frames, H height, W width, f downsample
-factor. Pixels are in [-1, 1]; tensors are (B, C, T, H, W) for video and (B, C, H, W) for images,
-which are videos of one frame.
+factor. Pixels are in [-1, 1]; videos (B, C, T, H, W), and images, of one frame, (B, C, H, W).
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from temporal_vae import export, losses, metadata, parameters
+from temporal_vae import export, geometry, losses, metadata, parameters
 from temporal_vae.checkpoints import pretrained, records
-from temporal_vae.config import NormScope, TemporalOptions, TemporalVAEConfig
+from temporal_vae.config import NormScope, TemporalOptions, TemporalVAEConfig, VAEConfig
 from temporal_vae.files import atomic
 from temporal_vae.inputs import (
     Bytes,
@@ -28,22 +27,23 @@ from temporal_vae.inputs import (
     Layout,
     as_clips,
     bytes_file,
+    channel_axis,
     check_has_values,
     check_moments,
     floating_dtype,
+    given,
     like_given,
     one_clip,
     relayout,
     restore,
     seeded_generator,
 )
-from temporal_vae.latents import LatentDistribution, ModelRecord
+from temporal_vae.latents import LatentDistribution, ModelRecord, scaling
 from temporal_vae.latents import latent_channels as channels_of
-from temporal_vae.latents.latent_channels import ChannelImportance
 from temporal_vae.losses import LossFunction, callable_loss
 from temporal_vae.metadata import ModelMetadata
-from temporal_vae.network.autoencoder import Decoder, Encoder
 from temporal_vae.network.initialise import initialise
+from temporal_vae.network.lines import decoder_of, encoder_of
 from temporal_vae.walks.budget import Budget
 from temporal_vae.walks.peak import Offload, Operation
 from temporal_vae.walks.plan import Plan
@@ -124,27 +124,35 @@ class TemporalVAE(Switches):
         clip_frames: int | None = None,
     ):
         super().__init__()
-        self.config = TemporalVAEConfig.of(locals())  # its fields have the names of the arguments
+        self._build(TemporalVAEConfig.of(locals()), loss_function, seed)  # fields by their names
+
+    def _build(self, config: VAEConfig, loss: LossFunction | None, seed: int | None) -> None:
+        self.config = config
         # beside the modules: the parameters of a loss are not the model's
-        self.__dict__["_loss_function"] = callable_loss(loss_function)
+        self.__dict__["_loss_function"] = callable_loss(loss)
         self._generator, self._settings = seeded_generator(seed), Settings()
         with torch.device("meta"):  # torch's layers would draw from the global random state
-            self.encoder, self.decoder = Encoder(self.config), Decoder(self.config)
-        initialise(self, self._generator, as_identity=self.decoder.time_conv_out)
+            self.encoder, self.decoder = encoder_of(config), decoder_of(config)
+        initialise(self, self._generator, getattr(self.decoder, "time_conv_out", None))
 
     @classmethod
     def from_config(
         cls,
-        config: TemporalVAEConfig,
+        config: VAEConfig,
         loss_function: LossFunction | None = None,
         seed: int | None = None,
     ) -> Self:
-        """A new model of this architecture; see the class for `loss_function` and `seed`."""
-        options = {field.name: getattr(config, field.name) for field in fields(config)}
-        return cls(**options, loss_function=loss_function, seed=seed)
+        """A new model of this architecture, such as `WanVAEConfig.wan21()`; see the class."""
+        if isinstance(config, TemporalVAEConfig):
+            options = {field.name: getattr(config, field.name) for field in fields(config)}
+            return cls(**options, loss_function=loss_function, seed=seed)
+        model = cls.__new__(cls)
+        Switches.__init__(model)
+        model._build(config, loss_function, seed)
+        return model
 
     @classmethod
-    def _on_meta(cls, config: TemporalVAEConfig, loss_function: LossFunction | None = None) -> Self:
+    def _on_meta(cls, config: VAEConfig, loss_function: LossFunction | None = None) -> Self:
         """A model of shapes alone, to be filled."""
         with torch.device("meta"):
             return cls.from_config(config, loss_function)
@@ -162,7 +170,7 @@ class TemporalVAE(Switches):
         latent_scale_factor: float | None = None,
         latent_shift_factor: float | None = None,
     ) -> Self:
-        """Load a model: ours, diffusers' SVD and image VAEs, or Stability's and CompVis' own files.
+        """Load a model: ours, diffusers' SVD, Wan, Qwen-Image and image VAEs, or original files.
 
         Weights give the numbers their own library gives. float32 weights on the CPU stay mapped
         from their file, so do not overwrite it in place while the model is in use (what this
@@ -171,7 +179,7 @@ class TemporalVAE(Switches):
         Args:
             path_or_hub_id: a built-in name such as "tiny" first, else a folder that
                 `save_pretrained` of this library or of diffusers wrote, else a .safetensors file
-                with the keys of CompVis' or Stability's code, alone or in a whole checkpoint, else
+                with the keys of CompVis', Stability's or Wan's code, alone or in a checkpoint, else
                 a repository of the Hugging Face Hub, owner/name: only its config.json and
                 safetensors are fetched, and its cache serves without the network.
             subfolder: of the folder or repository, such as "vae" in a pipeline.
@@ -189,7 +197,7 @@ class TemporalVAE(Switches):
                 counterpart here, or does not fit its configuration; or an option has no effect.
         """
         source = pretrained.Source(path_or_hub_id, subfolder, revision, variant)
-        stored = pretrained.open_model(source, **_given(latent_scale_factor, latent_shift_factor))
+        stored = pretrained.open_model(source, **given(latent_scale_factor, latent_shift_factor))
         dtype = floating_dtype(dtype)
         model = cls._on_meta(stored.config)
         pretrained.check_fit(stored, model.state_dict())
@@ -220,7 +228,7 @@ class TemporalVAE(Switches):
         Raises as `from_pretrained`, and `ValueError` for a model that has temporal layers already.
         """
         source = pretrained.Source(path_or_hub_id, subfolder, revision, variant)
-        stored = pretrained.open_model(source, **_given(latent_scale_factor, latent_shift_factor))
+        stored = pretrained.open_model(source, **given(latent_scale_factor, latent_shift_factor))
         config, dtype = stored.config.inflated(**temporal), floating_dtype(dtype)
         pretrained.check_fit(stored, cls._on_meta(stored.config).state_dict())
         model = cls.from_config(config, seed=seed).to(device=device, dtype=dtype)
@@ -234,8 +242,8 @@ class TemporalVAE(Switches):
     ) -> None:
         """Write configuration and weights, in the weights' own dtype, into `folder`.
 
-        "diffusers" writes what its `AutoencoderKLTemporalDecoder` (SVD's layout) or `AutoencoderKL`
-        (no temporal layers) loads; `clip_frames` and options without effect are not kept there.
+        "diffusers" writes what its `AutoencoderKL`, `AutoencoderKLTemporalDecoder`, `AutoencoderKLWan`
+        or `AutoencoderKLQwenImage` loads; `clip_frames` and options without effect are not kept there.
 
         Raises `ValueError` naming what that format cannot express, and weights that are not those
         of the architecture (an adapter's); `OSError` if it cannot write.
@@ -371,8 +379,21 @@ class TemporalVAE(Switches):
 
     @property
     def downsample_factor(self) -> int:
-        """Pixels per latent cell along height and width: 2 ** (levels - 1)."""
+        """Pixels per latent cell along height and width."""
         return self.config.downsample_factor
+
+    @property
+    def frames_per_latent(self) -> int:
+        """Frames per latent along time: 1, or of Wan's kind 4, but for the first, which is alone."""
+        return self.config.frames_per_latent
+
+    def latent_frames(self, frames: int) -> int:
+        """Latents along time of so many frames. Raises `ValueError` for a number that does not fit."""
+        return geometry.latent_frames(frames, self.frames_per_latent)
+
+    def video_frames(self, latents: int) -> int:
+        """Frames of so many latents along time: the inverse of `latent_frames`."""
+        return geometry.video_frames(latents, self.frames_per_latent)
 
     @property
     def input_channels(self) -> int:
@@ -386,8 +407,8 @@ class TemporalVAE(Switches):
 
     @property
     def latent_scale_factor(self) -> float:
-        """Multiplier that brings latents to about unit variance."""
-        return self.config.latent_scale_factor
+        """Multiplier that brings latents to unit variance; `ValueError` where each channel has one."""
+        return scaling.scale_factor(self.config)
 
     @property
     def is_causal(self) -> bool:
@@ -476,22 +497,19 @@ class TemporalVAE(Switches):
             shape: of the input, (B, C, T, H, W) or (B, C, H, W): latents to decode, or pixels.
             operation: "decode" or "encode".
             dtype: the model's own if None.
-            budget: memory over the weights and the input, the result included: a number of bytes,
-                words such as "6GiB", "least" (or a little more, where that is faster), or None for
-                any. No budget changes the result.
+            budget: memory over weights and input, the result included: bytes, "6GiB", "least" (or
+                a little more, where that is faster), None for any. It never changes the result.
             stream: plan the steps of a stream; the shape is that of the largest piece.
             keep_state: False for a stream (`encode_stream`, `decode_stream`) that lets go of each
-                state as the next is made: memory for nearly one state less. With a budget on the
-                CPU its steps are walked bounded, and write over the state.
+                state as the next is made, and within a budget on the CPU writes over it.
             offload: where the clip's activation is to lie: "host" for the memory of the CPU, or a
                 folder on disk. On CUDA "host" is taken by itself where nothing else fits.
-            gradients: for training: `decode` or `encode` with this plan can be differentiated, the
-                gradients being those of the whole walk to rounding, and the budget holds to the end
-                of `backward`, with a gradient for each weight that requires one now.
+            gradients: for training: gradients are those of the whole walk, to rounding, and the
+                budget holds to the end of `backward`, gradients of trained weights included.
 
         Raises:
-            ValueError: for gradients with a stream or offload, for a budget that cannot be met, naming the smallest that can, and on the CPU
-                for one above the memory that is free.
+            ValueError: for gradients with a stream or offload; for a budget that cannot be met,
+                naming the least, and on the CPU for one above the memory that is free.
 
         Example:
             >>> vae = TemporalVAE(base_channels=32, channel_multipliers=(1, 2), seed=0)
@@ -516,7 +534,7 @@ class TemporalVAE(Switches):
         config = self.config
         return Door(
             config.input_channels, config.latent_channels, config.downsample_factor,
-            self.dtype, self.device,
+            config.frames_per_latent, self.dtype, self.device,
         )  # fmt: skip
 
     # Pixels to latents -----------------------------------------------------------------------
@@ -722,13 +740,14 @@ class TemporalVAE(Switches):
 
     # Diffusion -------------------------------------------------------------------------------
 
-    def scale_latent(self, latent: Tensor) -> Tensor:
-        """(latent - shift) * scale: what a diffusion model works on."""
-        return (latent - self.config.latent_shift_factor) * self.latent_scale_factor
+    def scale_latent(self, latent: Tensor, *, layout: Layout = "BCTHW") -> Tensor:
+        """What a diffusion model works on: (latent - shift) * scale, or of Wan's kind each channel's
+        (latent - mean) / deviation; `ValueError` for another number of channels there."""
+        return scaling.scale(latent, self.config, channel_axis(latent, layout))
 
-    def unscale_latent(self, latent: Tensor) -> Tensor:
-        """latent / scale + shift: the inverse of `scale_latent`."""
-        return latent / self.latent_scale_factor + self.config.latent_shift_factor
+    def unscale_latent(self, latent: Tensor, *, layout: Layout = "BCTHW") -> Tensor:
+        """The inverse of `scale_latent`."""
+        return scaling.unscale(latent, self.config, channel_axis(latent, layout))
 
     def encode_video_for_diffusion(
         self,
@@ -739,11 +758,13 @@ class TemporalVAE(Switches):
         layout: Layout = "BCTHW",
     ) -> Tensor:
         """`encode`, then `scale_latent`: latents as a diffusion model wants them."""
-        return self.scale_latent(self.encode(video, sample_mode, generator, layout=layout))
+        return self.scale_latent(
+            self.encode(video, sample_mode, generator, layout=layout), layout=layout
+        )
 
     def decode_video_from_diffusion(self, latent: Tensor, *, layout: Layout = "BCTHW") -> Tensor:
         """`unscale_latent`, then `decode`: a diffusion model's latents to pixels."""
-        return self.decode(self.unscale_latent(latent), layout=layout)
+        return self.decode(self.unscale_latent(latent, layout=layout), layout=layout)
 
     def latent_record(self, name: str | None = None) -> ModelRecord:
         """What a file of latents records of this model: scale, cells, and which weights these are.
@@ -1004,7 +1025,7 @@ class TemporalVAE(Switches):
 
     def get_feature_importance(
         self, data: Tensor | Iterable[Tensor] | None = None
-    ) -> dict[str, ChannelImportance]:
+    ) -> dict[str, channels_of.ChannelImportance]:
         """How much each latent channel matters: "channel_0", ... -> share, kl, decibels.
 
         With data, pixels (B, C, T, H, W) or several of such, on the mean of all: the KL divergence
@@ -1077,9 +1098,3 @@ class TemporalVAE(Switches):
         """
         active = tuple(self.get_active_feature_indices())
         return metadata.describe(type(self).__name__, self.encoder, self.decoder, active)
-
-
-def _given(scale: float | None, shift: float | None) -> dict[str, float]:
-    """The latent's scale and shift as fields of a configuration, as far as they were given."""
-    values = {"latent_scale_factor": scale, "latent_shift_factor": shift}
-    return {name: value for name, value in values.items() if value is not None}

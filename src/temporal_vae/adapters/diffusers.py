@@ -39,8 +39,15 @@ def to_diffusers(vae: TemporalVAE) -> DiffusersTemporalVAE:
 
     A pipeline that cuts clips into chunks still does so; `upgrade` changes that too.
 
-    Raises `ImportError` without diffusers, naming the extra that installs it.
+    Raises `ImportError` without diffusers, naming the extra that installs it, and `ValueError` for
+    a model of several frames a latent.
     """
+    if vae.frames_per_latent > 1:
+        raise ValueError(
+            "the drop-in is for models of one latent a frame, as AutoencoderKL and "
+            "AutoencoderKLTemporalDecoder are: save_pretrained(folder, format='diffusers') writes "
+            "what diffusers' own class for this one loads"
+        )
     module: DiffusersTemporalVAE = _drop_in_class().around(vae)
     return module
 

@@ -85,7 +85,11 @@ class DiffusersTemporalVAE(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterM
     @property
     def config(self) -> FrozenDict:
         """The arguments of the constructor, and their values under diffusers' names."""
-        return FrozenDict({**_their_names(self.vae.config), **self._internal_dict})
+        return FrozenDict({**_their_names(self._own_config()), **self._internal_dict})
+
+    def _own_config(self) -> TemporalVAEConfig:
+        assert isinstance(self.vae.config, TemporalVAEConfig)  # see `to_diffusers`
+        return self.vae.config
 
     @property
     def quant_conv(self) -> nn.Module | None:

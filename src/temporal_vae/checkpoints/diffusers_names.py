@@ -56,11 +56,11 @@ _TO_OURS = QUANT_TO_OURS + rename_rules(
     (r"attentions\.0\.value\.", "attentions.0.to_v."),
     (r"attentions\.0\.proj_attn\.", "attentions.0.to_out.0."),
 )
-_QUANT_TO_DIFFUSERS = rename_rules(
+QUANT_TO_DIFFUSERS = rename_rules(
     (r"^encoder\.quant_conv\.", "quant_conv."),
     (r"^decoder\.post_quant_conv\.", "post_quant_conv."),
 )
-_TO_SVD = _QUANT_TO_DIFFUSERS[:1] + rename_rules(
+_TO_SVD = QUANT_TO_DIFFUSERS[:1] + rename_rules(
     (r"^(decoder\..*)temporals\.(\d+)\.0\.mix_factor", r"\1resnets.\2.time_mixer.mix_factor"),
     (r"^(decoder\..*)resnets\.(\d+)\.", r"\1resnets.\2.spatial_res_block."),
     (r"^(decoder\..*)temporals\.(\d+)\.0\.", r"\1resnets.\2.temporal_res_block."),
@@ -217,7 +217,7 @@ def to_diffusers(
         "scaling_factor": config.latent_scale_factor,
         "force_upcast": True,
     }
-    rules = _QUANT_TO_DIFFUSERS if image else _TO_SVD
+    rules = QUANT_TO_DIFFUSERS if image else _TO_SVD
     return theirs | options, {rename_layer(key, rules): tensor for key, tensor in state.items()}
 
 

@@ -21,9 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from temporal_vae.checkpoints import diffusers_names, locations, single_file
+from temporal_vae.checkpoints import diffusers_names, locations, single_file, wan_names
 from temporal_vae.checkpoints.locations import builtin_names as builtin_names
-from temporal_vae.config import TemporalVAEConfig
+from temporal_vae.config import VAEConfig, WanVAEConfig, config_from_dict
 from temporal_vae.files.atomic import atomic_path
 from temporal_vae.files.streams import CheckpointError
 
@@ -73,7 +73,7 @@ class Stored:
     """A model on disk: its configuration, and where each tensor lies, under our names."""
 
     where: str
-    config: TemporalVAEConfig
+    config: VAEConfig
     entries: Mapping[str, Entry]
 
 
@@ -95,9 +95,19 @@ def open_model(source: Source, **latent: float) -> Stored:
         stored = _read_single_file(path, latent)
     else:
         stored = _read_folder(_folder(source), source.variant)
-    stored = replace(stored, config=replace(stored.config, **latent))  # type: ignore[arg-type]
+    if latent:
+        stored = replace(stored, config=_rescaled(stored.config, latent))
     check_size(stored)
     return stored
+
+
+def _rescaled(config: VAEConfig, latent: Mapping[str, float]) -> VAEConfig:
+    if isinstance(config, WanVAEConfig):
+        raise ValueError(
+            f"{' and '.join(sorted(latent))} means nothing for this model, which scales each "
+            "latent channel by a mean and a deviation of its own: leave it out"
+        )
+    return replace(config, **latent)  # type: ignore[arg-type]
 
 
 def _folder(source: Source) -> locations.Folder:
@@ -132,6 +142,7 @@ def _read_folder(folder: locations.Folder, variant: str | None) -> Stored:
         )
     record = _read_json(folder.path(CONFIG_FILE))
     where = f"{folder.where}/{CONFIG_FILE}"
+    config: VAEConfig
     if record.get("format") == "temporal_vae":
         config = _read_config(record, where)
         files = _weights(folder, WEIGHTS_FILE, variant)
@@ -142,12 +153,13 @@ def _read_folder(folder: locations.Folder, variant: str | None) -> Stored:
         return Stored(folder.where, config, _entries(files, str))
     if "_class_name" not in record:
         raise ValueError(f"{where} is not a temporal_vae configuration, nor one of diffusers'")
+    theirs = wan_names if record["_class_name"] in wan_names.CLASSES else diffusers_names
     try:
-        config = diffusers_names.read_config(record)
+        config = theirs.read_config(record)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     files = _weights(folder, DIFFUSERS_WEIGHTS_FILE, variant)
-    return Stored(folder.where, config, _entries(files, diffusers_names.our_name))
+    return Stored(folder.where, config, _entries(files, theirs.our_name))
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -160,7 +172,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     return record
 
 
-def _read_config(record: Mapping[str, Any], where: str) -> TemporalVAEConfig:
+def _read_config(record: Mapping[str, Any], where: str) -> VAEConfig:
     """The configuration in a `config.json` of ours."""
     if record.get("format_version") != FORMAT_VERSION:
         raise ValueError(
@@ -170,10 +182,10 @@ def _read_config(record: Mapping[str, Any], where: str) -> TemporalVAEConfig:
     return _read_model(record, where)
 
 
-def _read_model(record: Mapping[str, Any], where: str) -> TemporalVAEConfig:
+def _read_model(record: Mapping[str, Any], where: str) -> VAEConfig:
     if not isinstance(record.get("model"), dict):
         raise ValueError(f"{where} has no configuration under 'model'")
-    return TemporalVAEConfig.from_dict(record["model"])
+    return config_from_dict(record["model"])
 
 
 def _weights(folder: locations.Folder, name: str, variant: str | None) -> list[Path]:
@@ -213,8 +225,13 @@ def _read_single_file(file: Path, latent: Mapping[str, float]) -> Stored:
             raise ValueError(f"{file} is a record that save_model wrote: from_file reads it")
     found = _entries([file], str)
     shapes = {key: entry.shape for key, entry in found.items()}
+    prefix = wan_names.original_prefix(shapes)
+    config: VAEConfig
     try:
-        config, names = single_file.read_single_file(shapes, latent)
+        if prefix is not None:
+            config, names = wan_names.read_original(shapes, prefix)
+        else:
+            config, names = single_file.read_single_file(shapes, latent)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     return Stored(str(file), config, _entries([file], names.get))
@@ -270,17 +287,7 @@ def check_size(stored: Stored) -> None:
     A configuration is text that anyone can write: a zero too many in it could ask for terabytes.
     These are lower bounds, for speed; `check_fit` compares every shape.
     """
-    config = stored.config
-    levels, widest = len(config.widths), max(config.widths)
-    blocks = levels * (2 * config.blocks_per_level + 1)
-    blocks += levels * (config.blocks_per_level + 1) * config.num_temporal_layers
-    numbers = max(
-        9 * widest**2,
-        9 * widest * config.latent_channels,
-        widest**2 * config.temporal_kernel_size * min(1, config.num_temporal_layers),
-        config.temporal_attention_reach * min(1, config.num_temporal_layers),
-        config.input_channels**2 * config.temporal_kernel_size * int(config.time_conv_out),
-    )
+    blocks, numbers = stored.config.least_size
     stored_numbers = sum(_count(entry.shape) for entry in stored.entries.values())
     if blocks > len(stored.entries) or numbers > stored_numbers:
         raise CheckpointError(
@@ -355,7 +362,7 @@ def fill(
 
 def save(
     folder: str | os.PathLike[str],
-    config: TemporalVAEConfig,
+    config: VAEConfig,
     state: Mapping[str, Tensor],
     format: str = "temporal_vae",
 ) -> None:
@@ -367,7 +374,10 @@ def save(
         record: dict[str, Any] = {"format": format, "format_version": FORMAT_VERSION}
         record["model"], name = config.to_dict(), WEIGHTS_FILE
     elif format == "diffusers":
-        record, state = diffusers_names.to_diffusers(config, state)
+        if isinstance(config, WanVAEConfig):
+            record, state = wan_names.to_diffusers(config, state)
+        else:
+            record, state = diffusers_names.to_diffusers(config, state)
         name = DIFFUSERS_WEIGHTS_FILE
     else:
         raise ValueError(f"format must be 'temporal_vae' or 'diffusers', got {format!r}")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from temporal_vae.checkpoints.pretrained import FORMAT_VERSION, Entry, Stored, check_fit, check_size
-from temporal_vae.config import TemporalVAEConfig
+from temporal_vae.config import VAEConfig, config_from_dict
 from temporal_vae.files import safetensors
 from temporal_vae.files.streams import CheckpointError, read_into, require, write_all
 
@@ -32,7 +32,7 @@ _REQUIRED = {"format": "temporal_vae", "format_version": str(FORMAT_VERSION)}
 
 
 def write_record(
-    file: BinaryIO, config: TemporalVAEConfig, state: Mapping[str, Tensor], loss: str | None
+    file: BinaryIO, config: VAEConfig, state: Mapping[str, Tensor], loss: str | None
 ) -> None:
     """Write a model from the file's current position on; the file is flushed, not closed.
 
@@ -93,7 +93,7 @@ def read_record(file: BinaryIO, size: int | None = None) -> Record:
         values = json.loads(header.metadata.get("config", ""))
         if not isinstance(values, dict):
             raise ValueError("it is no object")
-        stored = Stored("the record", TemporalVAEConfig.from_dict(values), entries)
+        stored = Stored("the record", config_from_dict(values), entries)
         check_size(stored)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"the record has no proper configuration: {error}") from error
@@ -109,13 +109,18 @@ class Record:
     _file: BinaryIO
 
     @property
-    def config(self) -> TemporalVAEConfig:
+    def config(self) -> VAEConfig:
         """The architecture of its model."""
         return self._stored.config
 
-    def check_config(self, config: TemporalVAEConfig) -> None:
+    def check_config(self, config: VAEConfig) -> None:
         """Raise `CheckpointError` naming what differs from the architecture that is wanted."""
         theirs, ours = self.config.to_dict(), config.to_dict()
+        if theirs.get("kind") != ours.get("kind"):
+            raise CheckpointError(
+                "the record is of another kind of model: read it with from_file or from_bytes, "
+                "which make a model of its own"
+            )
         unlike = [
             f"{n} is {v!r} there, {ours[n]!r} here" for n, v in theirs.items() if v != ours[n]
         ]

@@ -68,7 +68,7 @@ def describe_model(name: str) -> Rows:
     from temporal_vae.model import TemporalVAE
 
     vae = TemporalVAE.from_pretrained(name)
-    record = vae.latent_record()
+    record = vae.latent_record() if vae.frames_per_latent == 1 else None
     return {
         "what": "model",
         **{f.name: getattr(vae.config, f.name) for f in fields(vae.config)},
@@ -80,8 +80,8 @@ def describe_model(name: str) -> Rows:
         "latent frames a frame depends on": _reach(vae.decode_reach, vae.is_causal),
         "encode reach": vae.encode_reach,
         "decode reach": vae.decode_reach,
-        "encoder sha256": record.encoder_sha256,
-        "decoder sha256": record.decoder_sha256,
+        "encoder sha256": None if record is None else record.encoder_sha256,
+        "decoder sha256": None if record is None else record.decoder_sha256,
     }
 
 

@@ -106,6 +106,11 @@ class PiecePlanner:
     _found: Pieces | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
+        if self.model.frames_per_latent > 1:
+            raise ValueError(
+                "commands take videos through models of one latent a frame, and this one makes one "
+                "of several: in Python, encode_stream and decode_stream take any length"
+            )
         self.size = Padding.to_cells(*self.size, self.model.downsample_factor).padded
         if self.frames == 1:
             self.clip_frames = 1

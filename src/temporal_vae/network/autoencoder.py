@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from temporal_vae.config import TemporalVAEConfig
+from temporal_vae.config import TemporalVAEConfig, VAEConfig
 from temporal_vae.network import float16
 from temporal_vae.network.folds import channels_last
 from temporal_vae.network.framewise import (
@@ -35,7 +35,7 @@ from temporal_vae.network.framewise import (
     Upsample,
 )
 from temporal_vae.network.kernels.dtypes import warn_if_slow
-from temporal_vae.network.layer import Layer
+from temporal_vae.network.layer import Layer, frames_back
 from temporal_vae.network.primitives import (
     SPATIAL_EPS,
     Conv2d,
@@ -114,7 +114,7 @@ class Line(Chain):
     """What the residual stream is multiplied by."""
     _fitted = False
 
-    def __init__(self, config: TemporalVAEConfig):
+    def __init__(self, config: VAEConfig):
         super().__init__()
         self.config = config
         self._around: dict[str, Layer] = {}
@@ -188,14 +188,17 @@ class Line(Chain):
         return None
 
     @property
+    def streams(self) -> bool:
+        """Whether a clip may come in pieces: no layer depends on all of it."""
+        return all(layer.past is not None and layer.future is not None for layer in self.layers())
+
+    @property
     def reach(self) -> tuple[int, int] | None:
         """Frames (back, ahead) that an output depends on; None when it is the whole clip."""
-        past, future = 0, 0
-        for layer in self.layers():
-            if layer.past is None or layer.future is None:
-                return None
-            past, future = past + layer.past, future + layer.future
-        return past, future
+        layers = list(self.layers())
+        if not self.streams:
+            return None
+        return frames_back(layers), sum(layer.future or 0 for layer in layers)
 
 
 def _fit_after_loading(line: nn.Module, keys: object) -> None:
@@ -272,6 +275,8 @@ class MidBlock(Chain):
 class Encoder(Line):
     """Pixels (B, C, T, H, W) -> moments (B, 2*L, T, H/f, W/f): mean and log-variance."""
 
+    config: TemporalVAEConfig
+
     def __init__(self, config: TemporalVAEConfig):
         super().__init__(config)
         widths, moments = config.widths, 2 * config.latent_channels
@@ -305,6 +310,8 @@ class Encoder(Line):
 
 class Decoder(Line):
     """Latents (B, L, T, H/f, W/f) -> pixels (B, C, T, H, W), not clamped."""
+
+    config: TemporalVAEConfig
 
     def __init__(self, config: TemporalVAEConfig):
         super().__init__(config)

@@ -20,7 +20,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from temporal_vae.network.framewise import NormSiLU
 from temporal_vae.network.layer import Layer
 from temporal_vae.network.primitives import own_norm
 
@@ -59,12 +58,8 @@ def fit_scales(layers: Iterable[Layer], x: Tensor) -> float:
     """
     stream: list[float] = []
     branches: dict[Layer, float] = {}
-    layers, x = list(layers), x.transpose(0, 1).unsqueeze(0)
-    for layer in layers:
-        if isinstance(layer, NormSiLU):  # here the stream ends
-            break
-        x, branches[layer] = _measured(layer, x)
-        stream.append(_largest(x))
+    layers = list(layers)
+    _probe(layers, x.transpose(0, 1).unsqueeze(0), stream, branches)
     if not all(map(math.isfinite, (*stream, *branches.values()))):
         warnings.warn(
             "some weights are not finite in float16, so no result will be: use bfloat16 or float32",
@@ -75,8 +70,25 @@ def fit_scales(layers: Iterable[Layer], x: Tensor) -> float:
         for layer in layers:  # all, before any is changed
             layer.refuse_wrapped()
     for layer in layers:
-        layer.set_residual_scale(scale, power_of_two(branches.get(layer, 0.0)))
+        for part in layer.inside()[:-1] or (layer,):
+            part.set_residual_scale(scale, power_of_two(branches.get(part, 0.0)))
     return scale
+
+
+def _probe(
+    layers: Iterable[Layer], x: Tensor, stream: list[float], branches: dict[Layer, float]
+) -> Tensor:
+    """A clip (1, C, T, H, W) through layers, measuring the stream behind each, and each branch."""
+    for layer in layers:
+        if layer.ends_stream:
+            break
+        if inside := layer.inside():
+            around = _measured(inside[-1], x)[0]
+            x = _probe(inside[:-1], x, stream, branches) + around
+        else:
+            x, branches[layer] = _measured(layer, x)
+        stream.append(_largest(x))
+    return x
 
 
 def reset_scales(layers: Iterable[Layer]) -> float:

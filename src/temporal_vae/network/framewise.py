@@ -74,6 +74,7 @@ class IntoStream(OnFrames):
 class NormSiLU(Framewise):
     """Group norm over each frame, then SiLU: the end of the residual stream."""
 
+    ends_stream = True
     ports: ClassVar[Ports] = {"norm": ("stream",)}
 
     def __init__(self, norm: nn.Module):

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from temporal_vae.network.primitives import GroupNorm, PositionNorm, TimeConv
+from temporal_vae.network.spacetime import RMSNorm
 from temporal_vae.network.timewise import TemporalAttention, TemporalBlock
 
 
@@ -43,6 +44,8 @@ def draw_parameters(module: nn.Module, generator: torch.Generator) -> None:
             elif isinstance(layer, (GroupNorm, PositionNorm)):
                 nn.init.ones_(layer.weight)
                 nn.init.zeros_(layer.bias)
+            elif isinstance(layer, RMSNorm):
+                nn.init.ones_(layer.gamma)
         for layer in module.modules():
             if isinstance(layer, TemporalBlock):
                 nn.init.zeros_(layer.mix_factor)

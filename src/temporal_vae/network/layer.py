@@ -16,7 +16,7 @@ than such a part (`norms`), and what it remembers between pieces (`tails`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from fractions import Fraction
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -41,6 +41,14 @@ class Tail(NamedTuple):
 
     channels: int
     frames: int
+    scale: Fraction = Fraction(1)
+    """Its rows, and columns, for one of the layer's input."""
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """Its height and width for an input of these."""
+        if self.scale == 1:  # as they are: in a graph they may be symbols
+            return height, width
+        return int(height * self.scale), int(width * self.scale)
 
 
 class Past:
@@ -56,6 +64,11 @@ class Past:
         if self._least is None:
             self._least = int(self.counts.min())
         return self._least
+
+    @property
+    def begins(self) -> bool:
+        """Whether no sample has had a frame yet."""
+        return self._least in (None, 0) and not bool(self.counts.any())
 
     def later(self, frames: int) -> Past:
         """As seen by a layer whose input is delayed by so many frames."""
@@ -84,8 +97,17 @@ class Layer(nn.Module):
     """Channels of the input, where the state of a stream is checked against them."""
     held = 1
     """What is held for a pixel while the layer is computed, in multiples of a temporal block's."""
+    ends_stream: ClassVar[bool] = False
+    """Whether the residual stream ends here: what comes behind reads a norm's result."""
     ports: ClassVar[Ports] = {}
     """What float16 multiplies to keep it finite; see `set_residual_scale`."""
+
+    def inside(self) -> tuple[Layer, ...]:
+        """The layers that this one is made of, if it is: a line of them, and a shortcut around it.
+
+        The result is that of the last but one, added to that of the last.
+        """
+        return ()
 
     def norms(self) -> tuple[nn.Module, ...]:
         """The norms that sum over more than a part that the input may be cut into, in order.
@@ -97,6 +119,17 @@ class Layer(nn.Module):
     def tails(self) -> tuple[Tail, ...]:
         """What is remembered between the pieces of a clip; nothing if the layer sees one frame."""
         return ()
+
+    def phase(self, taken: int) -> Hashable:
+        """In which of its ways the layer goes on after so many frames: a batch has one of them.
+
+        Layers with a `rate` take the first frame apart, and go by the number of those before.
+        """
+        return None
+
+    def first_read(self, frame: int) -> int:
+        """The first input frame that a late output frame depends on."""
+        return math.ceil(frame / self.rate) - (self.past or 0)
 
     def channels(self, channels: int) -> int:
         """Output channels for input channels: the same unless a layer says otherwise."""
@@ -171,7 +204,10 @@ class Layer(nn.Module):
         """The state before the first piece (B, C, n, H, W), of `zeros` of a shape."""
         batch, _, _, *size = x.shape
         zeros = zeros or x.new_zeros
-        empty = (zeros(batch, n, *size, c).movedim(-1, 1) for c, n in self.tails())
+        empty = (
+            zeros(batch, tail.frames, *tail.size(*size), tail.channels).movedim(-1, 1)
+            for tail in self.tails()
+        )
         return (torch.zeros(batch, dtype=torch.int64), *empty)
 
     def stream(self, x: Tensor | None, state: State, last: bool) -> tuple[Tensor | None, State]:
@@ -194,7 +230,9 @@ class Layer(nn.Module):
     def tail_numbers(self, shape: Shape) -> int:
         """How many numbers the tails hold for pieces (B, C, n, H, W)."""
         b, _, _, h, w = shape
-        return sum(tail.channels * tail.frames for tail in self.tails()) * b * h * w
+        return b * sum(
+            tail.channels * tail.frames * math.prod(tail.size(h, w)) for tail in self.tails()
+        )
 
     def nothing(self, state: State) -> Tensor:
         """No frames, as (B, C, 0, H, W), for a stream of this state."""
@@ -202,7 +240,8 @@ class Layer(nn.Module):
             raise ValueError(f"the state is not one of this model: {len(state)} tensors")
         tail = state[1]
         channels = tail.shape[1] if self.width is None else self.width
-        return tail[:, :1, :0].expand(-1, channels, -1, -1, -1)
+        rows, columns = (int(side / self.tails()[0].scale) for side in tail.shape[3:])
+        return tail.new_empty(len(tail), channels, 0, rows, columns)
 
     def check(self, x: Tensor, state: State) -> None:
         """Raise `ValueError` when the state belongs to frames of another size, dtype or number."""
@@ -212,6 +251,11 @@ class Layer(nn.Module):
                 "the state is not one of this model for a stream of these frames: inside the "
                 f"network it has {[(*t.shape, t.dtype) for t in tails]}, and the frames are "
                 f"{(*x.shape, x.dtype)}: keep one state per stream"
+            )
+        if self.rate != 1 and len({self.phase(taken) for taken in counts.tolist()}) > 1:
+            raise ValueError(
+                f"streams of a batch must be at the same frame of a latent, got {counts.tolist()} "
+                "frames: this model takes the first frame apart, and then several for each latent"
             )
         settled = sum(tail.frames for tail in self.tails()) if self.future else 0
         if len(set(counts.tolist() if self.future else [])) > 1 and int(counts.min()) < settled:
@@ -227,7 +271,20 @@ class Layer(nn.Module):
         if len(tails) != len(expected) or (self.width or x.shape[1]) != x.shape[1]:
             return False
         return (mixed or place == (own.dtype, own.device)) and all(
-            (*tail.shape[:3], *tail.shape[3:]) == (x.shape[0], c, n, *x.shape[3:])
+            tuple(tail.shape)
+            == (x.shape[0], wanted.channels, wanted.frames, *wanted.size(*x.shape[3:]))
             and (tail.dtype, tail.device) == place
-            for tail, (c, n) in zip(tails, expected, strict=True)
+            for tail, wanted in zip(tails, expected, strict=True)
         )
+
+
+def frames_back(layers: Sequence[Layer]) -> int:
+    """Input frames before an output's own that it depends on, through layers in a row."""
+    rate = math.prod((layer.rate for layer in layers), start=Fraction(1))
+    worst, far = 0, 2**20 * rate.numerator
+    for frame in range(far, far + rate.numerator):
+        first = frame
+        for layer in reversed(layers):
+            first = layer.first_read(first)
+        worst = max(worst, math.ceil(frame / rate) - first)
+    return worst

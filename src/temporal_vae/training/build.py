@@ -35,6 +35,11 @@ def build_model(spec: recipe.Model, seed: int) -> tuple[TemporalVAE, list[str]]:
         config = _changed(PRESETS[spec.preset](), spec.config)
         return TemporalVAE.from_config(config, seed=seed), []
     loaded = TemporalVAE.from_pretrained(spec.init, dtype=torch.float32)
+    if not isinstance(loaded.config, TemporalVAEConfig):
+        raise ValueError(
+            f"model.init: {spec.init} makes one latent of several frames, and recipes train models "
+            "of one latent a frame"
+        )
     config = _changed(loaded.config, spec.config)
     if config == loaded.config:
         return loaded, []
@@ -98,6 +103,7 @@ def _take_over(model: TemporalVAE, loaded: TemporalVAE, name: str) -> list[str]:
 
 def image_twin(model: TemporalVAE) -> TemporalVAE:
     """An image VAE that shares the spatial parameters of `model`."""
+    assert isinstance(model.config, TemporalVAEConfig)
     twin = TemporalVAE.from_config(replace(model.config, num_temporal_layers=0))
     parameters = dict(model.named_parameters())
     for name, _ in list(twin.named_parameters()):

@@ -316,6 +316,7 @@ class Training:
         videos = (batches[number].pixels().to(self.device) for number in range(SCALE_BATCHES))
         found = [self.network.encode(x, generator=generator).flatten().cpu() for x in videos]
         scale = round(1 / float(torch.cat(found).std()), 4)
+        assert isinstance(self.model.config, TemporalVAEConfig)  # see `build_model`
         self.model.config = replace(self.model.config, latent_scale_factor=scale)
 
     def one_step(self) -> Record:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import torch
 
-from temporal_vae.geometry import rows_read, spans
+from temporal_vae.geometry import Span, rows_read, spans
 from temporal_vae.network.autoencoder import Line
 from temporal_vae.network.layer import Layer, Shape
-from temporal_vae.walks import stages
+from temporal_vae.walks import piecewise, stages
 from temporal_vae.walks.stages import Bounds
 from temporal_vae.walks.tracing import tracer
 
@@ -108,7 +109,7 @@ class Peak:
             self._note(name, self._bytes(shape) + peak)
             if layer.tails():
                 self._remember(layer, shape)
-            shape = layer.output_shape(shape)
+            shape = layer.output_shape(shape, begins=not self.stream)
         return []
 
     def _bounded(self, bounds: Bounds) -> list[Part]:
@@ -168,6 +169,65 @@ class Peak:
                     rows = f"a band of {bounds.rows} rows in {name}"
                     self._note(rows, 2 * self._bytes(middle[0]) + peak)
             now = stages.shape_after(stage, now)
+
+
+class PiecewisePeak(Peak):
+    """The same of a line that is walked in pieces in time and bands of rows: see `piecewise`."""
+
+    def _parts(self) -> list[Part]:
+        assert self.bounds is not None
+        result = self._bytes(stages.shape_after(self.layers, self.request.shape, not self.stream))
+        worst, between = list[Part](), 0
+        for section, shape, levels, remembers in self._sections(self.bounds):
+            between = max(between, self._between(section))
+            state, own, moment = self._section(section.layers, shape, levels, remembers)
+            parts = [("what layers remember of a piece", state), moment]
+            if self.stream:
+                self.state = state
+                parts = [
+                    ("the state of the stream", state), ("the next state", self._next(state, own)),
+                    moment,
+                ]  # fmt: skip
+            worst = max(worst, parts, key=lambda parts: sum(size for _, size in parts))
+        parts = [("the result", result), ("between whole frames and bands", between), *worst]
+        return [(name, size) for name, size in parts if size]
+
+    def _next(self, state: int, largest: int) -> int:
+        return largest if self._replaces else state
+
+    def _sections(
+        self, bounds: Bounds
+    ) -> Iterable[tuple[piecewise.Section, Shape, list[Span], bool]]:
+        if not self.stream:
+            return piecewise.largest_pieces(self.layers, self.request.shape, bounds)
+        assert bounds.pieces is not None
+        section, (b, c, t, h, w) = piecewise.Section(self.layers, None), self.request.shape
+        frames = min(t, bounds.pieces * section.frames_each)
+        return [(section, (b, c, frames, h, w), section.levels((0, 0), h), True)]
+
+    def _between(self, section: piecewise.Section) -> int:
+        """What the clip takes behind a section, unless it is the last."""
+        if section.layers[-1] is self.layers[-1]:
+            return 0
+        shape: Shape = (1, *self.request.shape[1:])
+        return self._bytes(stages.shape_after(section.layers, shape))
+
+    def _section(
+        self, layers: list[Layer], shape: Shape, levels: list[Span], remembers: bool
+    ) -> tuple[int, int, Part]:
+        """(bytes of the tails of all layers, of the largest, and the worst moment beside them)."""
+        state, largest, moment = 0, 0, ("", 0)
+        given = self._bytes(shape)  # with the rows that were read in vain
+        for layer, (first, stop) in zip(layers, levels[1:], strict=True):
+            stream = remembers and bool(layer.tails())
+            own = layer.tail_numbers(shape) * self.size if stream else 0
+            state, largest = state + own, max(largest, own)
+            peak = given + self.tracer.whole(layer, shape, stream)
+            rows = f"{shape[2]} frames of {shape[3]} rows in {type(layer).__name__}"
+            moment = max(moment, (rows, peak), key=lambda part: part[1])
+            b, c, t, _, w = after = layer.output_shape(shape, begins=not remembers)
+            given, shape = self._bytes(after), (b, c, t, stop - first, w)
+        return state, largest, moment
 
 
 def _middle_band(stage: list[Layer], shape: Shape, rows: int) -> list[Shape]:

@@ -18,13 +18,14 @@ from typing import Literal
 
 import torch
 
-from temporal_vae.config import TemporalVAEConfig
-from temporal_vae.network.autoencoder import Decoder, Encoder, Line
-from temporal_vae.network.layer import Shape
-from temporal_vae.walks import stages
+from temporal_vae.config import TemporalVAEConfig, WanVAEConfig
+from temporal_vae.network.autoencoder import Line
+from temporal_vae.network.layer import Layer, Shape
+from temporal_vae.network.lines import line_of
+from temporal_vae.walks import piecewise, stages
 from temporal_vae.walks.budget import Budget, BudgetError, parse_budget
 from temporal_vae.walks.gradient_peak import GradientPeak
-from temporal_vae.walks.peak import Offload, Operation, Part, Peak, PlanRequest
+from temporal_vae.walks.peak import Offload, Operation, Part, Peak, PiecewisePeak, PlanRequest
 from temporal_vae.walks.stages import Bounds
 
 MARGIN = 0.06
@@ -49,6 +50,8 @@ STEP_GROUP_BYTES = 8 * 2**20
 the process stays as large as it is. Twice as large ones walk 4 percent faster."""
 BAND_ROWS = (256, 128, 64, 32, 16, 8)
 """Rows of a band, fastest first."""
+LATENTS = (8, 4, 2, 1)
+"""Latents of a piece in time, most memory first."""
 
 SEGMENTS = (0, 12, 8, 6, 4, 3, 2, 1)
 """Segments of a line for gradients, of more memory first; all but 0 compute most layers thrice."""
@@ -119,10 +122,10 @@ class Planner:
     def __init__(self, request: PlanRequest):
         self._request, self._lock = request, threading.Lock()
         self._counted: dict[Bounds | None, Plan] = {}
-        kind, config = Encoder if request.operation == "encode" else Decoder, request.network
-        assert isinstance(config, TemporalVAEConfig)
+        config = request.network
+        assert isinstance(config, TemporalVAEConfig | WanVAEConfig)
         with _on_shapes_alone(), torch.device("meta"):
-            self._line: Line = kind(config).to(request.dtype)
+            self._line: Line = line_of(config, request.operation).to(request.dtype)
         self._line.requires_grad_(bool(request.gradients))
 
     def plan(self, budget: Budget) -> Plan:
@@ -162,8 +165,12 @@ class Planner:
 
     def _count(self, bounds: Bounds | None) -> Plan:
         request = self._request
-        count = Peak if request.gradients is None else GradientPeak
-        found: Peak | GradientPeak = count(self._line, request, bounds)
+        kind: type[Peak | GradientPeak] = Peak
+        if request.gradients is not None:
+            kind = GradientPeak
+        elif bounds is not None and bounds.pieces is not None:
+            kind = PiecewisePeak
+        found = kind(self._line, request, bounds)
         parts = list(found.parts)
         if (rest := found.after - sum(size for _, size in parts)) > 0:
             parts.append(("what is made of the result", rest))
@@ -211,6 +218,10 @@ def _candidates(line: Line, request: PlanRequest, limited: bool) -> Iterator[Bou
     writes_over = on_cpu and request.stream and not request.keep_state and limited
     if None in request.offload and not writes_over:
         yield None  # which cannot write over a state, and takes large blocks anew at every step
+    layers = list(line.layers())
+    if piecewise.suits(layers):
+        yield from _pieces(layers, request)
+        return
     sizes = _Sizes(line, request)
     for offload in request.offload:
         cut = partial(Bounds, channels=sizes.channels, offload=offload)
@@ -261,3 +272,15 @@ class _Sizes:
     def chunk(self, pixels: int) -> int:
         """Pixels of a chunk, with all their frames, that takes no more than so many of one."""
         return max(16, min(self._pixels, pixels // self.frames))
+
+
+def _pieces(layers: list[Layer], request: PlanRequest) -> Iterator[Bounds]:
+    """The same for layers that see time and space together: fewer latents at a time, then bands."""
+    whole = piecewise.Section(layers, None)
+    latents = -(-request.shape[2] // whole.frames_each)
+    for pieces in (n for n in LATENTS if n < latents or n == 1):
+        yield Bounds(pieces=pieces)
+    if not request.stream:  # whose state is that of whole frames
+        height = max(shape[3] for shape in stages.shapes_in(layers, request.shape))
+        for rows in (rows for rows in BAND_ROWS if rows < height):
+            yield Bounds(pieces=1, rows=rows)

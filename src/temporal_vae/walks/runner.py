@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -18,15 +18,16 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from temporal_vae.config import TemporalVAEConfig
-from temporal_vae.geometry import indivisible
+from temporal_vae.config import VAEConfig
+from temporal_vae.geometry import indivisible, latent_frames
 from temporal_vae.latents import LatentDistribution
 from temporal_vae.latents.latent_channels import mask
-from temporal_vae.network.autoencoder import Decoder, Encoder, unwrapped
+from temporal_vae.network.autoencoder import unwrapped
 from temporal_vae.network.kernels.plain import transformed
 from temporal_vae.network.layer import Shape
+from temporal_vae.network.lines import AnyDecoder, AnyEncoder
 from temporal_vae.network.primitives import hooked
-from temporal_vae.walks import bounded, gradients, streamed
+from temporal_vae.walks import bounded, gradients, piecewise, streamed
 from temporal_vae.walks.budget import Budget, check_budget
 from temporal_vae.walks.peak import Offload, Operation, PlanRequest
 from temporal_vae.walks.plan import Plan, planner
@@ -66,12 +67,12 @@ class Settings:
 class Runner:
     """Walks the encoder and the decoder of a model."""
 
-    encoder: Encoder
-    decoder: Decoder
+    encoder: AnyEncoder
+    decoder: AnyDecoder
     settings: Settings
 
     @property
-    def config(self) -> TemporalVAEConfig:
+    def config(self) -> VAEConfig:
         """The configuration of the model."""
         return self.encoder.config
 
@@ -80,12 +81,12 @@ class Runner:
         """Where the weights are."""
         return self.encoder.conv_in.weight.device
 
-    def line(self, operation: Operation) -> Encoder | Decoder:
+    def line(self, operation: Operation) -> AnyEncoder | AnyDecoder:
         """The encoder or the decoder, its scales fitted to its weights."""
-        line: Encoder | Decoder = cast(Any, unwrapped(self._outer(operation)))
+        line: AnyEncoder | AnyDecoder = cast(Any, unwrapped(self._outer(operation)))
         return line.ready()
 
-    def _outer(self, operation: Operation) -> Encoder | Decoder:
+    def _outer(self, operation: Operation) -> AnyEncoder | AnyDecoder:
         """The same with what may be wrapped around it."""
         return self.encoder if operation == "encode" else self.decoder
 
@@ -114,7 +115,7 @@ class Runner:
         device: torch.device | None = None,
     ) -> Plan:
         """The fastest walk within a budget; see `TemporalVAE.plan`. `device`: where it will run."""
-        full, line = self._checked_shape(shape, operation), self.line(operation)
+        full, line = self._checked_shape(shape, operation, stream), self.line(operation)
         if not dtype.is_floating_point:
             raise ValueError(f"dtype must be floating point, got {dtype}")
         device = device or self.device
@@ -123,14 +124,25 @@ class Runner:
             raise ValueError(
                 f"this model normalises over the whole clip, so it cannot {operation} a stream"
             )
+        together = piecewise.suits(list(line.layers()))
+        if together and offload is not None:
+            raise ValueError(
+                "this model's layers see time and space together and keep no activation of the "
+                "whole clip that could lie elsewhere: leave offload out"
+            )
+        if together and gradients:
+            raise ValueError(
+                "this model's layers see time and space together, and gradients go back through "
+                "them whole: leave the budget out, and take enable_gradient_checkpointing()"
+            )
         if gradients and (stream or offload is not None):
             raise ValueError(
                 "a plan with gradients is for a clip that stays where the weights are: it has "
                 "neither stream nor offload"
             )
-        places = self._places(offload, budget)
+        places = (None,) if together or gradients else self._places(offload, budget)
         request = PlanRequest(
-            self._network, operation, full, dtype, stream, (None,) if gradients else places, device,
+            self.config.layout, operation, full, dtype, stream, places, device,
             keep_state or not stream, self._trained_bytes(operation) if gradients else None,
         )  # fmt: skip
         return planner(request).plan(budget)
@@ -143,7 +155,7 @@ class Runner:
         tensors = (clip, *self.line(operation).parameters())
         return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
-    def _checked_shape(self, shape: Sequence[int], operation: Operation) -> Shape:
+    def _checked_shape(self, shape: Sequence[int], operation: Operation, stream: bool) -> Shape:
         if operation not in ("encode", "decode"):
             raise ValueError(f"operation must be 'encode' or 'decode', got {operation!r}")
         if len(shape) not in (4, 5):
@@ -156,6 +168,8 @@ class Runner:
         problem = indivisible(full[3], full[4], self.config.downsample_factor)
         if operation == "encode" and problem:
             raise ValueError(problem)
+        if operation == "encode" and not stream:
+            latent_frames(full[2], self.config.frames_per_latent)
         return full
 
     def _channels(self, operation: Operation) -> int:
@@ -179,13 +193,6 @@ class Runner:
                 "take 'host'"
             )
         return (offload,)
-
-    @property
-    def _network(self) -> TemporalVAEConfig:
-        """What a plan depends on of the configuration."""
-        config = self.config
-        needed = config.clip_frames if config.temporal_norm == "clip" else None
-        return replace(config, clip_frames=needed, latent_scale_factor=1.0, latent_shift_factor=0.0)
 
     def plan_for(
         self,
@@ -234,7 +241,7 @@ class Runner:
             raise ValueError(f"plan must be what plan(...) gives, got {plan!r}")
         if plan.device != self.device:
             what = f"a model on {plan.device}, not on {self.device}"
-        elif plan.network != self._network:
+        elif plan.network != self.config.layout:
             what = "a model of another layout"
         else:
             return
@@ -287,7 +294,8 @@ class Runner:
         if plan is not None and plan.bounds is not None:
             if plan.gradients and self.wants_gradients(operation, clip):
                 return gradients.walk(self.line(operation), clip, plan.bounds)
-            return bounded.walk(self.line(operation), clip, plan.bounds, out)
+            walked = bounded.walk if plan.bounds.pieces is None else piecewise.walk
+            return walked(self.line(operation), clip, plan.bounds, out)
         walk = self._compiled(operation)
         samples = clip.split(1) if self.settings.slicing else (clip,)
         y = torch.cat([walk(x) for x in samples]) if len(samples) > 1 else walk(clip)
@@ -303,6 +311,8 @@ class Runner:
         def walk(plan: Plan | None) -> Iterator[Tensor]:
             if plan is None or plan.bounds is None:
                 return iter([line(clip)])
+            if plan.bounds.pieces is not None:
+                return piecewise.frames(line, clip, plan.bounds)
             return bounded.pieces(line, clip, plan.bounds)
 
         return self._retried_pieces(plan, walk)
@@ -375,11 +385,16 @@ class Runner:
         donated = isinstance(state, list)
         first = next((memory for memory in state or () if memory), None)
         if first is not None:
+            if operation == "encode":
+                for taken in first[0].tolist():
+                    latent_frames(taken, self.config.frames_per_latent)
             frame = self._frame_of(operation, first)
             plan = self.plan_for(operation, frame, plan, stream=True, donated=donated)
 
         def walk(plan: Plan | None) -> Iterator[Tensor]:
             frames, bounds = (1, None) if plan is None else (plan.shape[2], plan.bounds)
+            if bounds is not None and bounds.pieces is not None:  # which owe nothing
+                bounds = None
             return streamed.finish(self.line(operation), state, bounds, frames)
 
         return walk(plan) if donated else self._retried_pieces(plan, walk)
@@ -407,13 +422,14 @@ class Runner:
     def _compiled_step(
         self, operation: Operation
     ) -> Callable[[Tensor, Held | None], tuple[Tensor | None, State]]:
-        """A whole step of a stream, compiled if that was asked for and the model is causal."""
+        """A whole step of a stream, compiled if that was asked for and one graph serves each."""
         line = self.line(operation)
         step = partial(streamed.step, line)
-        return (self.config.causal_mode and self._compile(f"{operation} step", line, step)) or step
+        same = self.config.causal_mode and self.config.frames_per_latent == 1
+        return (same and self._compile(f"{operation} step", line, step)) or step
 
     def _compile(
-        self, name: str, line: Encoder | Decoder, function: Callable[..., Any]
+        self, name: str, line: AnyEncoder | AnyDecoder, function: Callable[..., Any]
     ) -> Callable[..., Any] | None:
         options, compiled = self.settings.compile_options, self.settings.compiled
         if options is None:
@@ -451,7 +467,7 @@ class Steps:
 
     def first_state(self) -> State:
         """The state of a stream that writes over it: there from the start, if it walks bounded."""
-        if self.plan is None or self.plan.bounds is None:
+        if self.plan is None or self.plan.bounds is None or self.plan.bounds.pieces is not None:
             return ()
         like = torch.empty(1, dtype=self.plan.dtype, device=self.runner.device)
         return streamed.begin(self.runner.line(self.operation), like.expand(self.plan.shape))

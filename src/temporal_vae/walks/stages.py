@@ -30,6 +30,9 @@ class Bounds:
     about as much."""
     rows: int | None = None
     """Output rows of a band of one frame; None for whole frames."""
+    pieces: int | None = None
+    """Latents of a piece in time, for lines of layers that see time and space together; then `rows`
+    are those of a band that goes through the layers with all pieces; see `piecewise`."""
     fused: bool = False
     """Bands go through the widest activation without storing it, computing parts of it again."""
     offload: str | os.PathLike[str] | None = None
@@ -42,7 +45,7 @@ class Bounds:
     """Bytes that pieces take at the most: taken and let go before the first layer."""
 
     def __post_init__(self) -> None:
-        for name in ("frames", "largest", "pixels", "channels", "rows"):
+        for name in ("frames", "largest", "pixels", "channels", "rows", "pieces"):
             value = getattr(self, name)
             optional = value is None and name not in ("frames", "pixels")
             if not optional and (not isinstance(value, int) or value < 1):
@@ -53,6 +56,9 @@ class Bounds:
 
     def explain(self) -> list[str]:
         """The sizes of pieces in words, a line each."""
+        if self.pieces is not None:
+            rows = "" if self.rows is None else f", in bands of {self.rows} rows, one after another"
+            return [f"  {self.pieces} latents in time at a time{rows}"]
         pieces = f"{self.frames} frames" if self.rows is None else (
             f"bands of {self.rows} rows of a frame"
         )  # fmt: skip

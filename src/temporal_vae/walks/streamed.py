@@ -18,7 +18,7 @@ from torch import Tensor
 from temporal_vae.network.autoencoder import Line
 from temporal_vae.network.layer import Layer
 from temporal_vae.network.layer import State as LayerState
-from temporal_vae.walks import bounded
+from temporal_vae.walks import bounded, piecewise
 from temporal_vae.walks.stages import Bounds
 
 State = tuple[LayerState, ...]
@@ -41,6 +41,8 @@ def step(
     Raises `ValueError` for a network whose norms span the clip, and for a state that does not fit.
     """
     memories, first = _memories(line, state), False
+    if bounds is not None and bounds.pieces is not None:
+        return piecewise.step(line, x, memories, bounds), tuple(memories)
     if bounds is not None:
         bounded.refuse_watchers(line, x)
         # Without timewise layers there is no state to show that this is the first piece, so memory
@@ -151,7 +153,7 @@ def _pass_on(
 
 def _memories(line: Line, state: Held | None) -> list[LayerState]:
     """The state with an entry for each layer with tails, checked; a list stays the same one."""
-    if line.reach is None:
+    if not line.streams:
         raise ValueError(
             "this model normalises over the whole clip, so it cannot stream: give it clip after "
             "clip of its clip_frames"

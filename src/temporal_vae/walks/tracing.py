@@ -140,8 +140,16 @@ class Tracer:
 
         alive = LiveBytes()
         with alive, _Attention():
-            x, size = self._empty(piece), piece[3:]
-            shapes = [(piece[0], c, n, *size) for c, n in stage[0].tails() if stream]
+            for layer in stage:
+                if layer.cut == "rows":  # which takes its weights frame by frame of the kernel
+                    for parameter in layer.parameters():
+                        alive.leave_out(parameter)
+            x = self._empty(piece)
+            shapes = [
+                (piece[0], tail.channels, tail.frames, *tail.size(*piece[3:]))
+                for tail in stage[0].tails()
+                if stream
+            ]
             tails = tuple(map(self._empty, shapes))
             alive.start_from_here()
             try:
