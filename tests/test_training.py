@@ -642,8 +642,9 @@ def file(tmp_path: Path) -> Iterator[Path]:
 def tvae(*words: object) -> subprocess.Popen[str]:
     command = [str(Path(sys.executable).parent / "tvae"), "train", *map(str, words)]
     return subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's `&` ignores it
+    )  # fmt: skip
 
 
 def wait_for(path: Path, process: subprocess.Popen[str]) -> None:

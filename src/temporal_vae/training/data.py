@@ -7,6 +7,7 @@ together split the very batch that one alone would have had.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Generator as Batched
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -233,8 +234,11 @@ class _From(Sampler[int]):
         return count(self._start)
 
 
-def in_order(batches: Batches, start: int, workers: int) -> Iterator[Samples]:
-    """The batches from number `start` on, read ahead by so many worker processes."""
+def in_order(batches: Batches, start: int, workers: int) -> Batched[Samples, None, None]:
+    """The batches from number `start` on, read ahead by so many worker processes.
+
+    Close it in the end: its workers leave requests to end to the process that trains.
+    """
     loader: DataLoader[Samples] = DataLoader(
         batches, batch_size=None, sampler=_From(start), num_workers=workers,
         prefetch_factor=4 if workers else None, worker_init_fn=_quiet if workers else None,

@@ -287,6 +287,7 @@ class Training:
             self.tell("failed", message=str(error))
             raise
         finally:
+            self.batches.close()  # its workers end with it, and with nothing else
             if self._events is not None:
                 self._events.close()
         self.tell("done")
@@ -294,6 +295,7 @@ class Training:
     def next_stage(self) -> None:
         """Leave a stage for the one that it is time for."""
         self._whole = False
+        self.batches.close()
         self.end_stage()
         self.index = self._stage_at(self.progress)
         self._enter_stage()
