@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from temporal_vae import TemporalVAE, TemporalVAEConfig
@@ -119,15 +120,18 @@ def one(name: str, side: int, plain: int, file: str) -> None:
     loss.backward()
     done.set()
     watcher.join()
-    found = [p.grad for p in (x, *model.decoder.parameters())]
-    torch.save([loss.detach(), *found], file)
+    found = [loss.detach(), x.grad, *(p.grad for p in model.decoder.parameters())]
+    kept = {str(index): value for index, value in enumerate(found) if value is not None}
+    save_file({name: value.contiguous() for name, value in kept.items()}, file)
     print(most, 0 if plan is None else plan.peak_bytes)
 
 
 def difference(file: str, plain: str) -> float:
     """The largest relative difference of a loss or gradient, in the largest gradient's scale."""
-    pairs = list(zip(torch.load(file), torch.load(plain), strict=True))
-    largest = max(float(b.abs().max()) for _, b in pairs[1:])
+    ours, theirs = load_file(file), load_file(plain)
+    assert ours.keys() == theirs.keys()
+    pairs = [(ours[name], theirs[name]) for name in theirs]
+    largest = max(float(value.abs().max()) for name, value in theirs.items() if name != "0")
     scales = [float(b.abs().max()) for _, b in pairs]
     return max(
         float((a - b).abs().max()) / max(scale, 1e-3 * largest)

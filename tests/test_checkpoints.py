@@ -86,20 +86,25 @@ def test_what_diffusers_wrote_gives_its_numbers(name: str, tmp_path: Path) -> No
     assert mine.parameter_count == sum(p.numel() for p in model.parameters())
 
 
-@family
-def test_diffusers_reads_what_we_write(name: str, tmp_path: Path) -> None:
-    model = FAMILIES[name]()
-    model.save_pretrained(tmp_path / "theirs")
-    mine = TemporalVAE.from_pretrained(tmp_path / "theirs", dtype=torch.float64)
-    mine.save_pretrained(tmp_path / "ours", format="diffusers")
-    assert {file.name for file in (tmp_path / "ours").iterdir()} == {"config.json", WEIGHTS}
-    again = type(model).from_pretrained(tmp_path / "ours", torch_dtype=torch.float64)
+def reads_what_we_write(model: Any, folder: Path) -> tuple[Any, TemporalVAE]:
+    """A model of diffusers, through a model of ours and its files, and back; with ours."""
+    model.save_pretrained(folder / "theirs")
+    mine = TemporalVAE.from_pretrained(folder / "theirs", dtype=torch.float64)
+    mine.save_pretrained(folder / "ours", format="diffusers")
+    assert {file.name for file in (folder / "ours").iterdir()} == {"config.json", WEIGHTS}
+    again = type(model).from_pretrained(folder / "ours", torch_dtype=torch.float64)
     expected = model.state_dict()
     assert again.state_dict().keys() == expected.keys()
     assert all(torch.equal(tensor, expected[key]) for key, tensor in again.state_dict().items())
     for option, value in model.config.items():
         if option != "sample_size" and not option.startswith("_"):
             assert _plain(again.config[option]) == _plain(value), option
+    return again, mine
+
+
+@family
+def test_diffusers_reads_what_we_write(name: str, tmp_path: Path) -> None:
+    again, mine = reads_what_we_write(FAMILIES[name](), tmp_path)
     assert worst(again, mine, *given(mine)) < 1e-10
 
 

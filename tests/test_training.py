@@ -30,9 +30,9 @@ from temporal_vae.cli import main
 from temporal_vae.training import optimizers, recipe, step
 from temporal_vae.training.build import build_model, image_twin
 from temporal_vae.training.data import Batches, Share, in_order
-from temporal_vae.training.loop import Inputs, train
+from temporal_vae.training.loop import train
 from temporal_vae.training.recipe import Recipe, to_toml
-from temporal_vae.training.sources import Skipped, find_sources, hold_out, probe_all
+from temporal_vae.training.sources import Inputs, Skipped, find_sources, hold_out, probe_all
 from temporal_vae.training.validation import HeldOut
 
 SMALL = {"base_channels": 8, "channel_multipliers": [1, 2], "blocks_per_level": 1}
@@ -550,6 +550,31 @@ def test_what_cannot_train_a_model_is_refused_before_the_first_step(
     with pytest.raises(ValueError, match=message):
         run(tmp_path / "run", clips, **changes)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_last_checkpoint_can_be_gone_on_from(tmp_path: Path, clips: Path) -> None:
+    """It is as those before it: with the weights as they are, and their average beside them."""
+    run(tmp_path / "run", clips, steps=3, save_minutes=99, optimizer={"ema": 0.5})
+    checkpoint = tmp_path / "run/checkpoints/step-00000003"
+    weights, average = (load_file(checkpoint / f"{n}.safetensors") for n in ("weights", "average"))
+    model = load_file(tmp_path / "run/model/model.safetensors")
+    assert not torch.equal(weights["decoder.conv_out.weight"], average["decoder.conv_out.weight"])
+    assert torch.equal(model["decoder.conv_out.weight"], average["decoder.conv_out.weight"])
+    state = json.loads((checkpoint / "state.json").read_text())
+    assert state["average_updates"] == 3
+
+
+def test_the_scale_of_an_image_stage_is_measured(tmp_path: Path, clips: Path) -> None:
+    """And what is measured of the model with it goes by that scale."""
+    stage = [{"model": {"temporal": False}}]
+    run(tmp_path / "run", clips, steps=2, stage=stage)
+    model = TemporalVAE.from_pretrained(tmp_path / "run/model")
+    found = probe_all(find_sources([clips]), Skipped(), lambda *_: None)
+    video = torch.cat([Batches(found, Recipe.from_table(table()).data, 0)[n].pixels()
+                       for n in range(8)])  # fmt: skip
+    deviation = float(model.encode(video, False).detach().std())
+    assert model.latent_scale_factor * deviation == pytest.approx(1, abs=0.3)
+    assert model.latent_scale_factor != 0.18215
 
 
 def test_averages_are_what_is_saved(tmp_path: Path, clips: Path) -> None:

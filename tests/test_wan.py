@@ -18,6 +18,7 @@ from diffusers import AutoencoderKLQwenImage, AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from diffusers.models.autoencoders import autoencoder_kl_qwenimage, autoencoder_kl_wan
 from safetensors.torch import save_file
+from test_checkpoints import reads_what_we_write
 from torch import Tensor, nn
 
 from temporal_vae import CheckpointError, TemporalVAE, WanVAEConfig, to_diffusers
@@ -49,7 +50,6 @@ CONFIGS = {"Wan 2.1": WanVAEConfig.wan21, "Wan 2.2": WanVAEConfig.wan22,
 family = pytest.mark.parametrize("name", MODELS)
 kind = pytest.mark.parametrize("name", ["Wan 2.1", "Wan 2.2"])
 """Qwen-Image computes what Wan 2.1 does."""
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(autouse=True)
@@ -195,22 +195,7 @@ def test_presets_have_diffusers_parameters(name: str) -> None:
 
 @family
 def test_diffusers_reads_what_we_write(name: str, tmp_path: Path) -> None:
-    model = theirs(name)
-    model.save_pretrained(tmp_path / "theirs")
-    mine = TemporalVAE.from_pretrained(tmp_path / "theirs", dtype=torch.float64)
-    mine.save_pretrained(tmp_path / "ours", format="diffusers")
-    assert {file.name for file in (tmp_path / "ours").iterdir()} == {"config.json", WEIGHTS}
-    again = type(model).from_pretrained(tmp_path / "ours", torch_dtype=torch.float64)
-    expected = model.state_dict()
-    assert again.state_dict().keys() == expected.keys()
-    assert all(torch.equal(tensor, expected[key]) for key, tensor in again.state_dict().items())
-    for option, value in model.config.items():
-        if not option.startswith("_"):
-            assert plain(again.config[option]) == plain(value), option
-
-
-def plain(value: object) -> object:
-    return list(value) if isinstance(value, tuple) else value
+    reads_what_we_write(theirs(name), tmp_path)
 
 
 @family

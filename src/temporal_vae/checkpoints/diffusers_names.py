@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -180,15 +180,23 @@ def _check_options(name: str, config: Mapping[str, Any]) -> None:
         if "layers_per_block" not in config:
             raise ValueError(f"layers_per_block must be 2 in {SVD_CLASS}, got none, which means 1")
     known = _READ | _WITHOUT_EFFECT | (_READ_IMAGE if name == IMAGE_CLASS else set())
+    refuse_options(name, config, known, fixed)
+
+
+def refuse_options(
+    name: str, config: Mapping[str, Any], known: Container[str], fixed: Mapping[str, Any]
+) -> None:
+    """Refuse each option of a class of diffusers that is not `known`, nor has its `fixed` value."""
     for option, value in config.items():
         if option.startswith("_") or option in known:
             continue
         if option not in fixed and value is not None:
             raise ValueError(f"{name} has an option unknown here: {option}={value!r}")
-        wanted = fixed.get(option)
-        same = value == wanted
-        if option.endswith("_block_types") and isinstance(value, (list, tuple)):
+        wanted, several = fixed.get(option), isinstance(value, (list, tuple))
+        if several and option.endswith("_block_types"):
             same = all(kind == wanted for kind in value)
+        else:
+            same = (list(value) if several else value) == wanted
         if not same:
             raise ValueError(
                 f"{option} must be {wanted!r} in a {name}, got {value!r}: there is no counterpart "

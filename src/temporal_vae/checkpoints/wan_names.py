@@ -28,6 +28,7 @@ from temporal_vae.checkpoints.diffusers_names import (
     QUANT_TO_DIFFUSERS,
     QUANT_TO_OURS,
     Shape,
+    refuse_options,
     rename_layer,
     rename_rules,
 )
@@ -71,7 +72,8 @@ def read_config(config: Mapping[str, Any]) -> WanVAEConfig:
     if name not in CLASSES:
         raise ValueError(f"cannot read a {name}: only {WAN_CLASS} and {QWEN_CLASS} are known here")
     named = _COMMON | (_OF_WAN if name == WAN_CLASS else {})
-    _check_options(name, config, named)
+    understood = named.keys() | _PIXELS[name] | _WITHOUT_EFFECT
+    refuse_options(name, config, understood, _FIXED)
     known = WanVAEConfig.wan21() if name == WAN_CLASS else WanVAEConfig.qwen_image()
     given = {ours: config[theirs] for theirs, ours in named.items() if theirs in config}
     stored: dict[str, Any] = {"latent_mean": known.latent_mean, "latent_std": known.latent_std}
@@ -92,23 +94,6 @@ def _pixels(name: str, config: Mapping[str, Any]) -> dict[str, int]:
             f"of {side!r}"
         )
     return {"input_channels": taken // side**2, "patch_size": side}
-
-
-def _check_options(name: str, config: Mapping[str, Any], named: Mapping[str, str]) -> None:
-    """Refuse every option that would change the numbers and has no counterpart here."""
-    known = named.keys() | _PIXELS[name] | _WITHOUT_EFFECT
-    for option, value in config.items():
-        if option.startswith("_") or option in known:
-            continue
-        if option not in _FIXED and value is not None:
-            raise ValueError(f"{name} has an option unknown here: {option}={value!r}")
-        wanted = _FIXED.get(option)
-        same = list(value) == wanted if isinstance(value, (list, tuple)) else value == wanted
-        if not same:
-            raise ValueError(
-                f"{option} must be {wanted!r} in a {name}, got {value!r}: there is no counterpart "
-                "of anything else here"
-            )
 
 
 def to_diffusers(

@@ -16,9 +16,9 @@ from temporal_vae.cli.options import choose_device, device_name
 from temporal_vae.cli.report import Meter, say, show_rows
 
 if TYPE_CHECKING:
-    from temporal_vae.training.loop import Inputs, Record
+    from temporal_vae.training.loop import Record
     from temporal_vae.training.recipe import Recipe, Table
-    from temporal_vae.training.sources import Skipped
+    from temporal_vae.training.sources import Inputs, Skipped
 
 RECIPES = (
     Path(__file__).parent.parent / "recipes",  # in an installed package
@@ -141,7 +141,7 @@ def checked(recipe: Recipe, inputs: Inputs, device: str) -> Rows:
     trained = freeze(model, stages[-1].model)
     kinds = [asdict(batch) for stage in stages for batch in stage.data.batch]
     batches = "; ".join(f"{k['samples']} x {k['frames']} frames of {k['crop']}²" for k in kinds)
-    dtype = computing_type(recipe.optimizer.dtype, choose_device(device), say)
+    dtype = computing_type(recipe.optimizer.dtype, choose_device(device))
     rows: Rows = {
         "clips": len(inputs.clips),
         "seconds": round(sum(clip.seconds for clip in inputs.clips), 1),
@@ -181,9 +181,9 @@ def tell_skipped(skipped: Skipped, found: int) -> None:
 def train(name: str, data: DataOptions, options: RunOptions) -> None:
     """Look at the data, then train, or only say what would be trained."""
     recipe, table = read_recipe(name, data.set or [], data.init)
-    from temporal_vae.training import loop
+    from temporal_vae.training.sources import Inputs
 
-    quiet, inputs = options.silent, loop.Inputs(data.data or [], data.validation or [])
+    quiet, inputs = options.silent, Inputs(data.data or [], data.validation or [])
     with Meter("looking at the data", quiet, unit="files") as meter:
         inputs.look(recipe, meter)
     found = len(inputs.clips) + len(inputs.held) + len(inputs.skipped)

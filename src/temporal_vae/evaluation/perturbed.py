@@ -10,8 +10,6 @@ from collections.abc import Sequence
 
 import torch
 
-from temporal_vae.evaluation.baseline import LinearBaseline
-from temporal_vae.evaluation.metrics import Scores, score
 from temporal_vae.model import TemporalVAE
 from temporal_vae.video import Uint8Frames, pad_frames, to_bytes, to_pixels
 
@@ -35,16 +33,4 @@ def decoded_perturbed(
     noise = noise.to(latent) / model.latent_scale_factor
     return [
         to_bytes(model.decode(latent + share * noise)[..., :height, :width]) for share in shares
-    ]
-
-
-def perturbed_scores(
-    model: TemporalVAE, frames: Uint8Frames, shares: Sequence[float] = SHARES, seed: int = 0
-) -> list[tuple[Scores, Scores]]:
-    """Scores of the model and of the linear baseline for each share of noise on the latents."""
-    baseline = LinearBaseline.bundled()
-    decoded = decoded_perturbed(model, frames, shares, seed)
-    return [
-        (score(frames, ours), score(frames, baseline(frames, share, seed)))
-        for share, ours in zip(shares, decoded, strict=True)
     ]

@@ -26,7 +26,12 @@ from torch import Tensor, nn
 
 from temporal_vae.geometry import rows_read, spans
 from temporal_vae.network.folds import channels_last, fold_frames, unfold_frames
-from temporal_vae.network.framewise import ATTENTION_SCORES, LEAST_QUERIES, Framewise
+from temporal_vae.network.framewise import (
+    ATTENTION_SCORES,
+    LEAST_QUERIES,
+    Framewise,
+    NormSiLU,
+)
 from temporal_vae.network.kernels import work
 from temporal_vae.network.kernels.attention import attention
 from temporal_vae.network.kernels.conv import conv2d
@@ -253,18 +258,11 @@ class IntoSpacetime(OverSpacetime):
         return x.clone() if isinstance(conv, Scaled) and conv.scales.after != 1.0 else x
 
 
-class RMSNormSiLU(Framewise):
+class RMSNormSiLU(NormSiLU):
     """The norm of each position, then SiLU: the end of the residual stream."""
 
-    ends_stream = True
-    ports: ClassVar[Ports] = {"norm": ("stream",)}
-
-    def __init__(self, norm: nn.Module):
-        super().__init__()
-        self.norm = norm
-
-    def frames(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
-        return activate(norm, self.norm, x)
+    def norms(self) -> tuple[nn.Module, ...]:
+        return ()  # it sums over the channels of one pixel
 
 
 class CausalResidualBlock(Spacetime):

@@ -11,15 +11,12 @@ sample: a run that was stopped, or killed, goes on as if nothing had happened.
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -36,16 +33,9 @@ from temporal_vae.training.data import Batches, Samples, Share, in_order
 from temporal_vae.training.page import write_page
 from temporal_vae.training.parallel import Strategy
 from temporal_vae.training.recipe import Recipe, Table, plain_table
+from temporal_vae.training.requests import deferred_requests, obey
 from temporal_vae.training.run import Run, pack, restore, unpack, weights
-from temporal_vae.training.sources import (
-    Clip,
-    Skipped,
-    Source,
-    find_sources,
-    hold_out,
-    probe_all,
-    unfit_clips,
-)
+from temporal_vae.training.sources import Inputs
 from temporal_vae.training.step import Pass, Terms, cells_of
 from temporal_vae.training.tensorboard import Events
 from temporal_vae.training.validation import HeldOut, flat_scores
@@ -55,47 +45,6 @@ SCALE_BATCHES = 8
 
 Record = dict[str, Any]
 Say = Callable[[str], None]
-
-
-@dataclass(slots=True)
-class Inputs:
-    """What a run is trained and measured on: paths of folders, lists and tar files of videos.
-
-    Without `validation`, every twentieth file of `data` by the hash of its name is left out of
-    training for it.
-    """
-
-    data: Sequence[str | Path]
-    validation: Sequence[str | Path] = ()
-    skipped: Skipped = field(default_factory=Skipped)
-    clips: list[Clip] = field(default_factory=list)
-    held: list[Source] = field(default_factory=list)
-
-    def look(self, recipe: Recipe, progress: Callable[[int, int], None] = lambda *_: None) -> None:
-        """Find the files, and see which of them can be trained on.
-
-        Raises `ValueError` where there are none.
-        """
-        found = find_sources(self.data, recipe.data.exclude, self.skipped)
-        if self.validation:
-            self.held = find_sources(self.validation, (), self.skipped, "measure")
-            found = [source for source in found if source not in self.held]
-        else:
-            found, self.held = hold_out(found)
-        readable = probe_all(found, self.skipped, progress)
-        self.held = [clip.source for clip in probe_all(self.held, self.skipped, progress)]
-        unfit = [unfit_clips(readable, stage.data) for stage in recipe.stages()]
-        self.clips = []
-        for clip in readable:
-            if all(clip.source in reasons for reasons in unfit):
-                self.skipped.add(clip.source, unfit[0][clip.source])
-            else:
-                self.clips.append(clip)
-        if any(len(reasons) == len(readable) for reasons in unfit):
-            for source, reason in (item for reasons in unfit for item in reasons.items()):
-                self.skipped.add(source, reason)
-            some = "; ".join(f"{n}: {r}" for n, r in list(self.skipped.reasons.items())[:3])
-            raise ValueError(f"none of {len(found)} videos can be trained on in some stage: {some}")
 
 
 def train(
@@ -174,7 +123,10 @@ class Training:
 
     def begin(self, step: int | None) -> None:
         """Build everything, and bring it to where a checkpoint left off."""
-        torch.manual_seed(self.recipe.seed)
+        dtype = computing_type(self.recipe.optimizer.dtype, self.device)
+        self.say(f"computed in {str(dtype).removeprefix('torch.')} on {self.device}")
+        if (slow := slowness(dtype, self.device)) is not None:
+            self.say(f"note: {slow}")
         if step is None:
             self.model, anew = build_model(self.recipe.model, self.recipe.seed)
             if anew:
@@ -220,7 +172,7 @@ class Training:
         if self.strategy == "fsdp" and self.share.of > 1:
             self._spread(network)
         self.network = network
-        self.dtype = computing_type(self.stage.optimizer.dtype, self.device, self.say)
+        self.dtype = computing_type(self.stage.optimizer.dtype, self.device)
         self.terms = Terms(self.stage.loss, self.device, cells_of(self.model))
         passing = Pass(network, self.stage.loss, self.stage.model.memory)
         self.passing = parallel.data_parallel(passing, self.share, self.strategy)
@@ -275,9 +227,10 @@ class Training:
                     yield record
                     self.now_and_then()
                     obey(int(parallel.agreed(asked[0] if asked else 0, self.share, self.device)))
+            self.save()
             self.end_stage()
             self.measure()
-            self.save()
+            self.save_model()
         except (KeyboardInterrupt, SystemExit, GeneratorExit):
             if self._whole:  # half an update, or half a stage, is no state to go on from
                 self.save()
@@ -318,23 +271,24 @@ class Training:
         videos = (batches[number].pixels().to(self.device) for number in range(SCALE_BATCHES))
         found = [self.network.encode(x, generator=generator).flatten().cpu() for x in videos]
         scale = round(1 / float(torch.cat(found).std()), 4)
-        assert isinstance(self.model.config, TemporalVAEConfig)  # see `build_model`
-        self.model.config = replace(self.model.config, latent_scale_factor=scale)
+        for model in {self.model, self.network}:
+            assert isinstance(model.config, TemporalVAEConfig)  # see `build_model`
+            model.config = replace(model.config, latent_scale_factor=scale)
 
     def one_step(self) -> Record:
         """One update of the weights on `accumulate` batches; the record of it."""
         start, waited, frames = time.monotonic(), 0.0, 0
         rate = how.learning_rate(self.stage.optimizer, self.stage_progress(), self.stage_step)
         count = self.stage.optimizer.accumulate
-        sums: dict[str, Tensor] = {}
+        sums: dict[str, Tensor] = {}  # one number for each term, read once
         for _ in range(count):
             before = time.monotonic()
             samples = next(self.batches)
             waited += time.monotonic() - before
             frames += samples.frames.shape[0] * samples.frames.shape[1] * self.share.of
             for name, value in self._gradients(samples, 1 / count).items():
-                sums[name] = sums.get(name, torch.zeros(())) + value.detach().cpu() / count
-        values = parallel.mean_over_processes(sums, self.share)
+                sums[name] = sums.get(name, 0) + value.detach() / count
+        values = parallel.mean_over_processes(sums, self.share, self.device)
         values["gradient_norm"] = self._clip()
         self._refuse_infinite(values, samples)
         self._whole = False
@@ -460,20 +414,18 @@ class Training:
         }  # fmt: skip
         if self.share.rank == 0:
             self.run.save(self.step, tensors, state, self.recipe.keep)
-            self._save_model(tensors)
+        self.save_model()
         self.clock.saved = time.monotonic()
 
-    def _save_model(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """The trained model, with averaged weights where there are some."""
-        model = TemporalVAE.from_config(self.model.config)
-        restore(
-            dict(model.named_parameters()),
-            dict(tensors["weights"]) | dict(tensors.get("average", {})),
-        )
-        self.run.model.mkdir(exist_ok=True)
-        model.save_pretrained(self.run.model)
-        text = (self.run.folder / "recipe.toml").read_text(encoding="utf-8")
-        (self.run.model / "recipe.toml").write_text(text, encoding="utf-8")
+    def save_model(self) -> None:
+        """Write the trained model, with averaged weights where there are some."""
+        values = weights(dict(self.model.named_parameters()))
+        if self.average is not None:
+            values |= weights(self.average.values)
+        if self.share.rank == 0:
+            model = TemporalVAE.from_config(self.model.config)
+            restore(dict(model.named_parameters()), values)
+            self.run.save_model(model)
 
     def tell(self, status: str, message: str = "") -> None:
         """Write how far the run is, and the page to watch."""
@@ -486,41 +438,9 @@ class Training:
         write_page(self.run.folder)
 
 
-@contextmanager
-def deferred_requests() -> Iterator[list[int]]:
-    """Ctrl-C and requests to end wait for the end of a step, in the list; a second one does not."""
-    asked: list[int] = []
-    before: dict[int, Any] = {}
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if asked:
-            signal.signal(number, before[number])
-            signal.raise_signal(number)
-        asked.append(number)
-
-    if threading.current_thread() is threading.main_thread():
-        number: int
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-                before[number] = signal.signal(number, note)
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def obey(number: int) -> None:
-    """End as a signal asks, if there was one."""
-    if number == signal.SIGINT:
-        raise KeyboardInterrupt
-    if number:
-        raise SystemExit(128 + number)
-
-
 def _family(name: str) -> str:
     """Which family a term is of: what it compares."""
-    return {"kl": "latent", "distill": "latent", "adversarial": "critic"}.get(
+    return {"kl": "latent", "distill": "latent", "adversarial": "critic", "critic": "critic"}.get(
         name, "reconstruction"
     )
 
@@ -531,15 +451,9 @@ def _put(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None
         parameter.copy_(values[name])
 
 
-def computing_type(name: str, device: torch.device, say: Say) -> torch.dtype:
-    """What the network is computed with, which is said, and whether it is slow on the device."""
-    dtype: torch.dtype
-    if name == "auto":
-        fast = fastest(device)
-        dtype = fast if fast == torch.bfloat16 else torch.float32
-        say(f"computed in {str(dtype).removeprefix('torch.')}, which {device} is fastest with")
-        return dtype
-    dtype = getattr(torch, name)
-    if (said := slowness(dtype, device)) is not None:
-        say(f"note: {said}")
-    return dtype
+def computing_type(name: str, device: torch.device) -> torch.dtype:
+    """What a network is computed with; "auto" is bfloat16 where a device is fast with it."""
+    if name != "auto":
+        return cast(torch.dtype, getattr(torch, name))
+    fast = fastest(device)
+    return fast if fast == torch.bfloat16 else torch.float32

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from temporal_vae.model import TemporalVAE
 from temporal_vae.network.kernels.dtypes import fastest
 from temporal_vae.training import recipe
-from temporal_vae.training.recipe import PARTS, Recipe
+from temporal_vae.training.recipe import PARTS
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the polynomial whose repetition brings singular values near 1."""
@@ -165,10 +165,3 @@ class Average:
         decay = min(self._decay, (1 + self.updates) / (4 + self.updates))
         now = [parameters[name].detach() for name in self.values]
         get_ema_multi_avg_fn(decay)(list(self.values.values()), now, self.updates)
-
-
-def steps_left(recipe: Recipe, step: int) -> Iterator[int]:
-    """The numbers of the steps to come: without end where hours decide."""
-    while recipe.steps is None or step < recipe.steps:
-        yield step
-        step += 1

@@ -65,9 +65,11 @@ def data_parallel(module: M, share: Share, strategy: Strategy) -> M | nn.Module:
     return nn.parallel.DistributedDataParallel(module)
 
 
-def mean_over_processes(values: dict[str, Tensor], share: Share) -> dict[str, float]:
-    """Scalars as numbers, averaged over processes."""
-    stacked = torch.stack([value.detach().double() for value in values.values()])
+def mean_over_processes(
+    values: dict[str, Tensor], share: Share, device: torch.device
+) -> dict[str, float]:
+    """Scalars as numbers, averaged over processes; on their device, as NCCL wants it."""
+    stacked = torch.stack([value.detach().to(device).float() for value in values.values()])
     if share.of > 1:
         dist.all_reduce(stacked)
         stacked /= share.of

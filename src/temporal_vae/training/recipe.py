@@ -317,7 +317,7 @@ class Recipe:
             raise ValueError("a recipe lasts for `steps` or for `hours`: give one of them")
         if self.steps is not None:
             _positive(self, "steps")
-            if self.first_step > 0 and self.first_step >= self.steps:
+            if self.first_step >= self.steps:
                 raise ValueError(f"first_step must be below steps, which is {self.steps}")
         if self.hours is not None and not self.hours > 0:
             raise ValueError(f"hours must be above 0, got {self.hours}")
@@ -342,9 +342,8 @@ class Recipe:
     ) -> tuple[Self, Table]:
         """The recipe of a TOML file with `changes` such as "data.workers=4", and its table.
 
-        "stage.NAME.data.workers=4" changes a stage. `init` takes the place of the model to begin
-        with.
-        `steps` in the changes takes the place of `hours` in the file, and the other way round.
+        "stage.NAME.data.workers=4" changes a stage; `init` takes the place of the model to begin
+        with; `steps` in the changes takes the place of the file's `hours`, and the other way round.
         Raises `ValueError` naming the file for what is no recipe.
         """
         try:
@@ -443,8 +442,9 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> Table:
     merged = dict(below)
     for name, value in above.items():
         old = merged.get(name)
-        both = isinstance(old, Mapping) and isinstance(value, Mapping)
-        merged[name] = _merged(old, value) if both else value  # type: ignore[arg-type]
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            value = _merged(old, value)
+        merged[name] = value
     return merged
 
 
@@ -516,7 +516,8 @@ def to_toml(table: Mapping[str, Any]) -> str:
 
 
 def _key(name: str) -> str:
-    return name if name.replace("_", "").isalnum() else json.dumps(name)
+    bare = name.isascii() and name.replace("_", "").isalnum()
+    return name if bare else json.dumps(name)
 
 
 def _inline(value: Any) -> str:

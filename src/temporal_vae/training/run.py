@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -28,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from temporal_vae.files.atomic import atomic_folder, atomic_path
+from temporal_vae.model import TemporalVAE
 from temporal_vae.training.recipe import Table, to_toml
 
 FREE = {"steps", "hours", "save_minutes", "keep", "tensorboard", "validation"}
@@ -83,8 +85,6 @@ class Run:
             _keep_lines(file, self.last() or 0)
 
     def _refuse_other(self, table: Table) -> None:
-        import tomllib
-
         text = (self.folder / "recipe.toml").read_text(encoding="utf-8")
         ours, theirs = _fixed(tomllib.loads(to_toml(table))), _fixed(tomllib.loads(text))
         differing = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
@@ -139,6 +139,13 @@ class Run:
         if state.get("format") != FORMAT:
             raise ValueError(f"{folder} is of another version of this library")
         return tensors, state
+
+    def save_model(self, model: TemporalVAE) -> None:
+        """Write the trained model, and the recipe beside its weights."""
+        self.model.mkdir(exist_ok=True)
+        model.save_pretrained(self.model)
+        with atomic_path(self.model / "recipe.toml") as part:
+            shutil.copyfile(self.folder / "recipe.toml", part)
 
     # What is told on the way -----------------------------------------------------------------
 
@@ -232,9 +239,10 @@ def _like(value: Tensor, p: Tensor) -> Tensor:
     moved = value.to(p.device)
     if not hasattr(p, "device_mesh"):
         return moved
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
-    return distribute_tensor(moved, p.device_mesh, p.placements)  # type: ignore[attr-defined]
+    assert isinstance(p, DTensor)
+    return distribute_tensor(moved, p.device_mesh, p.placements)
 
 
 def weights(parameters: Mapping[str, Tensor]) -> Tensors:

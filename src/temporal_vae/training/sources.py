@@ -14,7 +14,7 @@ from fnmatch import fnmatch
 from itertools import islice
 from pathlib import Path
 
-from temporal_vae.training.recipe import Data
+from temporal_vae.training.recipe import Data, Recipe
 from temporal_vae.video import VIDEO_SUFFIXES, VideoError, VideoReader
 
 HELD_OUT_OF = 20
@@ -230,3 +230,44 @@ def unfit_clips(clips: Sequence[Clip], data: Data) -> dict[Source, str]:
             least = min(b.frames for b in large)
             unfit[clip.source] = f"{clip.frames} frames are too few for a batch of {least}"
     return unfit
+
+
+@dataclass(slots=True)
+class Inputs:
+    """What a run is trained and measured on: paths of folders, lists and tar files of videos.
+
+    Without `validation`, every twentieth file of `data` by the hash of its name is left out of
+    training for it.
+    """
+
+    data: Sequence[str | Path]
+    validation: Sequence[str | Path] = ()
+    skipped: Skipped = field(default_factory=Skipped)
+    clips: list[Clip] = field(default_factory=list)
+    held: list[Source] = field(default_factory=list)
+
+    def look(self, recipe: Recipe, progress: Callable[[int, int], None] = lambda *_: None) -> None:
+        """Find the files, and see which of them can be trained on.
+
+        Raises `ValueError` where there are none.
+        """
+        found = find_sources(self.data, recipe.data.exclude, self.skipped)
+        if self.validation:
+            self.held = find_sources(self.validation, (), self.skipped, "measure")
+            found = [source for source in found if source not in self.held]
+        else:
+            found, self.held = hold_out(found)
+        readable = probe_all(found, self.skipped, progress)
+        self.held = [clip.source for clip in probe_all(self.held, self.skipped, progress)]
+        unfit = [unfit_clips(readable, stage.data) for stage in recipe.stages()]
+        self.clips = []
+        for clip in readable:
+            if all(clip.source in reasons for reasons in unfit):
+                self.skipped.add(clip.source, unfit[0][clip.source])
+            else:
+                self.clips.append(clip)
+        if any(len(reasons) == len(readable) for reasons in unfit):
+            for source, reason in (item for reasons in unfit for item in reasons.items()):
+                self.skipped.add(source, reason)
+            some = "; ".join(f"{n}: {r}" for n, r in list(self.skipped.reasons.items())[:3])
+            raise ValueError(f"none of {len(found)} videos can be trained on in some stage: {some}")
