@@ -27,6 +27,7 @@ from torch import nn
 
 from temporal_vae import TemporalVAE
 from temporal_vae.cli import main
+from temporal_vae.config import WanVAEConfig
 from temporal_vae.training import loop, optimizers, recipe, step
 from temporal_vae.training.build import build_model, image_twin
 from temporal_vae.training.data import Batches, Share, in_order
@@ -36,6 +37,7 @@ from temporal_vae.training.sources import Inputs, Skipped, find_sources, hold_ou
 from temporal_vae.training.validation import HeldOut
 
 SMALL = {"base_channels": 8, "channel_multipliers": [1, 2], "blocks_per_level": 1}
+WAN = SMALL | {"temporal_downsample": [True]}  # two frames make a latent, but for the first
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 
@@ -426,6 +428,43 @@ def test_a_run_goes_on_as_if_nothing_had_happened(tmp_path: Path, clips: Path) -
         assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
 
 
+def test_a_model_of_wans_kind_goes_on_and_has_the_scale_of_its_channels(
+    tmp_path: Path, clips: Path
+) -> None:
+    changes: dict[str, Any] = {
+        "steps": 4, "model": {"preset": "tiny-wan", "config": WAN},
+        "loss": {"noise": 0.3, "sample": True, "kl": 1e-3}, "optimizer": {"ema": 0.5},
+        "stage": [{"share": 1}, {"share": 3}], "validation": {"frames": 4},
+    }  # fmt: skip
+    whole = run(tmp_path / "whole", clips, **changes)
+    its = table(**changes)
+    part = train(Recipe.from_table(its), Inputs([clips]), tmp_path / "part", table=its)
+    first = [next(part) for _ in range(3)]
+    part.close()
+    rest = run(tmp_path / "part", clips, resume=True, **changes)
+    assert losses(first + rest) == losses(whole)
+    model = TemporalVAE.from_pretrained(tmp_path / "part/model")
+    found = probe_all(find_sources([clips]), Skipped(), lambda *_: None)
+    batches = Batches(found, Recipe.from_table(table()).data, 0)
+    latent = model.encode(torch.cat([batches[number].pixels() for number in range(8)])).detach()
+    cells = model.scale_latent(latent).transpose(0, 1).flatten(1)
+    assert cells.mean(1).abs().max() < 0.1 and (cells.std(1) - 1).abs().max() < 0.1
+    assert latent.transpose(0, 1).flatten(1).std(1).sub(1).abs().max() > 0.1
+
+
+def test_noise_has_the_deviation_of_each_channel() -> None:
+    config = WanVAEConfig(**WAN | {"latent_channels": 2}, latent_std=(0.5, 3.0))
+    model = TemporalVAE.from_config(config)
+    heard: list[torch.Tensor] = []
+    model.decoder.register_forward_pre_hook(lambda _, args: heard.append(args[0]))
+    spec = recipe.Loss(noise=0.4, clean=0.0)
+    for each in (recipe.Loss(), spec):
+        step.Pass(model, each)(torch.zeros(1, 3, 5, 64, 64), [5])
+    share = float(step.noise_shares([5], spec))
+    added = (heard[1] - heard[0])[0].flatten(1).std(1)
+    assert added.tolist() == pytest.approx([0.5 * share, 3.0 * share], rel=0.05)
+
+
 def test_records_past_the_checkpoint_are_dropped(tmp_path: Path, clips: Path) -> None:
     run(tmp_path / "run", clips, steps=3)
     metrics = tmp_path / "run/metrics.jsonl"
@@ -540,6 +579,9 @@ def test_a_run_from_python_alone_goes_on(tmp_path: Path, clips: Path) -> None:
     [
         ({"model": {"config": SMALL | {"input_channels": 1}}}, "RGB"),
         ({"data": {"batch": [{"frames": 2, "crop": 15}]}}, "no multiple"),
+        ({"model": {"preset": "tiny-wan", "config": WAN},
+          "data": {"batch": [{"frames": 4, "crop": 16}]}}, "take 3 frames or 5"),
+        ({"model": {"preset": "tiny-wan", "config": WAN, "temporal": False}}, "frames = 1"),
         ({"loss": {"log_mse": 0.0, "colour": 0.0, "kl": 1.0}, "model": {"train": ["decoder"]}},
          "nothing in"),
     ],
@@ -786,7 +828,8 @@ def test_every_recipe_trains_through_the_command(
     model.save_pretrained(tmp_path / "init")
     words = ["--init", str(tmp_path / "init")]
     if "preset" in its["model"]:
-        words, its["model"]["config"] = [], its["model"].get("config", {}) | SMALL
+        small = WAN if its["model"]["preset"] == "tiny-wan" else SMALL
+        words, its["model"]["config"] = [], its["model"].get("config", {}) | small
     if "teacher" in its["loss"]:
         its["loss"]["teacher"] = str(tmp_path / "init")
     (tmp_path / "recipe.toml").write_text(to_toml(its))

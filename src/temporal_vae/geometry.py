@@ -64,6 +64,11 @@ def video_frames(latents: int, per_latent: int) -> int:
     return (latents - 1) * per_latent + 1
 
 
+def padded_frames(frames: int, per_latent: int) -> int:
+    """The least number of frames from `frames` on that is a whole number of latents."""
+    return video_frames(1 + -(-(frames - 1) // per_latent), per_latent)
+
+
 Span = tuple[int, int]
 """A range of frames, rows or pixels: first, and one past the last."""
 

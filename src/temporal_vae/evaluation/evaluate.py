@@ -8,18 +8,30 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from temporal_vae.evaluation.baseline import BLOCK, LinearBaseline
 from temporal_vae.evaluation.metrics import Scores, score
+from temporal_vae.geometry import padded_frames
 from temporal_vae.model import TemporalVAE
 from temporal_vae.video import Uint8Frames, pad_frames, read_clip, to_bytes, to_pixels
 
 
+def as_clip(frames: Uint8Frames, model: TemporalVAE) -> Tensor:
+    """Frames (T, H, W, 3) of any size as pixels that the model takes, (1, 3, T', H', W').
+
+    The last row, column and frame are repeated up to whole latents.
+    """
+    more = padded_frames(len(frames), model.frames_per_latent) - len(frames)
+    frames = np.concatenate([frames, *[frames[-1:]] * more])
+    video = to_pixels(pad_frames(frames, model.downsample_factor))
+    return video.to(model.device, model.dtype)
+
+
 def reconstruct_frames(frames: Uint8Frames, model: TemporalVAE) -> Uint8Frames:
     """One clip, uint8 (T, H, W, 3) of any size, through the model and back to the same size."""
-    _, height, width, _ = frames.shape
-    video = to_pixels(pad_frames(frames, model.downsample_factor))
-    return to_bytes(model.predict(video.to(model.device, model.dtype))[..., :height, :width])
+    count, height, width, _ = frames.shape
+    return to_bytes(model.predict(as_clip(frames, model))[:, :, :count, :height, :width])
 
 
 @dataclass(frozen=True, slots=True)

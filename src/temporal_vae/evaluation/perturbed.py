@@ -10,8 +10,10 @@ from collections.abc import Sequence
 
 import torch
 
+from temporal_vae.evaluation.evaluate import as_clip
+from temporal_vae.latents import scaling
 from temporal_vae.model import TemporalVAE
-from temporal_vae.video import Uint8Frames, pad_frames, to_bytes, to_pixels
+from temporal_vae.video import Uint8Frames, to_bytes
 
 SHARES = (0.0, 0.1, 0.2, 0.4)
 """Shares of the latents' deviation at which decoders are compared."""
@@ -23,14 +25,14 @@ def decoded_perturbed(
 ) -> list[Uint8Frames]:
     """Frames (T, H, W, 3) through the posterior's mean, noise and decoder, once for each share.
 
-    The noise is Gaussian, independent in every element of every frame; its deviation is a share of
-    the latents' own, 1 / `latent_scale_factor`. All shares have the same noise, scaled.
+    The noise is Gaussian, independent in every element of every latent; its deviation is a share
+    of the latents' own. All shares have the same noise, scaled.
     """
-    _, height, width, _ = frames.shape
-    video = to_pixels(pad_frames(frames, model.downsample_factor))
-    latent = model.encode(video.to(model.device, model.dtype), sample_mode=False)
+    count, height, width, _ = frames.shape
+    latent = model.encode(as_clip(frames, model), sample_mode=False)
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(seed))
-    noise = noise.to(latent) / model.latent_scale_factor
+    noise = noise.to(latent) * scaling.deviation(model.config, latent)
     return [
-        to_bytes(model.decode(latent + share * noise)[..., :height, :width]) for share in shares
+        to_bytes(model.decode(latent + share * noise)[:, :, :count, :height, :width])
+        for share in shares
     ]

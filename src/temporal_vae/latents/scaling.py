@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -32,6 +35,25 @@ def scale_factor(config: VAEConfig) -> float:
             "scale_latent and unscale_latent, or config.latent_mean and config.latent_std"
         )
     return config.latent_scale_factor
+
+
+def deviation(config: VAEConfig, latent: Tensor) -> Tensor:
+    """The deviation of a model's latents, as it multiplies a latent (B, L, T, h, w)."""
+    if isinstance(config, WanVAEConfig):
+        return _of_channels(latent, config, 1)[1]
+    return latent.new_tensor(1 / config.latent_scale_factor)
+
+
+def measured(config: VAEConfig, latents: Sequence[Tensor]) -> VAEConfig:
+    """The configuration with the scale that brings these latents (B, L, T, h, w) to unit variance.
+
+    One deviation for all channels, or mean and deviation of each, as the kind of model has it.
+    """
+    cells = torch.cat([latent.transpose(0, 1).flatten(1) for latent in latents], 1)
+    if isinstance(config, WanVAEConfig):
+        mean, std = (tuple(values.tolist()) for values in (cells.mean(1), cells.std(1)))
+        return replace(config, latent_mean=mean, latent_std=std)
+    return replace(config, latent_scale_factor=round(1 / float(cells.std()), 4))
 
 
 def _of_channels(latent: Tensor, config: WanVAEConfig, axis: int) -> tuple[Tensor, Tensor]:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 
 import torch
 from torch import nn
 
-from temporal_vae.config import TemporalVAEConfig
+from temporal_vae.config import TemporalVAEConfig, VAEConfig, WanVAEConfig
 from temporal_vae.model import TemporalVAE
 from temporal_vae.training import recipe
 from temporal_vae.training.optimizers import trained_parts
 from temporal_vae.training.recipe import Recipe
 
-PRESETS = {
+PRESETS: dict[str, Callable[[], VAEConfig]] = {
     "default": TemporalVAEConfig,
     "tiny": TemporalVAEConfig.tiny,
     "svd": TemporalVAEConfig.svd,
+    "tiny-wan": WanVAEConfig.tiny,
 }
 
 
@@ -35,11 +36,6 @@ def build_model(spec: recipe.Model, seed: int) -> tuple[TemporalVAE, list[str]]:
         config = _changed(PRESETS[spec.preset](), spec.config)
         return TemporalVAE.from_config(config, seed=seed), []
     loaded = TemporalVAE.from_pretrained(spec.init, dtype=torch.float32)
-    if not isinstance(loaded.config, TemporalVAEConfig):
-        raise ValueError(
-            f"model.init: {spec.init} makes one latent of several frames, and recipes train models "
-            "of one latent a frame"
-        )
     config = _changed(loaded.config, spec.config)
     if config == loaded.config:
         return loaded, []
@@ -56,7 +52,13 @@ def refuse_misfit(model: TemporalVAE, stages: Sequence[Recipe]) -> None:
     if model.input_channels != 3:
         raise ValueError(f"training reads RGB, but the model has {model.input_channels} channels")
     for stage in stages:
+        if not stage.model.temporal and isinstance(model.config, WanVAEConfig):
+            raise ValueError(
+                "model.temporal = false leaves temporal layers out, and this model's see time and "
+                "space at once: to train it on pictures, give batches of frames = 1"
+            )
         for kind in stage.data.batch:
+            model.latent_frames(kind.frames)
             if kind.crop % model.downsample_factor:
                 raise ValueError(
                     f"a crop of {kind.crop} pixels is no multiple of {model.downsample_factor}, "
@@ -71,7 +73,7 @@ def refuse_misfit(model: TemporalVAE, stages: Sequence[Recipe]) -> None:
             )
 
 
-def _changed(config: TemporalVAEConfig, changes: recipe.Table) -> TemporalVAEConfig:
+def _changed(config: VAEConfig, changes: recipe.Table) -> VAEConfig:
     known = [field.name for field in fields(config)]
     if unknown := sorted(set(changes) - set(known)):
         raise ValueError(
@@ -84,7 +86,7 @@ def _changed(config: TemporalVAEConfig, changes: recipe.Table) -> TemporalVAECon
 def _take_over(model: TemporalVAE, loaded: TemporalVAE, name: str) -> list[str]:
     """Copy what means the same in both; the names of what does not."""
     theirs, anew = dict(loaded.named_parameters()), []
-    same_time = model.config.causal_mode == loaded.config.causal_mode
+    same_time = model.is_causal == loaded.is_causal
     for key, parameter in model.named_parameters():
         temporal, other = ".temporal" in key or ".time_conv" in key, theirs.get(key)
         if other is not None and other.shape == parameter.shape and (same_time or not temporal):

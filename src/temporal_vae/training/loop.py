@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +22,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from temporal_vae.config import TemporalVAEConfig
+from temporal_vae.config import config_from_dict
+from temporal_vae.latents import scaling
 from temporal_vae.model import TemporalVAE
 from temporal_vae.network.kernels.dtypes import fastest, slowness
 from temporal_vae.training import optimizers as how
@@ -136,7 +137,7 @@ class Training:
             self._enter_stage()
             return
         tensors, state = self.run.load(step)
-        self.model = TemporalVAE.from_config(TemporalVAEConfig.from_dict(state["model"]))
+        self.model = TemporalVAE.from_config(config_from_dict(state["model"]))
         restore(dict(self.model.named_parameters()), tensors["weights"])
         self.step, self.index, self.batch = state["step"], state["stage"], state["batch"]
         self.clock.before = state["seconds"]
@@ -269,11 +270,9 @@ class Training:
         batches = Batches(self.inputs.clips, self.stage.data, self.recipe.seed)
         generator = torch.Generator().manual_seed(self.recipe.seed)
         videos = (batches[number].pixels().to(self.device) for number in range(SCALE_BATCHES))
-        found = [self.network.encode(x, generator=generator).flatten().cpu() for x in videos]
-        scale = round(1 / float(torch.cat(found).std()), 4)
+        found = [self.network.encode(x, generator=generator).cpu() for x in videos]
         for model in {self.model, self.network}:
-            assert isinstance(model.config, TemporalVAEConfig)  # see `build_model`
-            model.config = replace(model.config, latent_scale_factor=scale)
+            model.config = scaling.measured(model.config, found)
 
     def one_step(self) -> Record:
         """One update of the weights on `accumulate` batches; the record of it."""

@@ -74,10 +74,10 @@ class Model:
 
     init: str | None = None
     """A model to begin with: a built-in name, a folder, a file, owner/name. None: new weights."""
-    preset: Literal["default", "tiny", "svd"] = "default"
+    preset: Literal["default", "tiny", "svd", "tiny-wan"] = "default"
     """The layout of new weights."""
     config: Table = field(default_factory=dict)
-    """Fields of a `TemporalVAEConfig` that differ from the preset, or from `init`'s layout:
+    """Fields of the model's configuration that differ from the preset's, or from `init`'s layout:
     `init`'s weights are then taken as far as the layouts agree (see `build.build_model`)."""
     train: tuple[str, ...] = PARTS
     """What is trained: of `PARTS`, where "encoder" and "decoder" mean both of their parts; the
@@ -220,10 +220,9 @@ class Loss:
     teacher: str | None = None
     """A model whose reconstruction is the target in place of the video: distillation."""
     noise: float = 0.0
-    """The largest share of noise on the latents, in their deviations (1 / `latent_scale_factor`,
-    measured at the end of each stage that trains the encoder): what diffusion models hand to a
-    decoder. Each clip has a share of its own, uniform up to this, and each frame noise of its
-    own."""
+    """The largest share of noise on the latents, in their deviations (measured at the end of each
+    stage that trains the encoder): what diffusion models hand to a decoder. Each clip has a share
+    of its own, uniform up to this, and each frame of a latent noise of its own."""
     clean: float = 0.25
     """The part of the clips that has no noise, where `noise` is above 0."""
     sample: bool = False

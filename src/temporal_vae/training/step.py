@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from temporal_vae import losses
 from temporal_vae.latents import LatentDistribution
+from temporal_vae.latents.scaling import deviation
 from temporal_vae.model import TemporalVAE
 from temporal_vae.training import recipe
 
@@ -32,7 +33,7 @@ class Pass(nn.Module):
 
     def forward(self, video: Tensor, seeds: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Pixels (B, C, T, H, W) and a seed a sample -> reconstruction, mean and log-variance."""
-        encoder, deviation = self.model.encoder, 1 / self.model.latent_scale_factor
+        encoder = self.model.encoder
         frozen = not any(p.requires_grad for p in encoder.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             mean, log_variance = LatentDistribution.from_moments(encoder(video))
@@ -41,7 +42,8 @@ class Pass(nn.Module):
             latent = latent + torch.exp(0.5 * log_variance) * draw(mean, seeds)
         if self._spec.noise:
             shares = noise_shares(seeds, self._spec).to(mean)
-            latent = latent + deviation * shares.view(-1, 1, 1, 1, 1) * draw(mean, seeds, 1)
+            noise = shares.view(-1, 1, 1, 1, 1) * draw(mean, seeds, 1)
+            latent = latent + deviation(self.model.config, mean) * noise
         return self._decoded(latent), mean, log_variance
 
     def _decoded(self, latent: Tensor) -> Tensor:
