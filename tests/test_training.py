@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -463,6 +464,29 @@ def test_noise_has_the_deviation_of_each_channel() -> None:
     share = float(step.noise_shares([5], spec))
     added = (heard[1] - heard[0])[0].flatten(1).std(1)
     assert added.tolist() == pytest.approx([0.5 * share, 3.0 * share], rel=0.05)
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path: Path, clips: Path) -> None:
+    its = table()
+    first = train(Recipe.from_table(its), Inputs([clips]), tmp_path / "run", table=its)
+    next(first)
+    with pytest.raises(ValueError, match="another process trains in"):
+        run(tmp_path / "run", clips, resume=True)
+    first.close()
+    assert losses(run(tmp_path / "run", clips, resume=True))
+
+
+def test_other_clips_are_told_of_when_a_run_goes_on(tmp_path: Path, clips: Path) -> None:
+    """A folder that was moved has the same clips; one that has lost one has others."""
+    moved = shutil.copytree(clips, tmp_path / "moved")
+    for steps, note in ((2, False), (3, True)):
+        its, said = table(steps=steps), list[str]()
+        if note:
+            (moved / "e.mkv").unlink()
+        for data in (clips, moved):
+            list(train(Recipe.from_table(its), Inputs([data]), tmp_path / "run", resume=True,
+                       table=its, say=said.append))  # fmt: skip
+        assert any("not the clips" in line for line in said) == note
 
 
 def test_records_past_the_checkpoint_are_dropped(tmp_path: Path, clips: Path) -> None:

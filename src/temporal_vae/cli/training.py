@@ -164,6 +164,8 @@ def tell_step(meter: Meter, recipe: Recipe, record: Record) -> None:
         f"{name.partition('/')[2]} {value:.3f}" for name, value in record.items() if "/" in name
     ]
     words = f"{record['frames_per_second']:.1f} frames/s, loss {record['loss']:.4f}"
+    if recipe.hours:
+        words = f"{record['seconds'] / 3600:.2f} of {recipe.hours:g} hours, {words}"
     meter(record["step"], recipe.steps, more=f", {words} ({', '.join(terms)})")
 
 

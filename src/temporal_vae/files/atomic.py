@@ -153,6 +153,24 @@ def _lock(part: Path) -> int | None:
     return None
 
 
+@contextmanager
+def held(file: Path) -> Iterator[None]:
+    """Hold a file, which is made if need be, for as long as the block lasts.
+
+    The system lets go of it when the process ends, however it ends. On a drive without locks
+    nothing is held. Raises `BlockingIOError` where another process holds it.
+    """
+    with file.open("a") as handle:
+        if fcntl is not None:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise
+            except OSError:  # no locks here
+                pass
+        yield
+
+
 def _remove_if_dead(part: Path) -> None:
     with suppress(OSError):  # it lives, or is gone by now
         handle = _opened(part)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -81,9 +81,8 @@ def train(
         training.begin(run.look(its, resume))
         if share.of > 1:  # every process has looked, before one writes
             torch.distributed.barrier()
-        if share.rank == 0:
-            run.open(its)
-        yield from training.steps()
+        with run.opened(its) if share.rank == 0 else nullcontext():
+            yield from training.steps()
 
 
 @dataclass(slots=True)
@@ -149,6 +148,10 @@ class Training:
             self.average.updates = state["average_updates"]
         self.adversary.load(tensors)
         self.say(f"going on from step {step}")
+        if state.get("clips") != self.inputs.fingerprint():
+            self.say(
+                "note: these are not the clips that the run has seen so far: its batches are others"
+            )
 
     def _batches_before(self) -> int:
         """Batches that the steps of earlier runs have taken."""
@@ -409,6 +412,7 @@ class Training:
         state = {
             "model": self.model.config.to_dict(), "stage": self.index, "batch": self.batch,
             "stage_step": self.stage_step, "seconds": self.clock.seconds,
+            "clips": self.inputs.fingerprint(),
             "average_updates": 0 if self.average is None else self.average.updates,
         }  # fmt: skip
         if self.share.rank == 0:

@@ -228,7 +228,6 @@ def _page(run: Path) -> str:
             _curves(training),
             _folded("Skipped files", _skipped(state.get("skipped"))),
             _folded("Recipe", _read_text(run / "recipe.toml")),
-            f"<footer>Written {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC</footer>",
             f"<script>{_SCRIPT}</script>\n</body>\n</html>\n",
         ]
     )
@@ -270,7 +269,8 @@ def _header(name: str, state: Mapping[str, Any], training: _Training) -> str:
     status = str(state.get("status", "unknown"))
     known = status if status in ("running", "done", "stopped", "failed") else "unknown"
     progress = _Progress(*(_amount(state.get(k)) for k in ("step", "steps", "seconds", "hours")))
-    facts = [*_how_far(progress, status == "running"), *_how_well(training)]
+    now = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"  # a killed run cannot say that it is none
+    facts = [("As of", now), *_how_far(progress, status == "running"), *_how_well(training)]
     shown = "".join(f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" for k, v in facts)
     share = progress.share
     done = "" if share is None else f'<div class="bar"><i style="width:{share:.2%}"></i></div>'

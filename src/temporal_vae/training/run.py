@@ -19,7 +19,7 @@ import os
 import shutil
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from temporal_vae.files.atomic import atomic_folder, atomic_path
+from temporal_vae.files.atomic import atomic_folder, atomic_path, held
 from temporal_vae.model import TemporalVAE
 from temporal_vae.training.recipe import Table, to_toml
 
@@ -73,10 +73,26 @@ class Run:
             self._refuse_other(table)
         return self.last()
 
-    def open(self, table: Table) -> None:
-        """Make the folder, or drop what its records say of steps past the last checkpoint."""
+    @contextmanager
+    def opened(self, table: Table) -> Iterator[None]:
+        """Make the folder, or drop what its records say of steps past the last checkpoint.
+
+        Raises `ValueError` where another process is at work in it.
+        """
         for folder in (self.folder, self._checkpoints, self.samples):
             folder.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(held(self._checkpoints / "lock"))
+            except BlockingIOError:
+                raise ValueError(
+                    f"another process trains in {self.folder}: wait for it, end it, or take "
+                    "another folder"
+                ) from None
+            self._clean(table)
+            yield
+
+    def _clean(self, table: Table) -> None:
         for left in self._checkpoints.glob(".*"):  # unfinished, by a run that was killed
             shutil.rmtree(left, ignore_errors=True)
         with atomic_path(self.folder / "recipe.toml") as part:

@@ -246,6 +246,11 @@ class Inputs:
     clips: list[Clip] = field(default_factory=list)
     held: list[Source] = field(default_factory=list)
 
+    def fingerprint(self) -> str:
+        """A hash of the clips to train on: names, sizes and lengths, in their order."""
+        facts = [(c.source.name, c.height, c.width, c.frames) for c in self.clips]
+        return hashlib.sha256(repr(facts).encode()).hexdigest()
+
     def look(self, recipe: Recipe, progress: Callable[[int, int], None] = lambda *_: None) -> None:
         """Find the files, and see which of them can be trained on.
 
