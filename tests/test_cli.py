@@ -429,6 +429,12 @@ def test_a_name_that_cannot_be_printed(tmp_path: Path, small_model: Path) -> Non
     assert result.returncode == 0 and target.is_file(), result.stderr
 
 
+def test_the_package_runs_as_the_command() -> None:
+    words = [sys.executable, "-m", "temporal_vae", "--version"]
+    said = subprocess.run(words, capture_output=True, text=True).stdout
+    assert said == f"tvae {version('temporal-video-vae')}\n"
+
+
 def test_a_hangup_that_is_ignored_stays_ignored() -> None:
     code = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + COMMAND[2].replace(
         "; main()", "\ntry: main()\nexcept SystemExit: pass\n"

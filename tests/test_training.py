@@ -38,7 +38,9 @@ from temporal_vae.training.sources import Inputs, Skipped, find_sources, hold_ou
 from temporal_vae.training.validation import HeldOut
 
 SMALL = {"base_channels": 8, "channel_multipliers": [1, 2], "blocks_per_level": 1}
-WAN: dict[str, Any] = SMALL | {"temporal_downsample": [True]}  # two frames make a latent, but for the first
+WAN: dict[str, Any] = SMALL | {
+    "temporal_downsample": [True]
+}  # two frames make a latent, but for the first
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 
