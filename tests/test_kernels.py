@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from temporal_vae.network.framewise import Upsample
 from temporal_vae.network.kernels.conv import conv2d
+from temporal_vae.network.kernels.doubled import doubled_conv2d, repeated
 from temporal_vae.network.kernels.norm import group_norm, group_norm_reference
 
 SHAPES = [
@@ -105,6 +107,45 @@ for options in ({}, {"temporal_norm": "clip", "clip_frames": 2, "temporal_encode
                 torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
 print("sound")
 """
+
+
+FRAMES = [(1, 8, 1, 1), (2, 8, 5, 7), (3, 16, 12, 9), (1, 520, 12, 12)]
+
+
+@pytest.mark.parametrize("shape", FRAMES, ids=str)
+def test_a_convolution_of_repeated_pixels(shape: tuple[int, ...]) -> None:
+    """Values and gradients are those of the pixels laid out, and nearer to the exact ones."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(shape), torch.randn(6, shape[1], 3, 3) / 3 / shape[1] ** 0.5
+    bias = torch.randn(6)
+
+    def plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return conv2d(repeated(x), weight, bias, padding=1)
+
+    exact = plain(*(v.double() for v in (x, weight, bias)))
+    ours, last = (
+        doubled_conv2d(x.double(), weight.double(), bias.double()),
+        x.contiguous(memory_format=torch.channels_last),
+    )
+    assert (ours - exact).abs().max() < 1e-13
+    y = doubled_conv2d(last, weight, bias)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert rms(y, exact) <= 1.2 * rms(plain(last, weight, bias), exact)
+    wanted = [v.double().requires_grad_() for v in (x, weight, bias)]
+    found = [doubled_conv2d(*wanted), plain(*wanted)]
+    assert torch.equal(found[0], ours) or (found[0] - ours).abs().max() < 1e-13
+    seen = torch.randn_like(ours)
+    for a, b in zip(*(torch.autograd.grad(z, wanted, seen) for z in found), strict=True):
+        assert (a - b).abs().max() < 1e-12 * max(1, float(b.abs().max()))
+
+
+def test_the_shape_of_pixels_that_stay_unseen() -> None:
+    """A hook on the convolution, or a module around it, gets the frame with its pixels laid out."""
+    layer, x = Upsample(8), torch.randn(1, 8, 16, 16)
+    quiet, sizes = layer.frames(x), list[torch.Size]()
+    layer.conv.register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape))
+    assert (layer.frames(x) - quiet).abs().max() < 1e-5
+    assert sizes == [(1, 8, 32, 32)]
 
 
 def test_training_part_of_a_model() -> None:

@@ -26,7 +26,6 @@ from temporal_vae.checkpoints import wan_names
 from temporal_vae.inputs import Layout
 from temporal_vae.network import spacetime
 from temporal_vae.network.spacetime import SpacetimeDownsample, SpacetimeUpsample
-from temporal_vae.training import build, recipe
 from temporal_vae.walks import piecewise
 from temporal_vae.walks import plan as planning
 from temporal_vae.walks.plan import Plan
@@ -737,8 +736,6 @@ def test_what_is_refused_before_anything_happens(folder: Path) -> None:
         TemporalVAE.from_pretrained(folder, latent_scale_factor=0.5)
     with pytest.raises(ValueError, match="a video VAE already"):
         TemporalVAE.from_image_vae(folder)
-    with pytest.raises(ValueError, match="recipes train models of one latent a frame"):
-        build.build_model(recipe.Model(init=str(folder)), 0)
 
 
 @pytest.mark.parametrize(

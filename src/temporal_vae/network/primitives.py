@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from temporal_vae.config import NormScope, TemporalVAEConfig
 from temporal_vae.network.folds import fold_pixels, unfold_pixels
-from temporal_vae.network.kernels import work
+from temporal_vae.network.kernels import doubled, work
 from temporal_vae.network.kernels.conv import conv2d
+from temporal_vae.network.kernels.doubled import doubled_conv2d
 from temporal_vae.network.kernels.norm import group_norm
 from temporal_vae.network.kernels.plain import values_only
 
@@ -132,6 +133,21 @@ class Conv2d(Scaled, nn.Conv2d):
         y = conv2d(x, self.weight, bias, int(self.stride[0]), int(self.padding[0]))
         work.count(y, self.weight.numel() // len(self.weight))
         return y
+
+    def of_repeated(self, x: Tensor) -> Tensor:
+        """The convolution, 3x3 and padded, of x with every pixel four times."""
+        x, bias = self.scales.enter(x, None), self.scales.shift(self.bias)
+        y = doubled_conv2d(x, self.weight, bias)
+        work.count(y, self.weight.numel() // len(self.weight))
+        return y
+
+
+def larger(x: Tensor, conv: nn.Module) -> Tensor:
+    """A convolution of x with every pixel four times, which are laid out only where it is seen."""
+    if isinstance(conv, Conv2d) and unseen(conv) and doubled.pays(x):
+        return conv.of_repeated(x)
+    y: Tensor = conv(doubled.repeated(x))
+    return y
 
 
 class FirstConv(Conv2d):

@@ -35,6 +35,7 @@ from temporal_vae.network.framewise import (
 from temporal_vae.network.kernels import work
 from temporal_vae.network.kernels.attention import attention
 from temporal_vae.network.kernels.conv import conv2d
+from temporal_vae.network.kernels.doubled import repeated
 from temporal_vae.network.kernels.plain import values_only
 from temporal_vae.network.layer import Layer, Past, Ports, Shape, State, Tail, frames_back
 from temporal_vae.network.primitives import (
@@ -45,6 +46,7 @@ from temporal_vae.network.primitives import (
     activate,
     bare,
     join,
+    larger,
     own_norm,
     watched,
 )
@@ -362,11 +364,22 @@ class _Smaller(Conv2d):
         return super().forward(F.pad(x, (0, 1, 0, 1)))
 
 
-class _Larger(Conv2d):
+class _Repeated(Leaf):
+    """Each pixel four times."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return repeated(x)
+
+
+class _Larger(nn.Sequential):
     """Each pixel four times, then 3x3."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        enlarge, conv = self
+        if watched(enlarge):
+            y: Tensor = conv(enlarge(x))
+            return y
+        return larger(x, conv)
 
 
 class SpacetimeDownsample(Spacetime):
@@ -432,7 +445,7 @@ class SpacetimeUpsample(Spacetime):
     def __init__(self, channels: int, out: int, time: bool):
         super().__init__()
         self.width, self._out = channels, out
-        self.resample = nn.Sequential(nn.Identity(), _Larger(channels, out, 3, padding=1))
+        self.resample = _Larger(_Repeated(), Conv2d(channels, out, 3, padding=1))
         self.time_conv = CausalConv.of(channels, 2 * channels, side=1) if time else None
         self.cut = "rows" if time else "frames"
         if time:

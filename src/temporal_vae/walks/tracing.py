@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from temporal_vae.network.autoencoder import Line
+from temporal_vae.network.kernels.doubled import counted_for_cpu
 from temporal_vae.network.kernels.norm import Moments
 from temporal_vae.network.layer import Layer, Past, Shape
 from temporal_vae.network.primitives import own_norm
@@ -43,7 +44,8 @@ class Tracer:
     def __init__(self, dtype: torch.dtype, device: torch.device):
         """`device`: where the layers will run; nothing is put there."""
         self.dtype = dtype
-        self._norm = _norm_on_cpu if device.type == "cpu" else _norm_elsewhere
+        self._on_cpu = device.type == "cpu"
+        self._norm = _norm_on_cpu if self._on_cpu else _norm_elsewhere
         self._seen: dict[Any, list[int]] = {}
         self._seen_again: dict[Any, tuple[int, int]] = {}
 
@@ -112,7 +114,7 @@ class Tracer:
         """The most bytes alive on the way there beside x, and back beside result and gradient; and
         the bytes of those two."""
         alive, x = LiveBytes(), x.requires_grad_()
-        with alive:
+        with alive, counted_for_cpu(self._on_cpu):
             alive.leave_out(x)
             found = function(x)
             results = (found,) if isinstance(found, Tensor) else (found.mean, found.variance)
@@ -139,7 +141,7 @@ class Tracer:
             return self._norm(x) if module in norms else own_norm(module, x)
 
         alive = LiveBytes()
-        with alive, _Attention():
+        with alive, counted_for_cpu(self._on_cpu), _Attention():
             for layer in stage:
                 if layer.cut == "rows":  # which takes its weights frame by frame of the kernel
                     for parameter in layer.parameters():
