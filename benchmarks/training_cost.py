@@ -3,9 +3,9 @@
     python benchmarks/training_cost.py [--rate 0.06] [--recipes decoder tiny]
 
 Operations are those of forward and backward, a multiplication and an addition counting as two, on
-the mean over a recipe's kinds of batches and stages. `--rate` is how many of them a processor does in
-a second, in units of 10^12; seconds are operations over rate. Recipes that begin with an image VAE
-are counted with one of Stable Diffusion's layout. The critic is left out.
+the mean over a recipe's kinds of batches and stages. `--rate` is how many of them a processor does
+in a second, in units of 10^12; seconds are operations over rate. Recipes that begin with an image
+VAE are counted with one of Stable Diffusion's layout. The critic is left out.
 """
 
 from __future__ import annotations
