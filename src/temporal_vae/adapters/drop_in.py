@@ -11,6 +11,7 @@ latent channels, f the downsample factor, r the number of frames per latent.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -54,6 +55,8 @@ class DropIn(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):  # type
     _supports_gradient_checkpointing = True
 
     vae: TemporalVAE
+    _clips: Callable[..., Tensor]
+    """The operation, and what it takes -> clips (B, C, T, H, W), a view."""
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(self, model: dict[str, Any], force_upcast: bool = FORCE_UPCAST):
@@ -144,10 +147,6 @@ class DropIn(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):  # type
 
     def decode_call(self, clips: Tensor) -> tuple[Tensor, dict[str, int]]:
         """The arguments with which `decode` takes clips of latents (B, L, T, h, w)."""
-        raise NotImplementedError
-
-    def _clips(self, operation: Operation, x: Tensor, **frames: int) -> Tensor:
-        """What `encode` or `decode` takes, as clips (B, C, T, H, W), a view."""
         raise NotImplementedError
 
     def plan_decode(
@@ -374,8 +373,9 @@ class DiffusersWanVAE(DropIn):
 
 def drop_in_for(vae: TemporalVAE) -> DropIn:
     """The drop-in for a model, of the kind that its configuration has."""
-    wan = isinstance(vae.config, WanVAEConfig)
-    return DiffusersWanVAE.around(vae) if wan else DiffusersTemporalVAE.around(vae)
+    kind = DiffusersWanVAE if isinstance(vae.config, WanVAEConfig) else DiffusersTemporalVAE
+    module: DropIn = kind.around(vae)
+    return module
 
 
 def _posterior(moments: Tensor, return_dict: bool) -> Any:
