@@ -105,8 +105,9 @@ def qwen_transformer(
     kind: Any = QwenImageTransformer2DModel, channels: int = 4, **options: Any
 ) -> Any:
     model = kind(
-        patch_size=2, in_channels=4 * channels, out_channels=channels, num_layers=1, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=8, axes_dims_rope=(8, 4, 4), **options,
+        patch_size=2, in_channels=4 * channels, out_channels=channels, num_layers=1,
+        attention_head_dim=16, num_attention_heads=2, joint_attention_dim=8,
+        axes_dims_rope=(8, 4, 4), **options,
     )  # fmt: skip
     return seeded(model).double()  # images are encoded in the dtype of the prompt
 
