@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_adapters import svd_pipeline
+from test_adapters import embeds, svd_pipeline
 from test_checkpoints import image_vae, save_single
 from test_foreign import theirs
 from test_laws import FLOORS
 from test_video import smooth, write
+from test_wan_pipelines import qwen_pipeline, wan_pipeline
 
 import temporal_vae
 from temporal_vae import TemporalVAE, model
@@ -50,6 +51,23 @@ def test_an_example_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         svd_pipeline().save_pretrained(folder, variant="fp16")
         pipe = names["upgraded"]()  # type: ignore[operator]
         assert type(pipe.vae) is temporal_vae.DiffusersTemporalVAE
+
+
+def test_the_examples_of_the_page_for_users_of_diffusers_run(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With small pipelines, whose prompts are numbers."""
+    page = (ROOT / "docs/from-diffusers.md").read_text()
+    wan, qwen = wan_pipeline(), qwen_pipeline()
+    wan.encode_prompt = lambda **_: (embeds(1, 4, 8), embeds(1, 4, 8, seed=9))
+    qwen.encode_prompt = lambda **_: (embeds(1, 4, 8).double(), torch.ones(1, 4).long())
+    stock, size = wan.vae, {"height": 32, "width": 32, "num_inference_steps": 1}
+    names = {"pipe": svd_pipeline(), "wan": wan, "qwen": qwen, "prompt": "a cat", "size": size}
+    for code in re.findall(r"```python\n(.*?)```", page, re.S):
+        exec(compile(code, "from-diffusers.md", "exec"), names)
+    assert wan.vae is stock and names["frames"].shape == (1, 9, 32, 32, 3)
+    assert type(qwen.vae) is temporal_vae.DiffusersWanVAE and len(names["images"]) == 1
+    assert "dB" in capsys.readouterr().out
 
 
 def test_the_example_of_the_page_on_training_runs(

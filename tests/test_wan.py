@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from test_checkpoints import reads_what_we_write
 from torch import Tensor, nn
 
-from temporal_vae import CheckpointError, TemporalVAE, WanVAEConfig, to_diffusers
+from temporal_vae import CheckpointError, TemporalVAE, WanVAEConfig
 from temporal_vae.checkpoints import wan_names
 from temporal_vae.inputs import Layout
 from temporal_vae.network import spacetime
@@ -676,8 +676,6 @@ def test_every_member_works_or_says_why_not(name: str, tmp_path: Path) -> None:
         model.export_computation_graph(x)
     with pytest.raises(ValueError, match="makes one of several: in Python"):
         model.latent_record()
-    with pytest.raises(ValueError, match="the drop-in is for models of one latent a frame"):
-        to_diffusers(model)
 
 
 @kind

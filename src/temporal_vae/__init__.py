@@ -53,7 +53,7 @@ _NAMES_BY_MODULE = {
     "adapters.diffusers": ("to_diffusers", "upgrade"),
     # A saved pipeline names its VAE as ["temporal_vae", "DiffusersTemporalVAE"]; diffusers looks
     # that up here, and beside it the base class that says how to load it.
-    "adapters.drop_in": ("DiffusersTemporalVAE", "ModelMixin"),
+    "adapters.drop_in": ("DiffusersTemporalVAE", "DiffusersWanVAE", "ModelMixin"),
     "config": ("TemporalVAEConfig", "WanVAEConfig"),
     "files.streams": ("CheckpointError",),
     "latents": (

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from temporal_vae.checkpoints import diffusers_names
+from temporal_vae.checkpoints import diffusers_names, wan_names
+from temporal_vae.config import TemporalVAEConfig, WanVAEConfig
 from temporal_vae.model import TemporalVAE
 from temporal_vae.network.autoencoder import unwrapped
 from temporal_vae.network.primitives import hooked
@@ -25,30 +26,24 @@ from temporal_vae.walks import bounded
 from temporal_vae.walks.budget import parse_budget
 
 if TYPE_CHECKING:
-    from temporal_vae.adapters.drop_in import DiffusersTemporalVAE
+    from temporal_vae.adapters.drop_in import DropIn
 
 
-def to_diffusers(vae: TemporalVAE) -> DiffusersTemporalVAE:
+def to_diffusers(vae: TemporalVAE) -> DropIn:
     """A module that diffusers' pipelines accept as their VAE, in a constructor or as `pipe.vae`.
 
     It shares every weight with `vae`, and has what pipelines use: `config`, `dtype`, `device`,
-    `encode(x).latent_dist`, `decode(z, num_frames=...).sample`, `forward`, and the switches for
-    slicing and tiling, which change no result here. Tensors are as in diffusers: frames
-    (B*T, C, H, W) in [-1, 1]. A pipeline with this module can be saved, and loaded after
-    `import temporal_vae`.
+    `encode(x).latent_dist`, `decode(z).sample`, `forward`, and the switches for slicing and tiling,
+    which change no result here. Tensors are as in diffusers, pixels in [-1, 1]: frames
+    (B*T, C, H, W) and `num_frames`, or for models of Wan's kind clips (B, C, T, H, W), whose
+    decoded pixels are clamped as diffusers clamps them. A pipeline with this module can be saved,
+    and loaded after `import temporal_vae`.
 
     A pipeline that cuts clips into chunks still does so; `upgrade` changes that too.
 
-    Raises `ImportError` without diffusers, naming the extra that installs it, and `ValueError` for
-    a model of several frames a latent.
+    Raises `ImportError` without diffusers, naming the extra that installs it.
     """
-    if vae.frames_per_latent > 1:
-        raise ValueError(
-            "the drop-in is for models of one latent a frame, as AutoencoderKL and "
-            "AutoencoderKLTemporalDecoder are: save_pretrained(folder, format='diffusers') writes "
-            "what diffusers' own class for this one loads"
-        )
-    module: DiffusersTemporalVAE = _drop_in_class().around(vae)
+    module: DropIn = _drop_ins().drop_in_for(vae)
     return module
 
 
@@ -57,6 +52,7 @@ def upgrade(pipe: Any, memory: int | str | None = "6GiB") -> Upgrade:
 
     A video is then decoded as one clip, whatever `decode_chunk_size` says, and a large image
     without tiles. The memory for that stays within `memory`, and the result is the same for any.
+    Videos and images that a pipeline starts from are encoded so too.
 
     The weights are the pipeline's own tensors, shared by both modules, so they take no further
     memory. Moving or converting the pipeline moves both; offload of whole models
@@ -64,8 +60,10 @@ def upgrade(pipe: Any, memory: int | str | None = "6GiB") -> Upgrade:
     diffusers converts some VAEs to float32: ours does not overflow in float16.
 
     Args:
-        pipe: a `StableVideoDiffusionPipeline`, an `AnimateDiffPipeline`, or a pipeline of Stable
-            Diffusion, SDXL or FLUX that makes images from text, images or inpainting.
+        pipe: a `StableVideoDiffusionPipeline`, an `AnimateDiffPipeline`, a pipeline of Wan that
+            makes videos from text, an image, a video or VACE's conditions, or one of Stable
+            Diffusion, SDXL, FLUX or Qwen-Image that makes images from text, images or inpainting
+            (Qwen-Image: edits, layers and ControlNet too).
         memory: the most memory that a walk may use on top of weights and latents, decoded pixels
             included, but not what the pipeline does with them afterwards: a number of bytes, a size
             such as "6GiB", "least" for as little as possible, "auto" for what is free, or None for
@@ -82,28 +80,36 @@ def upgrade(pipe: Any, memory: int | str | None = "6GiB") -> Upgrade:
             that is upgraded already, offload by layers, or an invalid budget. A budget that is too
             small is found when a video of a known size is decoded; the error names the least.
     """
-    drop_in = _drop_in_class()
+    drop_ins = _drop_ins()
     if memory != "auto":
         parse_budget(memory)
-    frames_of = _frames_of(pipe)
+    known = _known(pipe)
     previous = pipe.__dict__.get(_MARK)
     if previous is not None and unwrapped(pipe.vae) is previous.module:
         raise ValueError("the pipeline is upgraded already: its undo() comes first")
     _refuse_hooks(pipe)
     stock = pipe.vae
     inner = unwrapped(stock)
-    vae = inner.vae if isinstance(inner, drop_in) else _with_weights_of(inner)
+    vae = inner.vae if isinstance(inner, drop_ins.DropIn) else _with_weights_of(inner)
+    if not isinstance(vae.config, known.config):
+        raise ValueError(
+            f"a {type(pipe).__name__} does not work with the {type(inner).__name__} that is its "
+            "vae: put one there that it was made for"
+        )
     if previous is not None:  # another VAE was put in place of the upgraded one
         previous.undo()
-    module = drop_in.around(vae)
+    module = drop_ins.drop_in_for(vae)
     module.memory = memory
-    done = Upgrade(pipe, vae, module, stock, pipe.__dict__.get("decode_latents"), frames_of)
+    done = Upgrade(pipe, vae, module, stock, pipe.__dict__.get("decode_latents"), known)
     done._apply()
     return done
 
 
 FramesOf = Callable[..., tuple[Tensor, int]]
 """The arguments of a pipeline's `decode_latents` -> latents (B*T, L, h, w), and T."""
+SizeOf = Callable[[Any, TemporalVAE, Mapping[str, Any]], tuple[int, ...] | None]
+"""A pipeline, its VAE and the arguments of a call -> the latents that it will decode: samples,
+latents along time, height and width; None where they are not known before."""
 
 
 @dataclass(eq=False, repr=False)
@@ -114,12 +120,12 @@ class Upgrade:
     vae: TemporalVAE
     """Our model, with the pipeline's own weights."""
     module: Any
-    """The pipeline's VAE now, a `DiffusersTemporalVAE`; its `memory` may be changed."""
+    """The pipeline's VAE now, what `to_diffusers` makes; its `memory` may be changed."""
     stock: Any
     """The VAE that was there before."""
     _own_decode: Any
     """What the pipeline object had as `decode_latents` before, beside its class's; mostly None."""
-    _frames_of: FramesOf | None
+    _known: Known
 
     def __repr__(self) -> str:
         memory = "no limit of memory" if self.module.memory is None else self.module.memory
@@ -130,25 +136,27 @@ class Upgrade:
         """Decode a small clip of noise by the pipeline's VAE and by ours, with the same weights.
 
         Args:
-            frames: of the clip; it has 8x8 latents a frame.
+            frames: latents of the clip along time; each has 8x8 cells.
             chunk: frames that the pipeline's VAE decodes at a time for the comparison with what
-                pipelines do (`decode_chunk_size`).
+                pipelines do (`decode_chunk_size`), where there is such a pipeline.
         """
-        stock, config = cast(Any, unwrapped(self.stock)), self.vae.config
+        stock = cast(Any, unwrapped(self.stock))
         noise = torch.Generator().manual_seed(0)
-        z = torch.randn(frames, config.latent_channels, 8, 8, generator=noise)
-        z = z.to(self.vae.device, self.vae.dtype)
+        clip = torch.randn(1, self.vae.latent_channels, frames, 8, 8, generator=noise)
+        clip = clip.to(self.vae.device, self.vae.dtype)
         timed = "num_frames" in inspect.signature(stock.decode).parameters
 
-        def theirs(at_a_time: int) -> Tensor:
-            options = ({"num_frames": len(part)} if timed else {} for part in z.split(at_a_time))
-            parts = zip(z.split(at_a_time), options, strict=True)
-            return torch.cat([stock.decode(part, **option).sample for part, option in parts])
+        def theirs(part: Tensor) -> Tensor:
+            z, options = self.module.decode_call(part)
+            pixels: Tensor = stock.decode(z, **(options if timed else {})).sample
+            return pixels
 
-        ours = self.module.decode(z, num_frames=frames).sample
-        whole, cut = theirs(frames), theirs(chunk)
+        z, options = self.module.decode_call(clip)
+        ours, whole = self.module.decode(z, **options).sample, theirs(clip)
+        cut = torch.cat([theirs(part) for part in clip.split(chunk, 2)]) if timed else whole
         return Verification(_decibels(ours, whole), _decibels(cut, whole), chunk)
 
+    @torch.no_grad()  # as pipelines decode
     def check(self, arguments: Mapping[str, Any]) -> None:
         """Raise `BudgetError` if a call with these arguments could not decode within `memory`.
 
@@ -157,17 +165,15 @@ class Upgrade:
         module = cast(Any, unwrapped(self.pipe.vae))
         if module is not self.module or arguments.get("output_type") == "latent":
             return
-        if (size := _size_of(self.pipe, arguments)) is None:
+        size = self._known.size_of(self.pipe, self.vae, arguments)
+        if size is None or min(size) < 1:  # the pipeline has its own words for nothing
             return
-        batch, frames, height, width = size
-        f, channels = self.vae.downsample_factor, self.vae.latent_channels
-        shape = (batch * frames, channels, height // f, width // f)
-        if min(shape) < 1:  # the pipeline has its own words for that
-            return
-        latents = torch.empty(1, dtype=module.dtype, device="cpu").expand(shape)
+        samples, *rest = size
+        latents = torch.empty(1, dtype=module.dtype, device="cpu")
+        z, options = module.decode_call(latents.expand(samples, self.vae.latent_channels, *rest))
         device = torch.device(self.pipe._execution_device)  # where offload brings it
         device = torch.device("cpu") if device.type == "cpu" else device
-        plan = module.plan_decode(latents, frames, device)
+        plan = module.plan_decode(z, **options, device=device)
         if plan is not None and plan.bounds is not None:
             bounded.refuse_hooks(self.vae.decoder)
 
@@ -175,18 +181,18 @@ class Upgrade:
         with _without_hooks(self.pipe):
             self.pipe.vae = self.module
         self.pipe.__class__ = _checked_class(cast(Any, type(self.pipe)))
-        if self._frames_of is not None:
+        if self._known.frames_of is not None:
             self.pipe.decode_latents = self._decode_latents
         setattr(self.pipe, _MARK, self)
 
     def _decode_latents(self, *args: Any, **options: Any) -> Tensor:
         """Replaces the pipeline's own: scaled latents -> pixels (B, C, T, H, W), without chunks."""
-        vae = unwrapped(self.pipe.vae)
-        if self._frames_of is None or not isinstance(vae, _drop_in_class()):
+        vae, frames_of = unwrapped(self.pipe.vae), self._known.frames_of
+        if frames_of is None or not isinstance(vae, _drop_ins().DropIn):
             # another VAE was put in place of the upgraded one
             theirs: Tensor = type(self.pipe).decode_latents(self.pipe, *args, **options)
             return theirs
-        frames, num_frames = self._frames_of(*args, **options)
+        frames, num_frames = frames_of(*args, **options)
         pixels = vae.decode(1 / vae.config.scaling_factor * frames, num_frames=num_frames).sample
         clips: Tensor = pixels.unflatten(0, (-1, num_frames)).transpose(1, 2)
         return clips.float()
@@ -218,14 +224,13 @@ class Verification(NamedTuple):
 
     ours: float
     chunks: float
-    """Of that VAE itself, `chunk` frames at a time; infinite for a VAE of images."""
+    """Of that VAE itself, `chunk` frames at a time; infinite for one that pipelines do not cut."""
     chunk: int
 
     def __str__(self) -> str:
-        return (
-            f"ours {self.ours:.1f} dB from the pipeline's own VAE in one piece; that VAE in chunks "
-            f"of {self.chunk} frames {self.chunks:.1f} dB"
-        )
+        ours = f"ours {self.ours:.1f} dB from the pipeline's own VAE in one piece"
+        cut = f"; that VAE in chunks of {self.chunk} frames {self.chunks:.1f} dB"
+        return ours if self.chunks == math.inf else ours + cut
 
 
 def _decibels(a: Tensor, b: Tensor) -> float:
@@ -270,44 +275,19 @@ def _empty(kind: Any) -> Any:
     return checked.__new__(checked)
 
 
-def _size_of(pipe: Any, arguments: Mapping[str, Any]) -> tuple[int, int, int, int] | None:
-    """Samples, frames, height and width of what a call will decode; None where it is not known."""
-    image = arguments.get("image")
-    if "height" not in arguments and not _is_plain(image, pipe.vae.config.in_channels):
-        return None
-    each = arguments.get("num_images_per_prompt") or arguments.get("num_videos_per_prompt") or 1
-    named = (arguments.get(name) for name in ("prompt", "prompt_embeds", "image"))
-    given = next(value for value in (*named, "") if value is not None)
-    batch = each * (len(given) if isinstance(given, (list, Tensor)) else 1)
-    frames = arguments.get("num_frames") or 1
-    if "num_frames" in arguments and arguments["num_frames"] is None:
-        frames = pipe.unet.config.num_frames
-    height, width = arguments.get("height"), arguments.get("width")
-    if height is None or width is None:
-        if "height" not in arguments:
-            first = image[0] if isinstance(image, list) else image
-            known = pipe.image_processor.get_default_height_width(first, height, width)
-        else:
-            network = getattr(pipe, "unet", None) or pipe.transformer
-            side = getattr(pipe, "default_sample_size", None) or network.config.sample_size
-            sides = (side, side) if isinstance(side, int) else side
-            known = tuple(n * pipe.vae_scale_factor for n in sides)
-        height, width = height or known[0], width or known[1]
-    return batch, frames, height, width
-
-
 _MARK = "_temporal_vae_upgrade"
 """The attribute of a pipeline that holds its `Upgrade`."""
 
 
-def _drop_in_class() -> Any:
+def _drop_ins() -> Any:
+    """The module of the drop-ins, which needs diffusers."""
     try:
-        from temporal_vae.adapters.drop_in import DiffusersTemporalVAE
+        from temporal_vae.adapters import drop_in
     except ImportError as error:
         raise ImportError(
             f"this needs diffusers ({error}): pip install 'temporal-video-vae[diffusers]'"
         ) from error
-    return DiffusersTemporalVAE
+    return drop_in
 
 
 # How pipelines decode ------------------------------------------------------------------------
@@ -323,38 +303,128 @@ def _animatediff_frames(latents: Tensor, decode_chunk_size: int = 0) -> tuple[Te
     return latents.transpose(1, 2).flatten(0, 1), latents.shape[2]
 
 
-_PIPELINES: dict[str, FramesOf | None] = {
-    "StableVideoDiffusionPipeline": _svd_frames,
-    "AnimateDiffPipeline": _animatediff_frames,
-    # these pass all their latents to the VAE at once, so only the VAE is replaced
-    "StableDiffusionPipeline": None,
-    "StableDiffusionImg2ImgPipeline": None,
-    "StableDiffusionInpaintPipeline": None,
-    "StableDiffusionXLPipeline": None,
-    "StableDiffusionXLImg2ImgPipeline": None,
-    "StableDiffusionXLInpaintPipeline": None,
-    "FluxPipeline": None,
-    "FluxImg2ImgPipeline": None,
-    "FluxInpaintPipeline": None,
+def _samples(arguments: Mapping[str, Any]) -> int:
+    """Samples that a call will decode."""
+    each = arguments.get("num_images_per_prompt") or arguments.get("num_videos_per_prompt") or 1
+    named = (arguments.get(name) for name in ("prompt", "prompt_embeds", "image"))
+    given = next(value for value in (*named, "") if value is not None)
+    return int(each * (len(given) if isinstance(given, (list, Tensor)) else 1))
+
+
+def _size_of(
+    pipe: Any, vae: TemporalVAE, arguments: Mapping[str, Any]
+) -> tuple[int, int, int, int] | None:
+    """Of Stable Diffusion's, FLUX's and SVD's pipelines; see `SizeOf`."""
+    image = arguments.get("image")
+    if "height" not in arguments and not _is_plain(image, vae.input_channels):
+        return None
+    frames = arguments.get("num_frames") or 1
+    if "num_frames" in arguments and arguments["num_frames"] is None:
+        frames = pipe.unet.config.num_frames
+    height, width = arguments.get("height"), arguments.get("width")
+    if height is None or width is None:
+        if "height" not in arguments:
+            first = image[0] if isinstance(image, list) else image
+            known = pipe.image_processor.get_default_height_width(first, height, width)
+        else:
+            network = getattr(pipe, "unet", None) or pipe.transformer
+            side = getattr(pipe, "default_sample_size", None) or network.config.sample_size
+            sides = (side, side) if isinstance(side, int) else side
+            known = tuple(n * pipe.vae_scale_factor for n in sides)
+        height, width = height or known[0], width or known[1]
+    f = vae.downsample_factor
+    return _samples(arguments), frames, height // f, width // f
+
+
+def _wan_size(pipe: Any, vae: TemporalVAE, arguments: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Of Wan's pipelines, whose frames and patches are whole numbers; see `SizeOf`.
+
+    Raises `ValueError` for a video of another number of frames, of which stock drops some.
+    """
+    given, video = arguments.get("latents"), arguments.get("video")
+    if isinstance(given, Tensor) and given.ndim == 5:
+        return len(given), *given.shape[2:]
+    if "num_frames" in arguments:
+        latents, samples = arguments["num_frames"] // vae.frames_per_latent + 1, _samples(arguments)
+    elif isinstance(video, list) and hasattr(video[0], "getbands"):  # one video a prompt
+        latents = vae.latent_frames(len(video))
+        samples = _samples({**arguments, "num_videos_per_prompt": 1})
+    else:
+        return None
+    _, *patch = (pipe.transformer or pipe.transformer_2).config.patch_size
+    sides = (arguments[name] for name in ("height", "width"))
+    f = vae.downsample_factor
+    cells = (side // (f * cut) * cut for side, cut in zip(sides, patch, strict=True))
+    return samples, latents, *cells
+
+
+def _qwen_size(pipe: Any, vae: TemporalVAE, arguments: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Of Qwen-Image's pipelines, which pack squares of 2x2 cells; see `SizeOf`."""
+    side = pipe.default_sample_size * vae.downsample_factor
+    sides = (arguments[name] or side for name in ("height", "width"))
+    return _samples(arguments), 1, *(side // (2 * vae.downsample_factor) * 2 for side in sides)
+
+
+def _unknown_size(pipe: Any, vae: TemporalVAE, arguments: Mapping[str, Any]) -> None:
+    """Of pipelines that choose the size by an image, which they encode first at about that size."""
+
+
+class Known(NamedTuple):
+    """What an upgrade has to know of a pipeline."""
+
+    config: type = TemporalVAEConfig
+    """Of the models that it works with."""
+    frames_of: FramesOf | None = None
+    """What replaces the chunks of its `decode_latents`; None if it passes all latents at once."""
+    size_of: SizeOf = _size_of
+
+
+_IMAGES = Known()
+_WAN = Known(WanVAEConfig, size_of=_wan_size)
+_QWEN = Known(WanVAEConfig, size_of=_qwen_size)
+_QWEN_EDITS = Known(WanVAEConfig, size_of=_unknown_size)
+_PIPELINES: dict[str, Known] = {
+    "StableVideoDiffusionPipeline": Known(frames_of=_svd_frames),
+    "AnimateDiffPipeline": Known(frames_of=_animatediff_frames),
+    "StableDiffusionPipeline": _IMAGES,
+    "StableDiffusionImg2ImgPipeline": _IMAGES,
+    "StableDiffusionInpaintPipeline": _IMAGES,
+    "StableDiffusionXLPipeline": _IMAGES,
+    "StableDiffusionXLImg2ImgPipeline": _IMAGES,
+    "StableDiffusionXLInpaintPipeline": _IMAGES,
+    "FluxPipeline": _IMAGES,
+    "FluxImg2ImgPipeline": _IMAGES,
+    "FluxInpaintPipeline": _IMAGES,
+    "WanPipeline": _WAN,
+    "WanImageToVideoPipeline": _WAN,
+    "WanVideoToVideoPipeline": _WAN,
+    "WanVACEPipeline": _WAN,
+    "QwenImagePipeline": _QWEN,
+    "QwenImageImg2ImgPipeline": _QWEN,
+    "QwenImageInpaintPipeline": _QWEN,
+    "QwenImageControlNetPipeline": _QWEN,
+    "QwenImageControlNetInpaintPipeline": _QWEN,
+    "QwenImageEditPipeline": _QWEN_EDITS,
+    "QwenImageEditInpaintPipeline": _QWEN_EDITS,
+    "QwenImageEditPlusPipeline": _QWEN_EDITS,
+    "QwenImageLayeredPipeline": _QWEN_EDITS,
 }
 
 
-def _frames_of(pipe: Any) -> FramesOf | None:
-    """What replaces the chunks of the pipeline's `decode_latents`; None if nothing has to.
-
-    Raises `ValueError` for an unknown pipeline.
-    """
+def _known(pipe: Any) -> Known:
+    """What is known of the pipeline. Raises `ValueError` for an unknown one."""
     for ancestor in type(pipe).__mro__:
         if _MARK in vars(ancestor):
             continue  # of an upgraded pipeline: what it was before comes next
         if ancestor.__module__.startswith("diffusers.") and ancestor.__name__ in _PIPELINES:
-            frames_of = _PIPELINES[ancestor.__name__]
-            if frames_of and type(pipe).decode_latents is not vars(ancestor)["decode_latents"]:
+            known = _PIPELINES[ancestor.__name__]
+            own = vars(ancestor).get("decode_latents")
+            if known.frames_of and type(pipe).decode_latents is not own:
                 raise ValueError(
                     f"{type(pipe).__name__} has a decode_latents of its own, which an upgrade "
                     "would replace: put temporal_vae.to_diffusers(vae) into it as its vae"
                 )
-            return frames_of
+            return known
     raise ValueError(
         f"cannot upgrade a {type(pipe).__name__}: only {', '.join(_PIPELINES)}; another pipeline "
         "may work with temporal_vae.to_diffusers(vae) as its vae"
@@ -367,16 +437,16 @@ def _frames_of(pipe: Any) -> FramesOf | None:
 def _with_weights_of(stock: Any) -> TemporalVAE:
     """Our model, made of the parameters of one of diffusers' VAEs."""
     name = type(stock).__name__
-    if name not in (diffusers_names.IMAGE_CLASS, diffusers_names.SVD_CLASS):
+    names = wan_names if name in wan_names.CLASSES else diffusers_names
+    if name not in names.CLASSES:
+        *others, last = (*diffusers_names.CLASSES, *wan_names.CLASSES)
         raise ValueError(
-            f"cannot read the pipeline's VAE, a {name}: only {diffusers_names.IMAGE_CLASS} and "
-            f"{diffusers_names.SVD_CLASS} are known"
+            f"cannot read the pipeline's VAE, a {name}: only {', '.join(others)} and {last} are "
+            "known"
         )
     with torch.device("meta"):
-        model = TemporalVAE.from_config(diffusers_names.read_config(stock.config))
-    given = {
-        diffusers_names.our_name(key): parameter for key, parameter in stock.named_parameters()
-    }
+        model = TemporalVAE.from_config(names.read_config(stock.config))
+    given = {names.our_name(key): parameter for key, parameter in stock.named_parameters()}
     wanted = dict(model.named_parameters())
     wrong = sorted(given.keys() ^ wanted.keys())
     wrong += [

@@ -33,6 +33,7 @@ from temporal_vae.config import TemporalVAEConfig
 
 SVD_CLASS = "AutoencoderKLTemporalDecoder"
 IMAGE_CLASS = "AutoencoderKL"
+CLASSES = (IMAGE_CLASS, SVD_CLASS)
 
 Shape = tuple[int, ...]
 Rules = list[tuple[re.Pattern[str], str]]
@@ -118,7 +119,7 @@ def read_config(config: Mapping[str, Any]) -> TemporalVAEConfig:
     """
     by_options = IMAGE_CLASS if "up_block_types" in config else SVD_CLASS
     name = config.get("_class_name", by_options)
-    if name not in (IMAGE_CLASS, SVD_CLASS):
+    if name not in CLASSES:
         raise ValueError(f"cannot read a {name}: only {IMAGE_CLASS} and {SVD_CLASS} are known")
     if config.get("in_channels", 3) != config.get("out_channels", 3):
         raise ValueError(

@@ -31,8 +31,8 @@ FORMAT_VERSION = 1
 CONFIG_FILE = locations.CONFIG_FILE
 WEIGHTS_FILE = "model.safetensors"
 DIFFUSERS_WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
-DROP_IN_CLASS = "DiffusersTemporalVAE"
-"""What `adapters.drop_in` calls itself in the files that diffusers writes of it."""
+DROP_IN_CLASSES = ("DiffusersTemporalVAE", "DiffusersWanVAE")
+"""The classes of `adapters.drop_in`, as the files that diffusers writes of them name them."""
 
 _PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80")
@@ -147,7 +147,7 @@ def _read_folder(folder: locations.Folder, variant: str | None) -> Stored:
         config = _read_config(record, where)
         files = _weights(folder, WEIGHTS_FILE, variant)
         return Stored(folder.where, config, _entries(files, str))
-    if record.get("_class_name") == DROP_IN_CLASS:
+    if record.get("_class_name") in DROP_IN_CLASSES:
         config = _read_model(record, where)
         files = _weights(folder, DIFFUSERS_WEIGHTS_FILE, variant)
         return Stored(folder.where, config, _entries(files, str))

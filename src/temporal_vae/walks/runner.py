@@ -133,7 +133,8 @@ class Runner:
         if together and gradients:
             raise ValueError(
                 "this model's layers see time and space together, and gradients go back through "
-                "them whole: leave the budget out, and take enable_gradient_checkpointing()"
+                "them whole: leave the budget out, and take enable_gradient_checkpointing(), or "
+                "call it within torch.no_grad() if no gradients are wanted"
             )
         if gradients and (stream or offload is not None):
             raise ValueError(
