@@ -742,17 +742,20 @@ def mutations(data: bytes, count: int, seed: int) -> Iterator[bytes]:
 def assert_mutations_are_refused_or_read(tmp_path: Path, count: int, seed: int) -> None:
     """Each gives latents of the stated shape, or one line; never anything else, or much memory."""
     path = tmp_path / "a.safetensors"
-    write_latents(path, posterior(), RECORD, timestamps=[0, 1, 4, 9, 16], seed=3, source="x.mp4")
-    data, refused = path.read_bytes(), 0
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for mutated in mutations(data, count, seed):
-        path.write_bytes(mutated)
-        try:
-            with LatentFile(path) as file:
-                assert file.read().shape[2] == file.info.frames == len(file.timestamps())
-        except LatentFileError as error:
-            assert "\n" not in str(error)
-            refused += 1
+    before, refused = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0
+    for model, frames in ((RECORD, 5), (RECORD_2, 15)):
+        stamps = [i * i for i in range(frames)]
+        write_latents(path, posterior(), model, timestamps=stamps, seed=3, source="x.mp4",
+                      overwrite=True)  # fmt: skip
+        for mutated in mutations(path.read_bytes(), count // 2, seed):
+            path.write_bytes(mutated)
+            try:
+                with LatentFile(path) as file:
+                    assert file.read().shape[2] == file.info.latent_frames
+                    assert len(file.timestamps()) == file.info.frames
+            except LatentFileError as error:
+                assert "\n" not in str(error)
+                refused += 1
     assert refused > 0.5 * count
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024  # KiB
 
