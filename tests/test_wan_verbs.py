@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
-from itertools import pairwise
+from itertools import pairwise, repeat
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +73,8 @@ def wan(name: str, dtype: torch.dtype = torch.float64, **options: Any) -> Tempor
     key = f"{name} {dtype} {options}"
     if key not in MODELS:
         small = {"base_channels": 8, "latent_channels": 4, "blocks_per_level": 1}
-        scale = {"latent_mean": MEAN, "latent_std": STD}
-        config = WanVAEConfig(**(small | scale | KINDS[name] | options))  # type: ignore[arg-type]
+        scale: dict[str, Any] = {"latent_mean": MEAN, "latent_std": STD}
+        config = WanVAEConfig(**(scale | small | KINDS[name] | options))
         MODELS[key] = TemporalVAE.from_config(config)
         awaken(MODELS[key])
         MODELS[key].to(dtype)
@@ -165,19 +165,19 @@ def test_other_numbers_of_frames_in_a_latent(
     assert_kept(clip_file(tmp_path / "in.mkv", 8), model)
 
 
-honest_latents_for = memory.latents_for
+honest_filled = memory.PiecePlanner.filled
 MUTATIONS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "filled up with nothing": lambda patch: patch.setattr(
-        memory.PiecePlanner, "missing", lambda *_: 0
+        memory.PiecePlanner, "filled", lambda *its: (honest_filled(*its)[0], 0)
     ),
     "a later piece counted as the first one": lambda patch: patch.setattr(
-        memory, "latents_for", lambda frames, each, begins: honest_latents_for(frames, each, True)
+        memory.PiecePlanner, "filled", lambda self, frames, _: honest_filled(self, frames, True)
     ),
     "a frame too many": lambda patch: patch.setattr(
         chunks.Walk, "take", lambda self, n: [self.stamps.popleft() for _ in range(n - 1)]
     ),
     "a piece that begins anew": lambda patch: patch.setattr(
-        memory, "chain", lambda *_: memory.repeat(5)
+        memory, "chain", lambda *_: repeat(5)
     ),
 }  # fmt: skip
 
@@ -281,15 +281,14 @@ def test_memory_does_not_grow_with_the_length(tmp_path: Path) -> None:
     for frames in (30, 62):
         source = clip_file(tmp_path / f"{frames}.mkv", frames, (32, 32))
         latents = str(tmp_path / f"{frames}.safetensors")
-        works: list[Callable[[], object]] = [
-            lambda source=source, out=latents: encoding.encode(source, out, model, record),
-            lambda source=latents: decoding.decode(source, f"{source}.mkv", model, record),
-        ]
-        for make in works:
+        for verb in ("encode", "decode"):
             with LiveBytes() as alive:
                 for parameter in model.parameters():
                     alive.leave_out(parameter)
-                make()
+                if verb == "encode":
+                    encoding.encode(source, latents, model, record)
+                else:
+                    decoding.decode(latents, f"{latents}.mkv", model, record)
             most.append(alive.most)
     assert most[0] == most[2] > 100_000 and most[1] == most[3] > 100_000
 

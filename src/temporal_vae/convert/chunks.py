@@ -82,9 +82,10 @@ def encode_walk(
             if not piece:
                 break
             stamps.extend(frame.pts for frame in piece)
-            images = [frame.image for frame in piece]
-            images += images[-1:] * planner.missing(len(images), index == 0)
-            padded = pad_frames(np.stack(images), model.downsample_factor)
+            _, missing = planner.filled(len(piece), index == 0)
+            piece += piece[-1:] * missing
+            images = np.stack([frame.image for frame in piece])
+            padded = pad_frames(images, model.downsample_factor)
             yield step(to_pixels(padded).to(model.device, model.dtype))
         yield from () if stream is None else stream.flush()
 

@@ -111,7 +111,7 @@ def _stored(
             frames = min(length, file.info.frames - first)
             if not frames:
                 break
-            count = planner.latents_for(frames, first == 0)
+            count, _ = planner.filled(frames, first == 0)
             stamps.extend(file.timestamps(first, frames))
             latents = file.latents(read, count, sample_mode=sampled, generator=generator)
             yield latents.to(model.device, model.dtype)

@@ -121,19 +121,14 @@ class PiecePlanner:
         latents, each = self.pieces().latents, self.model.frames_per_latent
         return chain([video_frames(latents, each)], repeat(latents * each))
 
-    def latents_for(self, frames: int, first: bool) -> int:
-        """Latents of a piece of so many frames, the last of them filled up if need be.
+    def filled(self, frames: int, first: bool) -> tuple[int, int]:
+        """Latents of a piece of so many frames, and how many frames are missing to fill them.
 
         `first` says whether it is the first piece of the video; each clip begins anew.
         """
-        begins = first or self.clip_frames is not None
-        return latents_for(frames, self.model.frames_per_latent, begins)
-
-    def missing(self, frames: int, first: bool) -> int:
-        """Frames that fill up the latents of a piece."""
-        begins = first or self.clip_frames is not None
-        latents = self.latents_for(frames, first)
-        return video_frames(latents, self.model.frames_per_latent, begins) - frames
+        begins, each = first or self.clip_frames is not None, self.model.frames_per_latent
+        latents = latents_for(frames, each, begins)
+        return latents, video_frames(latents, each, begins) - frames
 
     def pieces(self, clip: int | None = None) -> Pieces:
         """Pieces of the stream, or a clip of so many latents.
