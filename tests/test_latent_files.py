@@ -327,6 +327,8 @@ def test_ranges_are_drawn_in_the_order_of_time(tmp_path: Path) -> None:
     [
         ({"latents": torch.zeros(2, 4, 5, 3, 2)}, "one clip"),
         ({"latents": torch.zeros(1, 4, 3)}, "one clip"),
+        ({"latents": torch.zeros(1, 4, 0, 3, 2)}, "no frames"),
+        ({"model": ModelRecord(latent_mean=(0, 0, 0, 0), latent_std=(1, 1, 0, 1))}, "above 0"),
         ({"latents": torch.full((1, 4, 5, 3, 2), math.nan)}, "NaN"),
         ({"latents": torch.full((1, 4, 5, 3, 2), 1e6), "dtype": torch.float16}, "overflow"),
         ({"latents": torch.zeros(1, 4, 5, 3, 2, dtype=torch.int64)}, "dtype"),

@@ -32,7 +32,7 @@ from temporal_vae.convert import chunks, ends, memory
 from temporal_vae.convert import decode as decoding
 from temporal_vae.convert import encode as encoding
 from temporal_vae.convert import reconstruct as reconstructing
-from temporal_vae.latents import latent_statistics
+from temporal_vae.latents import latent_statistics, weights_sha256
 from temporal_vae.network.kernels import work
 from temporal_vae.video import Frame, pad_frames, read_clip, to_bytes, to_pixels
 from temporal_vae.walks.budget import BudgetError
@@ -442,18 +442,25 @@ def test_latents_scaled_in_another_way_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_hash_tells_what_shapes_do_not() -> None:
-    """Two models of one set of weights, whose layers halve time elsewhere or are wrapped."""
-    shapes = {"latent_channels": 4, "base_channels": 8, "blocks_per_level": 1}
+    """Equal weights, but pixels that enter otherwise, or levels that halve time elsewhere."""
+    shapes: dict[str, Any] = {"latent_channels": 4, "base_channels": 8, "blocks_per_level": 1}
     hashes = set()
-    for options in ({}, {"patch_size": 2, "input_channels": 1}, {"input_channels": 4},
-                    {"level_shortcuts": True}):  # fmt: skip
-        model = TemporalVAE.from_config(WanVAEConfig(**shapes, **options), seed=0)  # type: ignore[arg-type]
+    halved = {"temporal_downsample": (True, True, False)}
+    kinds: list[dict[str, Any]] = [
+        {}, {"patch_size": 2, "input_channels": 1}, {"input_channels": 4}, halved,
+        {"level_shortcuts": True}, {"level_shortcuts": True} | halved,
+    ]  # fmt: skip
+    for options in kinds:
+        model = TemporalVAE.from_config(WanVAEConfig(**(shapes | options)), seed=0)
         with torch.no_grad():
             for p in model.parameters():
                 p.fill_(0.5)
         record = model.latent_record()
         hashes |= {record.encoder_sha256, record.decoder_sha256}
-    assert len(hashes) == 8
+    assert len(hashes) == 2 * len(kinds)
+    model = wan("2.1")
+    found = weights_sha256(model.encoder.named_parameters(), "encoder patch_size=1")
+    assert model.latent_record().encoder_sha256 == found
 
 
 # The command ---------------------------------------------------------------------------------

@@ -95,13 +95,10 @@ def record(name: str | None, encoder: AnyEncoder, decoder: AnyDecoder) -> ModelR
 
 
 def _structure(line: AnyEncoder | AnyDecoder) -> str:
-    """What the shapes of the parameters do not tell of a line, as docs/formats.md says."""
+    """What names and shapes of parameters do not tell of a line, as docs/formats.md says."""
     config = line.config
     if isinstance(config, WanVAEConfig):
-        halved = ",".join(map(str, config.temporal_downsample))
-        return f"temporal_downsample={halved} patch_size={config.patch_size} " + (
-            f"level_shortcuts={config.level_shortcuts}"
-        )
+        return f"patch_size={config.patch_size}"
     groups = ",".join(str(config.groups(width)) for width in config.widths)
     structure = f"norm_groups={groups}"
     if any(layer.tails() for layer in line.layers()):

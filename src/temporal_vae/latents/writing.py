@@ -204,7 +204,8 @@ def write_latents(
         **fields,
     )
     each = info.frames_per_latent
-    stamps = range(video_frames(count, each)) if timestamps is None else timestamps
+    frames = video_frames(count, each) if count else 0
+    stamps = range(frames) if timestamps is None else timestamps
     with atomic_path(path) as partial, LatentWriter(partial, info) as writer:
         for start, end in spans(count, WRITE_FRAMES):
             last = end * each if end < count else None
@@ -240,12 +241,16 @@ def record_fields(model: ModelRecord) -> dict[str, Any]:
         "frames_per_latent": model.frames_per_latent,
         "scale_factor": None if each else float(model.scale_factor),
         "shift_factor": None if each else float(model.shift_factor),
-        "latent_mean": model.latent_mean,
-        "latent_std": model.latent_std,
+        "latent_mean": _numbers(model.latent_mean),
+        "latent_std": _numbers(model.latent_std),
         "encoder_sha256": model.encoder_sha256,
         "decoder_sha256": model.decoder_sha256,
         "library": f"temporal-video-vae {version('temporal-video-vae')}",
     }
+
+
+def _numbers(values: Sequence[float] | None) -> tuple[float, ...] | None:
+    return None if values is None else tuple(map(float, values))
 
 
 def check_target(path: str | os.PathLike[str], overwrite: bool) -> None:
