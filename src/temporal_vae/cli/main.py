@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from temporal_vae.cli import allocator, batch, inputs, options, training
+from temporal_vae.cli import allocator, batch, evaluation, inputs, options, training
 from temporal_vae.cli.groups import with_groups
 from temporal_vae.cli.info import (
     describe,
@@ -232,6 +232,33 @@ def train(
       torchrun --nproc-per-node 2 $(which tvae) train finetune --data clips/ --out run/
     """
     training.train(recipe, data, options)
+
+
+@command.command()
+@with_groups
+def evaluate(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="CLIPS",
+            help="Videos, folders of them or patterns; a folder of images is one clip.",
+        ),
+    ],
+    settings: evaluation.EvaluateOptions,
+    model: evaluation.RunOptions,
+    frames: options.FrameOptions,
+) -> None:
+    """Measure how well models reconstruct clips: quality, flicker, drift, and faults by name.
+
+    Examples:
+      tvae evaluate clips/ --model tiny --model pca:4 --protocol quick
+      tvae evaluate clip.mp4 --model my-model/ --model frames:my-model/ --json out.json
+      tvae evaluate clip.mp4 --model video:reconstruction.mkv
+    """  # fmt: skip
+    files = inputs.find_inputs(sources, VIDEO_SUFFIXES)
+    inputs.refuse_missing(files)
+    allocator.settle(model.memory)
+    evaluation.evaluate(files, settings, frames, model)
 
 
 @command.command()
