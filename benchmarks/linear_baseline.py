@@ -36,7 +36,7 @@ def main() -> None:
         for file in sorted(options.clips.glob("*.mp4"))
         if not any(file.match(pattern) for pattern in exclude)
     ]
-    fitted = baseline.fit_all([read_clip(file, 32, 256, multiple=BLOCK) for file in files])
+    fitted = baseline.fit_all([baseline.training_clip(file) for file in files])
     baseline.write(fitted, options.out)
     print(f"{len(files)} clips -> {options.out}, {options.out.stat().st_size} bytes")
     if options.check:

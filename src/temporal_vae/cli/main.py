@@ -245,7 +245,7 @@ def evaluate(
         ),
     ],
     settings: evaluation.EvaluateOptions,
-    model: evaluation.RunOptions,
+    model: options.RunOptions,
     frames: options.FrameOptions,
 ) -> None:
     """Measure how well models reconstruct clips: quality, flicker, drift, and faults by name.

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from temporal_vae.files.atomic import atomic_path
-from temporal_vae.video import Uint8Frames, VideoError, pad_frames
+from temporal_vae.video import Uint8Frames, VideoError, VideoReader, pad_frames
 
 BLOCK = 8
 KINDS = {"4": (4, 1), "16": (16, 1), "4x4": (4, 4), "16x4": (16, 4)}
@@ -53,8 +53,7 @@ class LinearBaseline:
 
         Raises `ValueError` for another name than those in `KINDS`, and for a file without it.
         """
-        if name not in KINDS:
-            raise ValueError(f"no baseline pca:{name}: take one of pca:{', pca:'.join(KINDS)}")
+        check_name(name)
         try:
             stored = load_file(path)
             parts = (stored[f"{name}/{part}"] for part in ("mean", "basis", "deviation"))
@@ -90,13 +89,28 @@ class LinearBaseline:
         numbers = blocks @ self.basis.T
         if noise is not None:
             numbers += noise
-        return _from_blocks(numbers @ self.basis + self.mean, self.frames)[:, :height, :width]
+        back = np.asarray(numbers @ self.basis + self.mean, np.float32)
+        return _from_blocks(back, self.frames)[:, :height, :width]
 
     def noise(self, shape: tuple[int, ...], drawn: np.random.Generator) -> Floats:
         """Noise of the deviation of each number, for frames of this shape in whole blocks."""
         blocks = shape[0] // self.frames, -(-shape[1] // BLOCK), -(-shape[2] // BLOCK)
         numbers = drawn.standard_normal((*blocks, len(self.basis)), np.float32)
         return self.deviation * numbers
+
+
+def check_name(name: str) -> str:
+    """The name of a baseline. Raises `ValueError` for another than those in `KINDS`."""
+    if name not in KINDS:
+        raise ValueError(f"no baseline pca:{name}: take one of pca:{', pca:'.join(KINDS)}")
+    return name
+
+
+def training_clip(path: str | os.PathLike[str]) -> Uint8Frames:
+    """What of a video baselines are fitted to: its first 32 frames, 256 wide."""
+    with VideoReader(path, 256, BLOCK, frames=32, alpha="drop") as video:
+        frames = np.stack([frame.image for frame in video])
+    return frames if frames.dtype == np.uint8 else (frames >> 8).astype(np.uint8)
 
 
 def fit_all(clips: Sequence[Uint8Frames]) -> dict[str, LinearBaseline]:

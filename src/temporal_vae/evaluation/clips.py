@@ -6,13 +6,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from temporal_vae.evaluation import measures
+from temporal_vae.evaluation import measures, perceptual
 from temporal_vae.evaluation.codecs import Codec, Frames, eight_bits
 from temporal_vae.evaluation.diagnosis import diagnose
 from temporal_vae.evaluation.measures import Measure, NotMeasuredError, Pair
@@ -32,13 +33,32 @@ CHEAP: dict[str, Make] = {
     "ends": measures.Ends,
 }
 """What takes little time and no package but torchmetrics."""
-STANDARD: dict[str, Make] = CHEAP | {
-    "ms_ssim": measures.ms_ssim,
-    "warp_error": measures.WarpError,
-}
+STANDARD = (*CHEAP, "ms_ssim", "warp_error", "cvvdp", "vmaf", "lpips", "fvd")
 """What needs one decode."""
 SHORT: dict[str, Make] = {"psnr": measures.psnr, "flicker": measures.Changes}
 """What is measured of further decodes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """What some metrics need to know beside the frames."""
+
+    fps: float
+    display: str = perceptual.DISPLAY
+    lpips: Callable[[Tensor, Tensor], Any] | None = None
+    """The distance of two videos in [-1, 1], by weights that the caller has."""
+
+    def makes(self, names: Sequence[str]) -> dict[str, Make]:
+        """What makes the measures of these names."""
+        known = CHEAP | {
+            "ms_ssim": measures.ms_ssim,
+            "warp_error": measures.WarpError,
+            "cvvdp": partial(perceptual.Cvvdp, self.fps, self.display),
+            "vmaf": perceptual.Vmaf,
+            "lpips": partial(perceptual.lpips, self.lpips),
+            "fvd": perceptual.fvd,
+        }
+        return {name: known[name] for name in names}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +92,8 @@ PROTOCOLS = {
     each.name: each
     for each in (
         Protocol("quick", tuple(CHEAP), frames=24, width=256),
-        Protocol("standard", tuple(STANDARD)),
-        Protocol(
-            "full", tuple(STANDARD), shares=(0.1, 0.2, 0.4), rounds=4, alone=True
-        ),
+        Protocol("standard", STANDARD),
+        Protocol("full", STANDARD, shares=(0.1, 0.2, 0.4), rounds=4, alone=True),
     )
 }  # fmt: skip
 """The presets by their names."""
@@ -132,8 +150,10 @@ class Recorder:
             if found.period is not None:
                 result = replace(result, period=found.period.frames, spectrum=found.period.spectrum)
         self.seconds += time.monotonic() - start
-        return replace(result, bad_frames=tuple(self.bad_frames), bad_values=self.bad_values,
-                       measuring_seconds=self.seconds)  # fmt: skip
+        return replace(
+            result, bad_frames=tuple(self.bad_frames), bad_values=self.bad_values,
+            count=self.count, measuring_seconds=self.seconds,
+        )  # fmt: skip
 
     def _drop(self, name: str, error: NotMeasuredError) -> None:
         self.missing |= dict.fromkeys(self._measures.pop(name).names, str(error))

@@ -6,9 +6,12 @@ A codec takes the frames of a clip one by one, uint8 (H, W, 3), and gives as man
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from inspect import signature
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -16,6 +19,8 @@ import torch
 from torch import Tensor
 
 from temporal_vae.evaluation.baseline import LinearBaseline
+from temporal_vae.evaluation.measures import missing
+from temporal_vae.evaluation.perturbed import perturbations
 from temporal_vae.model import TemporalVAE
 from temporal_vae.video import Uint8Frames, VideoReader, pad_frames, to_pixels
 
@@ -53,7 +58,28 @@ class _Perturbable:
         raise NotImplementedError
 
 
-class ModelCodec(_Perturbable):
+class _InClips(_Perturbable):
+    """What takes clips of whole latents: of a length, or one of all frames if that is None."""
+
+    _length: int | None
+    _frames_per_latent: int
+
+    def perturbed(self, frames: Frames, shares: Sequence[float]) -> Iterator[list[Tensor]]:
+        """Clip by clip; the last frame is repeated up to a whole latent. See `Codec`."""
+        generator = torch.Generator().manual_seed(0)
+        for clip in clips(frames, self._length):
+            counted = Whole(clip, self._frames_per_latent)
+            for given in self._decoded(_pieces(counted), shares, generator):
+                yield from counted.cropped(given)
+
+    def _decoded(
+        self, pieces: Iterator[Uint8Frames], shares: Sequence[float], generator: torch.Generator
+    ) -> Iterator[list[Tensor]]:
+        """The frames (1, 3, n, H, W) of one clip, in whole latent cells, for each share."""
+        raise NotImplementedError
+
+
+class ModelCodec(_InClips):
     """A model by its posterior mean, as a stream, so in memory that is flat in the clip's length.
 
     A model with a norm over the clip walks clips of its own length; `clip_frames` cuts any model's
@@ -65,28 +91,17 @@ class ModelCodec(_Perturbable):
             raise ValueError(
                 f"evaluate takes models of RGB, and this one has {model.input_channels} channels"
             )
-        streams = model.encode_reach is not None and model.decode_reach is not None
-        self._model = model
-        self._length = clip_frames or (None if streams else model.config.clip_frames)
-        self._streams = streams
-
-    def perturbed(self, frames: Frames, shares: Sequence[float]) -> Iterator[list[Tensor]]:
-        """Frames come in pieces; see `Codec`."""
-        generator = torch.Generator().manual_seed(0)
-        for clip in clips(frames, self._length):
-            counted = Whole(clip, self._model.frames_per_latent)
-            for given in self._decoded(_pieces(counted), shares, generator):
-                yield from counted.cropped(given)
+        self._streams = model.encode_reach is not None and model.decode_reach is not None
+        self._model, self._frames_per_latent = model, model.frames_per_latent
+        its_own = None if self._streams else model.config.clip_frames
+        self._length = clip_frames or its_own
 
     @torch.no_grad()
     def _decoded(
         self, pieces: Iterator[Uint8Frames], shares: Sequence[float], generator: torch.Generator
     ) -> Iterator[list[Tensor]]:
-        """The frames (1, 3, n, H, W) of one clip, in whole latent cells, for each share."""
-        model, factor = self._model, self._model.downsample_factor
-        videos = (
-            to_pixels(pad_frames(piece, factor)).to(model.device, model.dtype) for piece in pieces
-        )
+        model = self._model
+        videos = _videos(pieces, model.downsample_factor, model.device, model.dtype)
         if not self._streams:
             latents = model.encode(torch.cat(list(videos), 2), sample_mode=False)
             yield [model.decode(each) for each in perturbations(model, latents, shares, generator)]
@@ -101,21 +116,74 @@ class ModelCodec(_Perturbable):
             yield list(owed)
 
 
-def perturbations(
-    model: TemporalVAE, latents: Tensor, shares: Sequence[float], generator: torch.Generator
-) -> list[Tensor]:
-    """Unscaled latents (1, L, n, h, w) with noise, for each share of their deviation.
+class DiffusersCodec(_InClips):
+    """A VAE of diffusers by its own code; a clip is whole in memory, so long ones need a length."""
 
-    The noise is Gaussian and drawn frame by frame, so that pieces of a clip get what the whole one
-    does; its deviation is the share of 1 in each channel of scaled latents.
-    """
-    if not any(shares):
-        return [latents] * len(shares)
-    frame = latents.shape[1], *latents.shape[3:]
-    drawn = [torch.randn(frame, generator=generator) for _ in range(latents.shape[2])]
-    noise = torch.stack(drawn, 1)[None].to(latents)
-    noise = model.unscale_latent(noise) - model.unscale_latent(torch.zeros_like(noise))
-    return [latents + share * noise for share in shares]
+    def __init__(self, vae: Any, clip_frames: int | None = None):
+        self._vae, self._length = vae, clip_frames
+        self._frames_per_latent = int(_config(vae, 1, *_TIME_RATIOS))
+        blocks = len(_config(vae, (), "block_out_channels"))
+        self._factor = int(_config(vae, 2 ** max(0, blocks - 1), *_SPACE_RATIOS))
+        weights = next(p for p in vae.encoder.parameters() if p.ndim > 3)
+        self._takes_videos = weights.ndim == 5
+        named = "num_frames" in signature(vae.decode).parameters
+        self._decode = (lambda z: vae.decode(z, num_frames=len(z))) if named else vae.decode
+
+    @classmethod
+    def load(
+        cls, folder: str, dtype: torch.dtype, device: torch.device, clip_frames: int | None = None
+    ) -> DiffusersCodec:
+        """From a folder as `save_pretrained` of diffusers writes it, of safetensors.
+
+        Raises `ValueError` for what is none.
+        """
+        try:
+            import diffusers
+        except ImportError as error:
+            raise ValueError(missing("diffusers", "diffusers")) from error
+        try:
+            name = json.loads((Path(folder) / "config.json").read_text())["_class_name"]
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"{folder} has no config.json that names a class of diffusers"
+            ) from error
+        kind = getattr(diffusers, name, None)
+        if not name.startswith("Autoencoder") or kind is None:
+            raise ValueError(f"{folder} holds {name}, which is no VAE of the installed diffusers")
+        vae = kind.from_pretrained(folder, use_safetensors=True, torch_dtype=dtype)
+        return cls(vae.to(device).eval(), clip_frames)
+
+    @torch.no_grad()
+    def _decoded(
+        self, pieces: Iterator[Uint8Frames], shares: Sequence[float], generator: torch.Generator
+    ) -> Iterator[list[Tensor]]:
+        videos = _videos(pieces, self._factor, self._vae.device, self._vae.dtype)
+        video = torch.cat(list(videos), 2)
+        if not self._takes_videos:
+            video = video[0].transpose(0, 1)
+        latents = self._vae.encode(video).latent_dist.mode()
+        noise = torch.randn(latents.shape, generator=generator).to(latents) * self._deviation(
+            latents
+        )
+        given = [self._decode(latents + share * noise).sample for share in shares]
+        yield given if self._takes_videos else [each.transpose(0, 1)[None] for each in given]
+
+    def _deviation(self, latents: Tensor) -> Tensor:
+        """Of the latents, by the configuration: of each channel, or one for all."""
+        stated = _config(self._vae, None, "latents_std")
+        if stated is None:
+            return torch.tensor(1 / _config(self._vae, 1.0, "scaling_factor")).to(latents)
+        return torch.tensor(stated).view(-1, *[1] * (latents.ndim - 2)).to(latents)
+
+
+_TIME_RATIOS = ("scale_factor_temporal", "temporal_compression_ratio")
+_SPACE_RATIOS = ("scale_factor_spatial", "spatial_compression_ratio")
+
+
+def _config(vae: Any, default: Any, *names: str) -> Any:
+    """The first of these that a VAE of diffusers states."""
+    stated = (getattr(vae.config, name, None) or getattr(vae, name, None) for name in names)
+    return next((value for value in stated if value is not None), default)
 
 
 class LinearCodec(_Perturbable):
@@ -170,8 +238,8 @@ class VideoCodec:
                 yield torch.from_numpy(image).permute(2, 0, 1).float()
             if next(theirs, None) is not None:
                 raise ValueError(
-                    f"{self._name} has more than the clip's {count} frames: a reconstruction has as "
-                    "many frames as its original"
+                    f"{self._name} has more frames than the {count} of the clip: a reconstruction "
+                    "has as many as its original"
                 )
 
     def perturbed(self, frames: Frames, shares: Sequence[float]) -> Iterator[list[Tensor]]:
@@ -188,22 +256,23 @@ class Whole:
     def __init__(self, frames: Frames, each: int, first: int = 1):
         self._frames, self._each, self._first = frames, each, first
         self.count, self._given = 0, 0
-        self._ended = False
+        self._height = self._width = 0
 
     def __iter__(self) -> Frames:
         for frame in self._frames:
             self.count += 1
+            self._height, self._width, _ = frame.shape
             yield frame
-        self._ended = True
         for _ in range((self._first - self.count) % self._each):
             yield frame
 
     def cropped(self, videos: list[Tensor]) -> Iterator[list[Tensor]]:
-        """Frames (3, H, W) in 8-bit units of pieces (1, 3, n, H, W), without those repeated."""
+        """Frames (3, H, W) in 8-bit units of pieces (1, 3, n, H, W), without what was repeated."""
         for index in range(videos[0].shape[2]):
             self._given += 1
             if self._given <= self.count:
-                yield [(video[0, :, index].float().cpu() + 1) * 127.5 for video in videos]
+                frames = (video[0, :, index, : self._height, : self._width] for video in videos)
+                yield [(frame.float().cpu() + 1) * 127.5 for frame in frames]
 
 
 def clips(frames: Iterator[T], length: int | None) -> Iterator[Iterator[T]]:
@@ -216,6 +285,13 @@ def clips(frames: Iterator[T], length: int | None) -> Iterator[Iterator[T]]:
         yield clip
         for _ in clip:  # what was not taken of it
             pass
+
+
+def _videos(
+    pieces: Iterator[Uint8Frames], factor: int, device: torch.device, dtype: torch.dtype
+) -> Iterator[Tensor]:
+    """Pieces as a model takes them, (1, 3, n, H, W) in whole latent cells."""
+    return (to_pixels(pad_frames(piece, factor)).to(device, dtype) for piece in pieces)
 
 
 def _pieces(frames: Iterable[Uint8Frames]) -> Iterator[Uint8Frames]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from temporal_vae.evaluation import series
 from temporal_vae.evaluation.results import ModelOnClip
 
 LEAST = {
@@ -12,6 +13,8 @@ LEAST = {
     "frozen_frames": 1.0, "first_frame_gap": 1.5, "last_frame_gap": 1.5,
 }  # fmt: skip
 """What is worth a line: 8-bit units, frames, dB."""
+DIP = 3.0
+"""Decibels by which a frame must lie below its neighbours to be called bad."""
 
 
 def diagnose(found: ModelOnClip) -> Iterator[str]:
@@ -35,6 +38,11 @@ def diagnose(found: ModelOnClip) -> Iterator[str]:
             f"frozen picture: {values['frozen_frames']:.0f} frames stand still where the original "
             f"moves, the first one frame {first}"
         )
+    elif found.period is None and (outliers := series.dips(found.frames.get("psnr", []), DIP)):
+        yield (
+            f"single bad frames: {len(outliers)} are {DIP:g} dB or more below those around them, "
+            f"the first one frame {outliers[0]}"
+        )
     for name, what in (("luma_drift", "brightness"), ("chroma_drift", "colour")):
         if name in values:
             yield f"{what} drift: {values[name]:+.1f} levels from the first third to the last"
@@ -51,25 +59,25 @@ def _counts(name: str, value: float) -> bool:
 
 
 def _of_period(found: ModelOnClip, n: int) -> str:
-    """What comes back every n frames: a frame that is brighter or darker, or else a seam."""
-    steps = found.frames["flicker"]
-    phase = max(range(n), key=lambda p: _mean([x for x in steps[p::n] if x == x]))
-    errors = found.frames.get("luma_error", [])
-    dips = [
-        errors[i] - (errors[i - 1] + errors[i + 1]) / 2
-        for i in range(phase, len(errors) - 1, n)
-        if i
-    ]
-    jumps = [errors[i] - errors[i - 1] for i in range(phase, len(errors), n) if i]
-    size = _mean([abs(x) for x in steps[phase::n] if x == x])
-    if dips and abs(_mean(dips)) > 0.75 * abs(_mean(jumps)) > 0.5 * 0.5:
-        kind = "dark" if _mean(dips) < 0 else "bright"
-        return (f"a {kind} frame every {n}: by {abs(_mean(dips)):.1f} levels, frame "
-                f"{phase} and so on")  # fmt: skip
-    return (
-        f"a seam every {n} frames: the error jumps by {size:.1f} levels at frame {phase} and so "
-        "on, as where a clip was cut into pieces"
-    )
+    """What comes back every n frames: a frame that differs, or else a seam.
+
+    The error jumps once at a seam, and twice, there and back, at a frame.
+    """
+    steps = [_mean([x for x in found.frames["flicker"][place::n] if x == x]) for place in range(n)]
+    place = max(range(n), key=lambda i: steps[i])
+    before, after = steps[place - 1], steps[(place + 1) % n]
+    beside, usual = max(before, after), sorted(steps)[n // 2]
+    if n > 2 and beside - usual < (steps[place] - usual) / 2:
+        return (
+            f"a seam every {n} frames: the error jumps by {steps[place]:.1f} levels at frame "
+            f"{place} and so on, as where a clip was cut into pieces"
+        )
+    place = (place - 1) % n if before > after else place
+    luma = found.frames.get("luma_error", [])
+    darker = _mean([luma[i - 1] - luma[i] for i in range(place or n, len(luma), n)])
+    kind = "different" if abs(darker) < 0.5 else "dark" if darker > 0 else "bright"
+    by = "" if kind == "different" else f" by {abs(darker):.1f} levels,"
+    return f"a {kind} frame every {n}:{by} frame {place} and so on"
 
 
 def _mean(values: list[float]) -> float:

@@ -70,8 +70,8 @@ class PerFrame:
     """A distance of two frames, by a function of (1, 3, H, W) each; then the mean over frames."""
 
     def __init__(self, name: str, distance: Callable[[Tensor, Tensor], Any]):
-        self.names, self._distance = (name,), distance
-        self._values: list[float] = []
+        self.names: tuple[str, ...] = (name,)
+        self._distance, self._values = distance, list[float]()
 
     def add(self, pair: Pair) -> None:
         """Measure one frame."""
@@ -117,7 +117,7 @@ def ms_ssim() -> Measure:
 class Changes:
     """How a clip changes from frame to frame, beside how it should."""
 
-    names = ("flicker", "period_strength", "frozen_frames")
+    names: tuple[str, ...] = ("flicker", "period_strength", "frozen_frames")
 
     def __init__(self) -> None:
         self._last: Pair | None = None
@@ -155,7 +155,7 @@ class Drifts:
     In 8-bit units: luma, and the two chroma differences, of BT.709.
     """
 
-    names = ("luma_drift", "chroma_drift", "luma_flicker")
+    names: tuple[str, ...] = ("luma_drift", "chroma_drift", "luma_flicker")
 
     def __init__(self) -> None:
         self._errors: dict[str, list[float]] = {"luma_error": [], "cb_error": [], "cr_error": []}
@@ -185,7 +185,7 @@ class Drifts:
 class Ends:
     """How much worse the first and the last frame are than the others, in dB of PSNR."""
 
-    names = ("first_frame_gap", "last_frame_gap")
+    names: tuple[str, ...] = ("first_frame_gap", "last_frame_gap")
 
     def __init__(self) -> None:
         self._values: list[float] = []
@@ -214,7 +214,7 @@ class WarpError:
     itself, within 20 units, are covered or badly matched, and do not count.
     """
 
-    names = ("warp_error",)
+    names: tuple[str, ...] = ("warp_error",)
 
     def __init__(self) -> None:
         try:

@@ -9,12 +9,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from temporal_vae.model import TemporalVAE
 from temporal_vae.video import Uint8Frames, pad_frames, to_bytes, to_pixels
 
 SHARES = (0.0, 0.1, 0.2, 0.4)
 """Shares of the latents' deviation at which decoders are compared."""
+
+
+def perturbations(
+    model: TemporalVAE, latents: Tensor, shares: Sequence[float], generator: torch.Generator
+) -> list[Tensor]:
+    """Unscaled latents (1, L, n, h, w) with noise, for each share of their deviation.
+
+    The noise is Gaussian and drawn frame by frame, so that pieces of a clip get what the whole one
+    does; its deviation is the share of 1 in each channel of scaled latents.
+    """
+    if not any(shares):
+        return [latents] * len(shares)
+    frame = latents.shape[1], *latents.shape[3:]
+    drawn = [torch.randn(frame, generator=generator) for _ in range(latents.shape[2])]
+    noise = torch.stack(drawn, 1)[None].to(latents)
+    noise = model.unscale_latent(noise) - model.unscale_latent(torch.zeros_like(noise))
+    return [latents + share * noise for share in shares]
 
 
 @torch.no_grad()
@@ -24,13 +42,10 @@ def decoded_perturbed(
     """Frames (T, H, W, 3) through the posterior's mean, noise and decoder, once for each share.
 
     The noise is Gaussian, independent in every element of every frame; its deviation is a share of
-    the latents' own, 1 / `latent_scale_factor`. All shares have the same noise, scaled.
+    the latents' own. All shares have the same noise, scaled; see `perturbations`.
     """
     _, height, width, _ = frames.shape
     video = to_pixels(pad_frames(frames, model.downsample_factor))
     latent = model.encode(video.to(model.device, model.dtype), sample_mode=False)
-    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(seed))
-    noise = noise.to(latent) / model.latent_scale_factor
-    return [
-        to_bytes(model.decode(latent + share * noise)[..., :height, :width]) for share in shares
-    ]
+    noisy = perturbations(model, latent, shares, torch.Generator().manual_seed(seed))
+    return [to_bytes(model.decode(each)[..., :height, :width]) for each in noisy]

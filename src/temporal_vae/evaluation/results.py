@@ -60,6 +60,8 @@ class ModelOnClip:
     """Frames of the reconstruction that hold NaN or infinite numbers."""
     bad_values: int = 0
     """How many such numbers there are."""
+    count: int = 0
+    """Frames."""
     seconds: float = 0.0
     """That the reconstruction took, without any measuring."""
     measuring_seconds: float = 0.0

@@ -26,17 +26,28 @@ def drift(series: Sequence[float]) -> float:
     """How far a series has moved from its first third to its last, in the series' own unit.
 
     The difference of the two thirds' medians, less three standard errors that are taken from the
-    differences of neighbours. So single bad frames do not count, nor does flicker, and what is left
-    has a sign and is 0 where nothing drifts for sure.
+    differences of neighbours; what comes back with a period is taken out before. So neither single
+    bad frames count, nor flicker, nor seams, and what is left is 0 where nothing drifts for sure.
     """
     values = np.asarray(series, np.float64)
     if not np.isfinite(values).all():
         return math.nan
+    values = _without_period(values)
     third = max(1, len(values) // 3)
     moved = float(np.median(values[-third:]) - np.median(values[:third]))
     # a median's standard error is 1.25 deviations over the root of the number; two medians differ
     error = 1.2533 * jitter(values) * math.sqrt(2 / third)
-    return math.copysign(max(0.0, abs(moved) - CERTAIN * error), moved)
+    return math.copysign(max(0.0, abs(moved) - CERTAIN * error), moved) if moved else 0.0
+
+
+def _without_period(values: Floats) -> Floats:
+    """The series less what its frames have in common at the same place of each period."""
+    found = period(np.abs(np.diff(values))).frames
+    if found is None:
+        return values
+    level = np.median(values)
+    common = [np.median(values[place::found]) - level for place in range(found)]
+    return values - np.resize(common, len(values))
 
 
 def jitter(series: Sequence[float] | Floats) -> float:
@@ -51,11 +62,25 @@ def jitter(series: Sequence[float] | Floats) -> float:
 
 
 def gap(series: Sequence[float], index: int) -> float:
-    """How far the frame at an index, 0 or -1, is below the median of the others."""
+    """How far the frame at an index, 0 or -1, is below the four next to it, if that is for sure.
+
+    The difference to their median, less three deviations from frame to frame; below 0 it is above.
+    """
     values = np.asarray(series, np.float64)
     if not np.isfinite(values).all():
         return math.nan
-    return float(np.median(np.delete(values, index)) - values[index])
+    beside = values[1:5] if index == 0 else values[-5:-1]
+    below = float(np.median(beside) - values[index])
+    return math.copysign(max(0.0, abs(below) - CERTAIN * jitter(values)), below) if below else 0.0
+
+
+def dips(series: Sequence[float], least: float) -> list[int]:
+    """Places of a series that lie below the running median of nine, by `least` and for sure."""
+    values = np.asarray(series, np.float64)
+    if not np.isfinite(values).all():
+        return []
+    below = _running_median(values, 9) - values
+    return [int(i) for i in np.flatnonzero(below > max(least, 2 * CERTAIN * jitter(values)))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +95,7 @@ class Period:
     """How well each period explains the series, a correlation: by frames."""
 
 
-def period(series: Sequence[float]) -> Period:
+def period(series: Sequence[float] | Floats) -> Period:
     """The period of what stands out of a series, such as a jump at every 16th frame.
 
     What lies above the running median of nine frames is correlated with itself, moved by one and by
