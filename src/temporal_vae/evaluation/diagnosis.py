@@ -48,7 +48,7 @@ def diagnose(found: ModelOnClip) -> Iterator[str]:
             yield f"{what} drift: {values[name]:+.1f} levels from the first third to the last"
     for name, which in (("first_frame_gap", "first"), ("last_frame_gap", "last")):
         if name in values:
-            yield f"{which} frame: {values[name]:.1f} dB below the others"
+            yield f"{which} frame: {values[name]:.1f} dB below the next ones"
 
 
 def _counts(name: str, value: float) -> bool:

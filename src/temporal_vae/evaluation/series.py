@@ -20,6 +20,8 @@ CERTAIN = 3.0
 """Standard errors that a drift, and deviations that a period must exceed to be told from chance."""
 PEAK = 0.9
 """Of two periods that explain about as much, within this share, the shorter one is meant."""
+DIVISOR = 0.5
+"""The same of a period and one of which it is a multiple."""
 
 
 def drift(series: Sequence[float]) -> float:
@@ -115,7 +117,10 @@ def period(series: Sequence[float] | Floats) -> Period:
     excess = best - CERTAIN / math.sqrt(len(values))
     if excess <= 0:
         return Period(None, 0.0, spectrum)
-    frames = next(n for n, score in spectrum.items() if score >= PEAK * best)
+    longest = next(n for n, score in spectrum.items() if score >= PEAK * best)
+    frames = next(
+        n for n, score in spectrum.items() if longest % n == 0 and score >= DIVISOR * best
+    )
     return Period(frames, deviation * math.sqrt(min(1.0, excess)), spectrum)
 
 
