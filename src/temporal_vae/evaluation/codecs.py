@@ -182,7 +182,7 @@ _SPACE_RATIOS = ("scale_factor_spatial", "spatial_compression_ratio")
 
 def _config(vae: Any, default: Any, *names: str) -> Any:
     """The first of these that a VAE of diffusers states."""
-    stated = (getattr(vae.config, name, None) or getattr(vae, name, None) for name in names)
+    stated = (vae.config.get(name) or vars(vae).get(name) for name in names)
     return next((value for value in stated if value is not None), default)
 
 

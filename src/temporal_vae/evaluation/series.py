@@ -81,7 +81,7 @@ def dips(series: Sequence[float], least: float) -> list[int]:
     values = np.asarray(series, np.float64)
     if not np.isfinite(values).all():
         return []
-    below = _running_median(values, 9) - values
+    below = _running(values, 0.5) - values
     return [int(i) for i in np.flatnonzero(below > max(least, 2 * CERTAIN * jitter(values)))]
 
 
@@ -100,14 +100,15 @@ class Period:
 def period(series: Sequence[float] | Floats) -> Period:
     """The period of what stands out of a series, such as a jump at every 16th frame.
 
-    What lies above the running median of nine frames is correlated with itself, moved by one and by
-    two periods; the smaller of both counts, less what half a period gives, which slow changes have
-    as well. Less than chance would give, 3 / sqrt(frames), is 0. A period must be seen three times.
+    What lies above the lower quarter of the nine frames around is correlated with itself, moved by
+    one and by two periods; the smaller of both counts, less what half a period gives, which slow
+    changes have as well. Less than chance would give, 3 / sqrt(frames), is 0. A period must be seen
+    three times.
     """
     values = np.asarray(series, np.float64)
     if not np.isfinite(values).all():
         return Period(None, math.nan)
-    outstanding = np.maximum(values - _running_median(values, 9), 0)
+    outstanding = np.maximum(values - _running(values, 0.25), 0)
     deviation = float(outstanding.std())
     if len(values) < 6 or deviation < 1e-9:
         return Period(None, 0.0)
@@ -135,7 +136,7 @@ def _correlations(values: Floats) -> Floats:
     return np.array([values[: count - n] @ values[n:] / (count - n) for n in range(count)])
 
 
-def _running_median(values: Floats, width: int) -> Floats:
-    padded = np.pad(values, width // 2, mode="reflect" if len(values) > width // 2 else "edge")
-    windows = np.lib.stride_tricks.sliding_window_view(padded, width)
-    return np.asarray(np.median(windows, 1))
+def _running(values: Floats, share: float) -> Floats:
+    """The quantile of a share over nine values around each."""
+    padded = np.pad(values, 4, mode="reflect" if len(values) > 4 else "edge")
+    return np.asarray(np.quantile(np.lib.stride_tricks.sliding_window_view(padded, 9), share, 1))
