@@ -67,10 +67,11 @@ class Cvvdp:
 
     def found(self) -> Found:
         """The JOD of the clip."""
-        if self._bad:
-            return Found({"cvvdp": math.nan})
-        self._file.flush()
-        pairs = np.memmap(self._file, np.uint8, "c", shape=(self._count, *self._shape))
+        with self._file as file:
+            if self._bad:
+                return Found({"cvvdp": math.nan})
+            file.flush()
+            pairs = np.memmap(file, np.uint8, "c", shape=(self._count, *self._shape))
         ours, original = torch.from_numpy(pairs).unbind(1)
         fps = self._fps if self._count > 1 else 0
         with torch.no_grad():

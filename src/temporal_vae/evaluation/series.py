@@ -79,7 +79,7 @@ def gap(series: Sequence[float], index: int) -> float:
 def dips(series: Sequence[float], least: float) -> list[int]:
     """Places of a series that lie below the running median of nine, by `least` and for sure."""
     values = np.asarray(series, np.float64)
-    if not np.isfinite(values).all():
+    if len(values) < LEAST_FRAMES or not np.isfinite(values).all():
         return []
     below = _running(values, 0.5) - values
     return [int(i) for i in np.flatnonzero(below > max(least, 2 * CERTAIN * jitter(values)))]
