@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -154,6 +155,17 @@ def test_the_interval_covers_the_mean_as_often_as_it_says() -> None:
     assert math.isnan(Mean.of([1.0, math.nan]).mean)
 
 
+@pytest.mark.slow
+def test_measuring_takes_little_beside_the_reconstruction() -> None:
+    frames = np.repeat(moving(1, 176, 192), 8, 0)
+    names = ("psnr", "ssim", "ms_ssim", "flicker", "drift", "ends")
+    recorder = clips.Recorder(clips.Conditions(25).makes(names))
+    start = time.monotonic()
+    clips.repeated(iter(frames), ModelCodec(TemporalVAE.from_pretrained("tiny")), [recorder])
+    recorder.found()
+    assert recorder.seconds <= 0.3 * (time.monotonic() - start - recorder.seconds)
+
+
 # Series ----------------------------------------------------------------------------------------
 
 
@@ -193,7 +205,7 @@ def test_each_fault_moves_its_own_metric_and_is_named(
     real: bool, request: pytest.FixtureRequest
 ) -> None:
     faults = script("faults")
-    clip = moving(102)
+    clip = moving(80)  # a third of it is no whole number of chunks
     if real:
         clip = read_clip(request.getfixturevalue("real_clip"), 102, 96, 8)
     base = faults.noisy(clip)

@@ -115,9 +115,10 @@ class _Run:
 
     def load(self, name: str) -> Callable[[], Codec]:
         """What gives the codec of a model; the model itself is loaded once."""
+        from temporal_vae.convert.chunks import clip_length
         from temporal_vae.evaluation import codecs
 
-        length = self.frames.clip_frames if isinstance(self.frames.clip_frames, int) else None
+        asked = self.frames.clip_frames
         kind, rest = _kind(name)
         if kind == "video":
             return lambda: codecs.VideoCodec(lambda: self.open(Path(rest)), rest)
@@ -125,11 +126,12 @@ class _Run:
         if kind == "pca":
             codec = codecs.LinearCodec(self.baselines(rest))
         elif kind == "diffusers":
+            length = None if asked == "all" else asked
             codec = codecs.DiffusersCodec.load(rest, *self.model.numbers(), length)
         else:
             loaded = self.model.load(rest)
             loaded.set_memory_budget(self.model.memory)
-            codec = codecs.ModelCodec(loaded, 1 if kind == "frames" else length)
+            codec = codecs.ModelCodec(loaded, 1 if kind == "frames" else clip_length(loaded, asked))
         return lambda: codec
 
     def measure(self, file: Path, meter: Meter) -> None:
@@ -200,9 +202,9 @@ def evaluate(
         title = f"evaluating {file.name} ({index + 1} of {len(files)})"
         with Meter(title, settings.quiet) as meter:
             run.measure(file, meter)
-    if settings.json is not None:
-        with atomic_path(settings.json) as part:
-            part.write_text(json.dumps(result.to_json(), indent=1, allow_nan=False) + "\n")
+        if settings.json is not None:  # after each clip, so that an end of any kind keeps the others
+            with atomic_path(settings.json) as part:
+                part.write_text(json.dumps(result.to_json(), indent=1, allow_nan=False) + "\n")
     show(result, tell)
     if result.failed:
         raise ValueError(f"{len(result.failed)} of {len(files) * len(names)} failed: see above")

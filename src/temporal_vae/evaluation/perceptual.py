@@ -111,10 +111,9 @@ class Vmaf:
 
     @torch.no_grad()
     def found(self) -> Found:
-        """The mean over frames; how a frame moves counts by the lesser of both its neighbours."""
+        """The mean over frames; a frame moves by the lesser of its differences to both neighbours."""
         moved = torch.cat(self._moved)
         lesser = torch.cat([torch.minimum(moved[:-1], moved[1:]), moved[-1:]])
-        lesser[0] = 0
         adm, vif = (torch.cat(each) for each in zip(*self._features, strict=True))
         values = self._vmaf.predict(adm, lesser, vif).flatten().tolist()
         return Found({"vmaf": mean(values)}, {"vmaf": values})
