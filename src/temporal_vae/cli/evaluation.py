@@ -202,7 +202,9 @@ def evaluate(
         title = f"evaluating {file.name} ({index + 1} of {len(files)})"
         with Meter(title, settings.quiet) as meter:
             run.measure(file, meter)
-        if settings.json is not None:  # after each clip, so that an end of any kind keeps the others
+        if (
+            settings.json is not None
+        ):  # after each clip, so that an end of any kind keeps the others
             with atomic_path(settings.json) as part:
                 part.write_text(json.dumps(result.to_json(), indent=1, allow_nan=False) + "\n")
     show(result, tell)

@@ -111,7 +111,7 @@ class Vmaf:
 
     @torch.no_grad()
     def found(self) -> Found:
-        """The mean over frames; a frame moves by the lesser of its differences to both neighbours."""
+        """The mean over frames; a frame moves by the lesser difference to its neighbours."""
         moved = torch.cat(self._moved)
         lesser = torch.cat([torch.minimum(moved[:-1], moved[1:]), moved[-1:]])
         adm, vif = (torch.cat(each) for each in zip(*self._features, strict=True))
