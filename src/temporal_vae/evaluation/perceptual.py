@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import sys
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -54,7 +55,8 @@ class Cvvdp:
         except (RuntimeError, KeyError) as error:
             raise ValueError(f"cvvdp knows no display {display!r}: take {DISPLAY}") from error
         self._fps, self._bad, self._count = fps, False, 0
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - gone with the measure
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the measure
+        weakref.finalize(self, self._file.close)  # of which a failed clip never asks what it found
         self._shape: tuple[int, ...] = ()
 
     def add(self, pair: Pair) -> None:
