@@ -22,9 +22,8 @@ from urllib.parse import quote
 import numpy as np
 
 from temporal_vae.files.atomic import atomic_path
-from temporal_vae.training.charts import COLOURS, Line, chart, label
+from temporal_vae.evaluation.charts import COLOURS, Curve, Line, chart, label, legend, style
 from temporal_vae.training.curves import (
-    Curve,
     Record,
     Thinned,
     number,
@@ -349,17 +348,9 @@ def _line_name(share: str, of: str) -> str:
 
 
 def _legend(shares: Sequence[str]) -> str:
-    keys = [
-        f'<span><svg class="key" viewBox="0 0 24 8"><path class="line c{i % COLOURS}" d="M0 4H24"/>'
-        f"</svg>noise {escape(share)}</span>"
-        for i, share in enumerate(shares)
-    ]
-    dashed = (
-        '<span><svg class="key" viewBox="0 0 24 8"><path class="line dashed plain" d="M0 4H24"/>'
-        "</svg>linear baseline</span>"
-    )
+    keys = legend([f"noise {share}" for share in shares], "linear baseline")
     return (
-        f'<p class="legend">{"".join(keys)}{dashed}</p><p class="note">Noise is a share of the '
+        f'{keys}<p class="note">Noise is a share of the '
         "latents' own deviation, added before decoding. The linear baseline takes principal "
         "components of 8x8 blocks, with the same noise. Higher is better, but for flicker.</p>"
     )
@@ -465,7 +456,8 @@ def _folded(title: str, text: str) -> str:
 
 
 def _style() -> str:
-    return (resources.files(__package__) / "page.css").read_text(encoding="utf-8")
+    own = resources.files(__package__) / "page.css"
+    return style() + own.read_text(encoding="utf-8")
 
 
 _SCRIPT = """
