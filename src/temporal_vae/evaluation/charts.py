@@ -185,6 +185,12 @@ def style() -> str:
     return (resources.files(__package__) / "page.css").read_text(encoding="utf-8")
 
 
+def figure(title: str, drawn: str, note: str = "") -> str:
+    """A chart, or another picture, under its title and a note of what it says."""
+    said = f'<span class="value">{escape(note)}</span>' if note else ""
+    return f"<figure><figcaption>{escape(title)} {said}</figcaption>{drawn}</figure>\n"
+
+
 def legend(names: Sequence[str], dashed: str = "") -> str:
     """A list of names beside a line in the colour of each; `dashed` names what dashes are."""
     kinds = [(f"c{index % COLOURS}", name) for index, name in enumerate(names)]

@@ -22,7 +22,7 @@ from urllib.parse import quote
 import numpy as np
 
 from temporal_vae.files.atomic import atomic_path
-from temporal_vae.evaluation.charts import COLOURS, Curve, Line, chart, label, legend, style
+from temporal_vae.evaluation.charts import COLOURS, Curve, Line, chart, figure, label, legend, style
 from temporal_vae.training.curves import (
     Record,
     Thinned,
@@ -333,7 +333,7 @@ def _validation(found: _Validation) -> str:
         for measure in _MEASURES
     }
     figures = [
-        _figure(_MEASURES[measure], chart(_MEASURES[measure], drawn))
+        figure(_MEASURES[measure], chart(_MEASURES[measure], drawn))
         for measure, drawn in lines.items()
         if drawn
     ]
@@ -396,7 +396,7 @@ def _curves(training: _Training) -> str:
         notes = [] if recent is None else [label(recent)]
         notes += [f"not finite: {curve.not_finite:,}"] if curve.not_finite else []
         drawn = chart(title, [Line(curve)], training.steps, training.stages[1:])
-        figures += [_figure(title, drawn, ", ".join(notes))]
+        figures += [figure(title, drawn, ", ".join(notes))]
     if not figures:
         return "<section><h2>Training</h2><p>No step yet.</p></section>"
     thinned = f"Of {training.every} steps one is read." if training.every > 1 else ""
@@ -405,11 +405,6 @@ def _curves(training: _Training) -> str:
         f"the most of them. The number is the mean of the last {_RECENT} steps. {thinned}</p>"
     )
     return f'<section><h2>Training</h2>{note}<div class="grid3">{"".join(figures)}</div></section>'
-
-
-def _figure(title: str, drawn: str, note: str = "") -> str:
-    said = f'<span class="value">{escape(note)}</span>' if note else ""
-    return f"<figure><figcaption>{escape(title)} {said}</figcaption>{drawn}</figure>\n"
 
 
 def _samples(found: Mapping[int, Sequence[tuple[str, str]]]) -> str:

@@ -1,0 +1,196 @@
+"""Pictures of a clip and of its reconstructions, few and small enough to stand in one page.
+
+Of each clip the first seconds are kept, as WebP: without loss where there is room for it. Nothing
+else of a frame stays in memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from io import BytesIO
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from temporal_vae.evaluation.clips import Make
+from temporal_vae.evaluation.measures import Found, NotMeasuredError, Pair, missing
+from temporal_vae.video import Uint8Frames
+
+ORIGINAL = "original"
+CLIPS = 4
+"""Clips of which pictures are kept: the first ones."""
+SECONDS, FRAMES = 3.0, 120
+"""How much of a clip is kept, at most."""
+SIDE = 512
+"""Pixels of the longer side of a picture; larger frames are scaled down."""
+BYTES = 9_600_000
+"""Of all pictures together; in a page's letters they are a third more."""
+QUALITIES = (None, 95, 85)
+"""Of WebP, None for lossless: the first one is taken with which a clip has room."""
+ROOM = 0.8
+"""How much of the room a clip may be expected to fill by its first frame."""
+FULL_ERROR = 32.0
+"""8-bit levels of error, the mean over RGB, that are the end of the scale of an error's picture."""
+HEAT = ((6, 4, 22), (70, 14, 105), (165, 45, 96), (237, 105, 37), (251, 185, 40), (252, 252, 190))
+"""Colours of an error from 0 to `FULL_ERROR`, evenly apart."""
+
+
+@dataclass
+class Track:
+    """The pictures of one video: the frames, their errors, and one column of pixels over time."""
+
+    frames: list[bytes] = field(default_factory=list)
+    errors: list[bytes] = field(default_factory=list)
+    columns: list[Uint8Frames] = field(default_factory=list)
+    closeness: float = math.inf
+    """PSNR of the first picture as it is kept against the frame that it is of, dB."""
+
+    @property
+    def bytes(self) -> int:
+        """Of all pictures."""
+        return sum(map(len, [*self.frames, *self.errors]))
+
+    def time_slice(self, count: int) -> bytes:
+        """The columns of the first frames, side by side, as a lossless picture."""
+        return _webp(np.ascontiguousarray(np.stack(self.columns[:count], 1)), None)
+
+
+class ShownClip:
+    """Takes in a clip's frames as its models give them, the original's with the first of them."""
+
+    def __init__(self, fps: float, models: int, expected: int | None, room: int):
+        self.fps, self.size = fps, (0, 0)
+        self.limit = min(FRAMES, max(1, round(SECONDS * fps)))
+        self.quality: int | None = None
+        self.tracks: dict[str, Track] = {ORIGINAL: Track()}
+        self._expected = min(self.limit, expected or self.limit)
+        self._room = room // (models + 1)
+
+    def measure(self, model: str) -> Make:
+        """What makes a measure of this model that finds nothing, and keeps pictures."""
+        return partial(_Keeper, self, model)
+
+    def count(self, models: Iterator[str]) -> int:
+        """How many frames there are of the original and of all these models."""
+        return min(len(self.tracks[name].frames) for name in (ORIGINAL, *models))
+
+    def add(self, model: str, index: int, pair: Pair) -> None:
+        """Keep the frame at an index, if there is room."""
+        original, track = self.tracks[ORIGINAL], self.tracks.setdefault(model, Track())
+        if index == 0 and not original.frames:
+            self._settle(pair)
+        if index >= self.limit or len(track.frames) < index:
+            return
+        if len(original.frames) == index:
+            self._keep(original, _image(pair.original))
+        if len(original.frames) > index and self._keep(track, _image(pair.ours)):
+            track.errors.append(self._error(pair))
+
+    def _settle(self, pair: Pair) -> None:
+        """Choose the size of pictures, and how well they are kept, by the first frame."""
+        height, width = pair.original.shape[1:]
+        scale = min(1.0, SIDE / max(height, width))
+        self.size = max(1, round(height * scale)), max(1, round(width * scale))
+        image, room = self._scaled(_image(pair.original)), ROOM * self._room / self._expected
+        fitting = (q for q in QUALITIES if len(_webp(image, q)) <= room)
+        self.quality = next(fitting, QUALITIES[-1])
+
+    def _keep(self, track: Track, frame: Uint8Frames) -> bool:
+        image = self._scaled(frame)
+        picture = _webp(image, self.quality)
+        if track.bytes + len(picture) > self._room:
+            return False
+        if not track.frames:
+            track.closeness = _closeness(picture, image)
+        track.frames.append(picture)
+        track.columns.append(image[:, image.shape[1] // 2])
+        return True
+
+    def _scaled(self, frame: Uint8Frames) -> Uint8Frames:
+        from PIL import Image
+
+        size = self.size[::-1]
+        return np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BOX))
+
+    def _error(self, pair: Pair) -> bytes:
+        """The error of a frame before any compression, in half the size of the pictures."""
+        error = pair.error.abs().mean(0).nan_to_num(FULL_ERROR)
+        half = [-(-side // 2) for side in self.size]
+        small = F.interpolate(error[None, None], half, mode="area")[0, 0]
+        return _webp(heat(small.numpy()), 90)
+
+
+class _Keeper:
+    """A measure that finds nothing, and keeps what it sees."""
+
+    names: tuple[str, ...] = ()
+
+    def __init__(self, clip: ShownClip, model: str):
+        self._clip, self._model, self._index = clip, model, 0
+        need_pillow()
+
+    def add(self, pair: Pair) -> None:
+        """Keep a frame of each."""
+        self._clip.add(self._model, self._index, pair)
+        self._index += 1
+
+    def found(self) -> Found:
+        """No value."""
+        return Found({})
+
+
+class Pictures:
+    """The pictures of an evaluation: of its first clips, which share the room evenly."""
+
+    def __init__(self, clips: int, models: int):
+        self.clips: dict[str, ShownClip] = {}
+        self._most, self._models = min(CLIPS, clips), models
+
+    def of(self, path: str, fps: float, expected: int | None) -> ShownClip | None:
+        """What keeps the pictures of a clip; None if there are enough clips."""
+        if len(self.clips) == self._most:
+            return None
+        room = BYTES // self._most
+        return self.clips.setdefault(path, ShownClip(fps, self._models, expected, room))
+
+
+def heat(error: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> Uint8Frames:
+    """Errors (H, W) in 8-bit levels as colours (H, W, 3), see `HEAT`."""
+    places = np.linspace(0, FULL_ERROR, len(HEAT))
+    channels = [np.interp(error, places, channel) for channel in zip(*HEAT, strict=True)]
+    return np.stack(channels, -1).round().astype(np.uint8)
+
+
+def need_pillow() -> None:
+    """Raise `NotMeasuredError` where Pillow is not installed."""
+    try:
+        import PIL  # noqa: F401
+    except ImportError as error:
+        raise NotMeasuredError(missing("Pillow", "report")) from error
+
+
+def _image(frame: torch.Tensor) -> Uint8Frames:
+    """A frame (3, H, W), NaN in black, as (H, W, 3)."""
+    whole = frame.nan_to_num(0).to(torch.uint8)
+    return np.asarray(whole.permute(1, 2, 0).contiguous().numpy())
+
+
+def _webp(image: Uint8Frames, quality: int | None) -> bytes:
+    from PIL import Image
+
+    options = {"lossless": True, "method": 1} if quality is None else {"quality": quality}
+    file = BytesIO()
+    Image.fromarray(image).save(file, "WEBP", **options)
+    return file.getvalue()
+
+
+def _closeness(picture: bytes, image: Uint8Frames) -> float:
+    from PIL import Image
+
+    kept = np.asarray(Image.open(BytesIO(picture)).convert("RGB")).astype(np.float32)
+    square = float(np.square(kept - image).mean())
+    return 10 * math.log10(255**2 / square) if square else math.inf
