@@ -22,7 +22,7 @@ from temporal_vae.training import curves
 from temporal_vae.training.curves import Thinned, read_last, read_records
 from temporal_vae.training.page import write_page
 
-VOID = {"meta", "img", "path"}
+VOID = {"meta", "img", "path", "link", "input"}
 
 
 class Page(HTMLParser):

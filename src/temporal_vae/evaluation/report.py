@@ -57,7 +57,7 @@ class _Report:
     def shown(self) -> list[tuple[ClipResult, ShownClip]]:
         """Clips with their pictures."""
         found = [(clip, self.pictures.get(clip.path)) for clip in self.result.clips]
-        return [(clip, kept) for clip, kept in found if kept and kept.count(iter(clip.models))]
+        return [(clip, kept) for clip, kept in found if kept and kept.count(clip.models)]
 
     def parts(self) -> Iterator[str]:
         """The page, piece by piece."""
@@ -72,7 +72,7 @@ class _Report:
         yield self._header()
         yield f"<main>{_results(self.result)}"
         for index, (clip, kept) in enumerate(self.shown):
-            yield _clip(clip, kept, index, self.result.models)
+            yield _clip(clip, kept, index, self.result)
         yield _elsewhere(self.result, {clip.path for clip, _ in self.shown})
         yield _stress(self.result)
         yield self._origin()
@@ -131,7 +131,8 @@ def _results(result: Evaluation) -> str:
     of = f"Means over {_number(len(result.clips), 'clip')}"
     names = [name for name in SHOWN if any(name in values for values in result.mean.values())]
     words = "".join(
-        f"<dt>{SHOWN[name].title}, {SHOWN[name].best} is best</dt><dd>{SHOWN[name].says}</dd>"
+        f"<div><dt>{SHOWN[name].title}, {SHOWN[name].best} is best</dt>"
+        f"<dd>{SHOWN[name].says}</dd></div>"
         for name in names
     )
     missing = "".join(
@@ -265,9 +266,11 @@ def _sweep(
 # One clip -------------------------------------------------------------------------------------
 
 
-def _clip(clip: ClipResult, kept: ShownClip, index: int, models: Sequence[str]) -> str:
-    names, count = list(clip.models), kept.count(iter(clip.models))
-    colours = {name: models.index(name) for name in names}
+def _clip(clip: ClipResult, kept: ShownClip, index: int, result: Evaluation) -> str:
+    names, count = list(clip.models), kept.count(clip.models)
+    colours = {name: result.models.index(name) for name in names}
+    rows = {name: means([clip.models[name].values]) for name in names}
+    own = _table(f"Values of {clip.name}", rows) if len(result.clips) > 1 else ""
     charts = _curves(clip, count, colours)
     facts = (
         f"{_number(clip.frames, 'frame')} of {clip.width} x {clip.height} pixels, "
@@ -284,8 +287,7 @@ def _clip(clip: ClipResult, kept: ShownClip, index: int, models: Sequence[str]) 
         f'<p class="hint">Click in a curve, or in a slice of time below, to go to that frame.</p>'
         f'<div class="grid3">{"".join(charts[2:])}</div>\n'
         f"{_slices(names, kept, count)}"
-        f"{_table(f'Values of {clip.name}', {n: means([clip.models[n].values]) for n in names})}"
-        f"{_data(names, kept, count)}</section>\n"
+        f"{own}{_data(names, kept, count)}</section>\n"
     )
 
 

@@ -7,7 +7,7 @@ else of a frame stays in memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from io import BytesIO
@@ -74,9 +74,10 @@ class ShownClip:
         """What makes a measure of this model that finds nothing, and keeps pictures."""
         return partial(_Keeper, self, model)
 
-    def count(self, models: Iterator[str]) -> int:
+    def count(self, models: Iterable[str]) -> int:
         """How many frames there are of the original and of all these models."""
-        return min(len(self.tracks[name].frames) for name in (ORIGINAL, *models))
+        tracks = (self.tracks.get(name, Track()) for name in (ORIGINAL, *models))
+        return min(len(track.frames) for track in tracks)
 
     def add(self, model: str, index: int, pair: Pair) -> None:
         """Keep the frame at an index, if there is room."""
