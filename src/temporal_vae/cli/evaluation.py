@@ -281,9 +281,8 @@ def _report(settings: EvaluateOptions, result: Evaluation, pictures: Pictures) -
     from temporal_vae.checkpoints.pretrained import read_card
     from temporal_vae.evaluation.report import write_report
 
-    kinds = {name: _kind(name) for name in settings.names}
-    cards = {name: read_card(rest) for name, (kind, rest) in kinds.items()
-             if kind not in ("pca", "video")}  # fmt: skip
+    kinds = dict.fromkeys(_kind(name) for name in settings.names)
+    cards = {name: read_card(name) for kind, name in kinds if kind not in ("pca", "video")}
     command = shlex.join(["tvae", *sys.argv[1:]])
     assert settings.report is not None
     write_report(settings.report, result, pictures.clips, cards, command)

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from html import escape
 from importlib import resources
-from pathlib import Path
 
 import numpy as np
 

@@ -21,8 +21,8 @@ from urllib.parse import quote
 
 import numpy as np
 
+from temporal_vae.evaluation.charts import Curve, Line, chart, figure, label, legend, style
 from temporal_vae.files.atomic import atomic_path
-from temporal_vae.evaluation.charts import COLOURS, Curve, Line, chart, figure, label, legend, style
 from temporal_vae.training.curves import (
     Record,
     Thinned,
