@@ -149,7 +149,7 @@ class _Run:
             return
         each = info.expected_frames
         fps = float(info.fps)
-        shown = self.pictures and self.pictures.of(str(file), fps, each)
+        shown = None if self.pictures is None else self.pictures.of(str(file), fps, each)
         progress = _Progress(meter, each and each * self.protocol.decodes * len(self.codecs))
         found = {}
         for name, codec in self.codecs.items():

@@ -53,8 +53,8 @@ class Curve:
         starts = np.flatnonzero(np.diff(steps // width, prepend=-1))
         finite, count = all_values[steps], np.diff(starts, append=len(steps))
         steps_mean, mean = (np.add.reduceat(each, starts) / count for each in (steps, finite))
-        ends = (ufunc.reduceat(finite, starts) for ufunc in (np.minimum, np.maximum))
-        return cls(steps_mean, mean, *ends, not_finite=len(all_values) - len(steps))
+        low, high = (most.reduceat(finite, starts) for most in (np.minimum, np.maximum))
+        return cls(steps_mean, mean, low, high, len(all_values) - len(steps))
 
 
 @dataclass(frozen=True, slots=True)

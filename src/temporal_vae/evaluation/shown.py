@@ -50,8 +50,8 @@ class Track:
     """PSNR of the first picture as it is kept against the frame that it is of, dB."""
 
     @property
-    def bytes(self) -> int:
-        """Of all pictures."""
+    def size(self) -> int:
+        """Bytes of all pictures."""
         return sum(map(len, [*self.frames, *self.errors]))
 
     def time_slice(self, count: int) -> bytes:
@@ -103,7 +103,7 @@ class ShownClip:
     def _keep(self, track: Track, frame: Uint8Frames) -> bool:
         image = self._scaled(frame)
         picture = _webp(image, self.quality)
-        if track.bytes + len(picture) > self._room:
+        if track.size + len(picture) > self._room:
             return False
         if not track.frames:
             track.closeness = _closeness(picture, image)
