@@ -107,13 +107,23 @@ def kept(
 def test_pictures_stay_within_their_room_and_their_seconds() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (100, 24, 32, 3), np.uint8)
     whole = kept(noise, noise)
-    assert whole.quality is None and whole.count("x") == round(shown.SECONDS * 25)
+    assert whole.tracks["x"].format == 0 and whole.count("x") == round(shown.SECONDS * 25)
+    assert whole.tracks["x"].closeness == math.inf
     small = kept(noise, noise, room=60_000)
-    assert small.quality is not None and small.count("x") > 0
+    assert 0 < small.count("x") < 75
     assert sum(track.size for track in small.tracks.values()) <= 60_000
-    assert small.tracks["x"].closeness < 50
     wide = kept(np.zeros((1, 30, 1000, 3), np.uint8), np.zeros((1, 30, 1000, 3), np.uint8))
     assert wide.size == (15, 512)
+
+
+def test_a_clip_that_begins_black_has_room_for_all_frames() -> None:
+    frames = noisy(moving(20, 96, 128), 4.0)
+    frames[:5] = 0
+    clip = kept(frames, frames, room=2 * 20 * 14_000, expected=20)
+    assert clip.count("x") == 20
+    for track in clip.tracks.values():
+        assert track.size <= 20 * 14_000 and track.format > 0 and 35 < track.closeness < 60
+        assert not image_of(track.frames[0]).any()
 
 
 def test_a_model_that_failed_on_the_way_does_not_shorten_the_others() -> None:

@@ -4,7 +4,8 @@
 
 const picture = (letters) => {
   const bytes = Uint8Array.from(atob(letters), (letter) => letter.charCodeAt(0));
-  return createImageBitmap(new Blob([bytes], { type: "image/webp" }));
+  const type = letters.startsWith("/9j/") ? "image/jpeg" : "image/webp";
+  return createImageBitmap(new Blob([bytes], { type }));
 };
 
 class Player {
@@ -63,7 +64,6 @@ class Player {
     this.pause();
     if (this.tracks) drop(this.tracks);
     this.tracks = null;
-    this.stage.setAttribute("aria-busy", "true");
   }
 
   play() {

@@ -187,8 +187,10 @@ def _best(name: str, rows: Mapping[str, Mapping[str, Mean]]) -> float | None:
 def _cell(name: str, mean: Mean | None, best: float | None) -> str:
     if mean is None:
         return "<td>-</td>"
-    value, _, interval = mean.text(SHOWN[name].digits).partition(" [")
-    said = f'<b class="better">{value}</b>' if mean.mean == best else value
+    digits = SHOWN[name].digits
+    value, _, interval = mean.text(digits).partition(" [")
+    is_best = best is not None and value == f"{best:z.{digits}f}"
+    said = f'<b class="better">{value}</b>' if is_best else value
     return f"<td>{said}{f' <small>[{interval}</small>' if interval else ''}</td>"
 
 
@@ -300,8 +302,8 @@ def _faults(clip: ClipResult) -> str:
     if lines:
         return f'<h3>Faults that were found</h3><ul class="faults">{"".join(lines)}</ul>\n'
     return (
-        '<p class="fine">No fault was found: no flicker of brightness, no seam or other period, '
-        "no drift, no frozen or bad frames.</p>\n"
+        '<p class="fine">No fault was found of those that are looked for: flicker of brightness, '
+        "seams and other periods, drift of brightness and colour, frozen and bad frames.</p>\n"
     )
 
 
@@ -383,7 +385,7 @@ def _slices(names: Sequence[str], kept: ShownClip, count: int) -> str:
     figures = "".join(
         f"<figure><figcaption>{escape(name)}</figcaption>"
         f'<div class="slice" data-frames="{count}"><img alt="Time slice of {escape(name)}" '
-        f'src="data:image/webp;base64,{_letters(kept.tracks[name].time_slice(count))}"></div>'
+        f'src="{_source(kept.tracks[name].time_slice(count))}"></div>'
         '<div class="arrow"><span>frame 0</span><i></i><span>'
         f"time, to frame {count - 1}</span></div></figure>"
         for name in (ORIGINAL, *names)
@@ -412,6 +414,11 @@ def _data(names: Sequence[str], kept: ShownClip, count: int) -> str:
     return f'<script type="application/json">{text}</script>'
 
 
+def _source(picture: bytes) -> str:
+    kind = "jpeg" if picture.startswith(b"\xff\xd8") else "webp"
+    return f"data:image/{kind};base64,{_letters(picture)}"
+
+
 def _letters(data: bytes) -> str:
     return b64encode(data).decode("ascii")
 
@@ -432,20 +439,20 @@ def _compression(shown: Sequence[tuple[ClipResult, ShownClip]], clips: int) -> s
     )
     return (
         "<h3>About the pictures</h3><p>Values and pictures of the error were computed from the "
-        "frames themselves, before any compression. The frames in this page are WebP, one image "
-        f"each, so that every player shows the same frame. {some}At most three seconds of a clip "
-        "are kept, or as much as there is room for; --start and --frames choose another part."
+        "frames themselves, before any compression. Each frame in this page is an image of its "
+        f"own, so that all players show the same frame. {some}At most three seconds of a clip are "
+        "kept, or as much as there is room for; --start and --frames choose another part."
         f"</p><ul>{''.join(lines)}</ul>\n"
     )
 
 
 def _kept_as(clip: ClipResult, kept: ShownClip) -> str:
-    if kept.quality is None:
-        return "lossless, so colours are exactly those that were measured"
     least = min(kept.tracks[name].closeness for name in (ORIGINAL, *clip.models))
+    if math.isinf(least):
+        return "lossless WebP, so colours are exactly those that were measured"
     return (
-        f"quality {kept.quality}: pictures are {least:.1f} dB or more from the frames that were "
-        "measured (of the first frame)"
+        f"JPEG of full colour resolution, as there was no room for lossless pictures; their PSNR "
+        f"to the frames that were measured is {least:.1f} dB or more"
     )
 
 

@@ -44,8 +44,8 @@ class Mean:
         if math.isnan(self.mean):
             return "no number"
         if math.isnan(self.low):
-            return f"{self.mean:.{digits}f}"
-        return f"{self.mean:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+            return f"{self.mean:z.{digits}f}"
+        return f"{self.mean:z.{digits}f} [{self.low:z.{digits}f}, {self.high:z.{digits}f}]"
 
 
 @dataclass(frozen=True, slots=True)

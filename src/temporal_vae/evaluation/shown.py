@@ -1,7 +1,7 @@
 """Pictures of a clip and of its reconstructions, few and small enough to stand in one page.
 
-Of each clip the first seconds are kept, as WebP: without loss where there is room for it. Nothing
-else of a frame stays in memory.
+Of each clip the first seconds are kept, without loss where there is room for it. Nothing else of a
+frame stays in memory.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,10 +30,12 @@ SIDE = 512
 """Pixels of the longer side of a picture; larger frames are scaled down."""
 BYTES = 9_600_000
 """Of all pictures together; in a page's letters they are a third more."""
-QUALITIES = (None, 95, 85)
-"""Of WebP, None for lossless: the first one is taken with which a clip has room."""
-ROOM = 0.8
-"""How much of the room a clip may be expected to fill by its first frame."""
+_Format = tuple[str, dict[str, Any]]
+FORMATS: tuple[_Format, ...] = (
+    ("WEBP", {"lossless": True, "method": 1}),
+    *(("JPEG", {"quality": quality, "subsampling": 0}) for quality in (98, 95, 85)),
+)
+"""What pictures are written as: the first one with which there is room for those to come."""
 FULL_ERROR = 32.0
 """8-bit levels of error, the mean over RGB, that are the end of the scale of an error's picture."""
 HEAT = ((6, 4, 22), (70, 14, 105), (165, 45, 96), (237, 105, 37), (251, 185, 40), (252, 252, 190))
@@ -46,8 +49,10 @@ class Track:
     frames: list[bytes] = field(default_factory=list)
     errors: list[bytes] = field(default_factory=list)
     columns: list[Uint8Frames] = field(default_factory=list)
+    format: int = 0
+    """Of `FORMATS`, that of the last picture; those before may be better, never worse."""
     closeness: float = math.inf
-    """PSNR of the first picture as it is kept against the frame that it is of, dB."""
+    """The least PSNR of a picture as it is kept against the frame that it is of, dB."""
 
     @property
     def size(self) -> int:
@@ -55,8 +60,9 @@ class Track:
         return sum(map(len, [*self.frames, *self.errors]))
 
     def time_slice(self, count: int) -> bytes:
-        """The columns of the first frames, side by side, as a lossless picture."""
-        return _webp(np.ascontiguousarray(np.stack(self.columns[:count], 1)), None)
+        """The columns of the first frames, side by side, as a picture."""
+        columns = np.ascontiguousarray(np.stack(self.columns[:count], 1))
+        return _written(columns, FORMATS[self.format])
 
 
 class ShownClip:
@@ -65,7 +71,6 @@ class ShownClip:
     def __init__(self, fps: float, models: int, expected: int | None, room: int):
         self.fps, self.size = fps, (0, 0)
         self.limit = min(FRAMES, max(1, round(SECONDS * fps)))
-        self.quality: int | None = None
         self.tracks: dict[str, Track] = {ORIGINAL: Track()}
         self._expected = min(self.limit, expected or self.limit)
         self._room = room // (models + 1)
@@ -92,21 +97,22 @@ class ShownClip:
             track.errors.append(self._error(pair))
 
     def _settle(self, pair: Pair) -> None:
-        """Choose the size of pictures, and how well they are kept, by the first frame."""
+        """Choose the size of pictures by the first frame."""
         height, width = pair.original.shape[1:]
         scale = min(1.0, SIDE / max(height, width))
         self.size = max(1, round(height * scale)), max(1, round(width * scale))
-        image, room = self._scaled(_image(pair.original)), ROOM * self._room / self._expected
-        fitting = (q for q in QUALITIES if len(_webp(image, q)) <= room)
-        self.quality = next(fitting, QUALITIES[-1])
 
     def _keep(self, track: Track, frame: Uint8Frames) -> bool:
-        image = self._scaled(frame)
-        picture = _webp(image, self.quality)
-        if track.size + len(picture) > self._room:
+        image, left = self._scaled(frame), self._room - track.size
+        each = left / max(1, self._expected - len(track.frames))
+        picture = _written(image, FORMATS[track.format])
+        while len(picture) > each and track.format + 1 < len(FORMATS):
+            track.format += 1
+            picture = _written(image, FORMATS[track.format])
+        if len(picture) > left:
             return False
-        if not track.frames:
-            track.closeness = _closeness(picture, image)
+        if track.format:
+            track.closeness = min(track.closeness, _closeness(picture, image))
         track.frames.append(picture)
         track.columns.append(image[:, image.shape[1] // 2])
         return True
@@ -122,7 +128,7 @@ class ShownClip:
         error = pair.error.abs().mean(0).nan_to_num(FULL_ERROR)
         half = [-(-side // 2) for side in self.size]
         small = F.interpolate(error[None, None], half, mode="area")[0, 0]
-        return _webp(heat(small.numpy()), 90)
+        return _written(heat(small.numpy()), ("JPEG", {"quality": 90, "subsampling": 0}))
 
 
 class _Keeper:
@@ -180,12 +186,11 @@ def _image(frame: torch.Tensor) -> Uint8Frames:
     return np.asarray(whole.permute(1, 2, 0).contiguous().numpy())
 
 
-def _webp(image: Uint8Frames, quality: int | None) -> bytes:
+def _written(image: Uint8Frames, format: _Format) -> bytes:
     from PIL import Image
 
-    options = {"lossless": True, "method": 1} if quality is None else {"quality": quality}
     file = BytesIO()
-    Image.fromarray(image).save(file, "WEBP", **options)
+    Image.fromarray(image).save(file, format[0], **format[1])
     return file.getvalue()
 
 
