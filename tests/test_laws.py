@@ -429,6 +429,7 @@ FLOORS = {
     "adapters": 6, "convert": 6, "evaluation": 6,
     "training": 7,
     "cli": 8,
+    "__main__": 9,
 }  # fmt: skip
 """The floor of each room: a folder of the package, or a file beside the folders.
 

@@ -83,7 +83,7 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             try:
-                stack.enter_context(held(self._checkpoints / "lock"))
+                stack.enter_context(held(self.folder / ".lock"))
             except BlockingIOError:
                 raise ValueError(
                     f"another process trains in {self.folder}: wait for it, end it, or take "
