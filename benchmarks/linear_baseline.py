@@ -1,21 +1,22 @@
-"""Fit the linear baseline to training clips and write it into the package.
+"""Fit the linear baselines to training clips and write them into the package.
 
-    python benchmarks/linear_baseline.py --clips FOLDER
+    python benchmarks/linear_baseline.py --clips FOLDER [--out FILE] [--check FOLDER]
 
-The recipe's clips and none else: what is excluded from training is excluded here.
+The recipe's clips and none else: what is excluded from training is excluded here. With --check it
+prints the mean PSNR of each over the first 24 frames, 256 wide, of other clips.
 """
 
 from __future__ import annotations
 
 import argparse
 import tomllib
-from dataclasses import asdict
 from pathlib import Path
 
-from safetensors.numpy import save_file
+import numpy as np
 
+from temporal_vae.evaluation import baseline
 from temporal_vae.evaluation.baseline import BLOCK, LinearBaseline
-from temporal_vae.files.atomic import atomic_path
+from temporal_vae.evaluation.metrics import psnr
 from temporal_vae.video import read_clip
 
 ROOT = Path(__file__).parent.parent
@@ -26,18 +27,23 @@ def main() -> None:
     """Fit and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clips", type=Path, required=True)
-    clips = parser.parse_args().clips
+    parser.add_argument("--out", type=Path, default=TARGET)
+    parser.add_argument("--check", type=Path)
+    options = parser.parse_args()
     exclude = tomllib.loads((ROOT / "recipes/tiny.toml").read_text())["data"]["exclude"]
     files = [
         file
-        for file in sorted(clips.glob("*.mp4"))
+        for file in sorted(options.clips.glob("*.mp4"))
         if not any(file.match(pattern) for pattern in exclude)
     ]
-    frames = [read_clip(file, 32, 256, multiple=BLOCK) for file in files]
-    baseline = LinearBaseline.fit(frames, 4)
-    with atomic_path(TARGET) as file:
-        save_file(asdict(baseline), file)
-    print(f"{len(files)} clips -> {TARGET.relative_to(ROOT)}")
+    fitted = baseline.fit_all([baseline.training_clip(file) for file in files])
+    baseline.write(fitted, options.out)
+    print(f"{len(files)} clips -> {options.out}, {options.out.stat().st_size} bytes")
+    if options.check:
+        clips = [read_clip(f, 24, 256, BLOCK) for f in sorted(options.check.glob("*.mp4"))]
+        for name in baseline.KINDS:
+            codec = LinearBaseline.read(options.out, name)
+            print(f"pca:{name:5}{np.mean([psnr(clip, codec(clip)) for clip in clips]):7.2f} dB")
 
 
 if __name__ == "__main__":

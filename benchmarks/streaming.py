@@ -48,7 +48,7 @@ def speeds(budget: str, repeats: int, frames: int) -> tuple[float, float]:
     planner = PiecePlanner(model, ("encode", "decode"), (HEIGHT, WIDTH), limit, None)
     whole = PiecePlanner(model, planner.operations, planner.size, None, WHOLE_FRAMES)
     pieces = planner.pieces()
-    print(f"pieces of {pieces.frames} frames, {pieces.total / 2**20:.0f} MiB")
+    print(f"pieces of {pieces.latents} latents, {pieces.total / 2**20:.0f} MiB")
     print(*(plan.explain() for plan in pieces.plans.values()), sep="\n", flush=True)
     rng = np.random.default_rng(0)
     clip = rng.integers(0, 256, (frames, HEIGHT, WIDTH, 3), dtype=np.uint8)

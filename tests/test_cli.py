@@ -620,8 +620,8 @@ def test_a_stream_asks_the_planner_few_questions(
         found = memory.PiecePlanner(model, operations, (128, 128), limit, None).pieces()
         assert asked[0] <= 2 * len(operations)
         assert not isinstance(limit, int) or found.total <= limit
-        assert found.frames == 1 or not any(plan.banded for plan in found.plans.values())
-        lengths.append(found.frames)
+        assert found.latents == 1 or not any(plan.banded for plan in found.plans.values())
+        lengths.append(found.latents)
     assert lengths == sorted(lengths) and lengths[0] == 1 and lengths[-1] == 32
 
 
@@ -634,7 +634,7 @@ def test_one_frame_is_taken_where_more_do_not_fit_after_all(
     monkeypatch.setattr(memory.PiecePlanner, "_within", within)
     model, limit = awake(torch.float32), 2**30
     found = memory.PiecePlanner(model, ("encode", "decode"), (32, 48), limit, None).pieces()
-    assert found.frames == 1 and 0 < found.total <= limit
+    assert found.latents == 1 and 0 < found.total <= limit
     assert {plan.walk for plan in found.plans.values()} == {"bounded"}
 
 

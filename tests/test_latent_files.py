@@ -37,10 +37,15 @@ from temporal_vae import (
     write_latents,
 )
 from temporal_vae.latents import LatentWriter, latent_statistics, weights_sha256
+from temporal_vae.latents.header import LATER_FIELDS
 
 RECORD = ModelRecord(
     name="some", downsample_factor=4, scale_factor=0.5, shift_factor=0.25,
     encoder_sha256="a" * 64, decoder_sha256="b" * 64,
+)  # fmt: skip
+RECORD_2 = ModelRecord(
+    name="some", downsample_factor=4, frames_per_latent=4, latent_mean=(0.5, -0.25, 0.0, 1.0),
+    latent_std=(2.0, 0.5, 1.0, 1.5),
 )  # fmt: skip
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -119,6 +124,7 @@ def test_every_field_is_kept(tmp_path: Path) -> None:
         width=8, padding_bottom=1, scaled=True, scale_factor=0.3461, shift_factor=-1 / 3,
         fps=Fraction(30000, 1001), time_base=Fraction(1, 90000), start=5, step=1,
         sample_aspect_ratio=Fraction(64, 45), clip_frames=14, seed=2**63 - 1, bit_depth=10,
+        frames_per_latent=4,
         model="ein Modell é",
         encoder_sha256="0" * 64, decoder_sha256="1" * 64, colour=(("matrix", "bt709"),),
         source="é\ud800.mp4".encode(errors="replace").decode(), source_sha256="2" * 64,
@@ -127,13 +133,17 @@ def test_every_field_is_kept(tmp_path: Path) -> None:
     defaults = LatentInfo(kind="moments", dtype=torch.float32, frames=1, channels=4, rows=3,
                           columns=2, height=12, width=8)  # fmt: skip
     same = {f.name for f in fields(info) if getattr(info, f.name) == getattr(defaults, f.name)}
-    assert same == {"frames", "channels", "rows", "columns", "step", "width", "padding_right"}
+    assert same == {"frames", "channels", "rows", "columns", "step", "width", "padding_right",
+                    "latent_mean", "latent_std"}  # fmt: skip
     path = tmp_path / "a.safetensors"
-    with LatentWriter(path, info) as writer:
-        writer.write(torch.zeros(1, 4, 1, 3, 2), [5])
-        writer.finish(source_sha256="3" * 64)
-    with LatentFile(path) as file:
-        assert file.info == replace(info, source_sha256="3" * 64)
+    each = replace(info, scale_factor=None, shift_factor=None, latent_mean=(-1 / 3, 0.0, 1e-9, 4.5),
+                   latent_std=(2 / 3, 1.0, 3e5, 1e-7))  # fmt: skip
+    for one in (info, replace(info, frames_per_latent=1), each):
+        with LatentWriter(path, one) as writer:
+            writer.write(torch.zeros(1, 4, 1, 3, 2), [5])
+            writer.finish(source_sha256="3" * 64)
+        with LatentFile(path) as file:
+            assert file.info == replace(one, source_sha256="3" * 64)
 
 
 def test_bfloat16_takes_little_more_than_its_numbers(tmp_path: Path) -> None:
@@ -175,6 +185,73 @@ def test_the_documented_fields_are_the_stored_ones(tmp_path: Path) -> None:
     unstored = {"channels", "rows", "columns", "colour"}  # shape and colour_* say these
     own = {field.name for field in fields(LatentInfo)} - unstored
     assert documented == own | {"format", "format_version", "colour_NAME"}
+
+
+# Version 1 -----------------------------------------------------------------------------------
+
+HASHES = f'"encoder_sha256":"{"a" * 64}","decoder_sha256":"{"b" * 64}"'
+VERSION_1 = {
+    "moments": (
+        976,
+        '{"__metadata__":{"format":"temporal_vae.latents","format_version":"1","kind":"moments",'
+        '"dtype":"bfloat16","frames":"3","height":"3","width":"8","padding_bottom":"1",'
+        '"padding_right":"0","scaled":"false","scale_factor":"0.5","shift_factor":"0.25",'
+        '"fps":"30000/1001","time_base":"1001/30000","start":"0","step":"1","clip_frames":"2",'
+        f'"bit_depth":"10","model":"some",{HASHES},"source":"in.mp4","options":"{{}}",'
+        '"library":"temporal-video-vae 0.1.0","colour_matrix":"1"},'
+        '"moments":{"dtype":"BF16","shape":[3,4,1,2],"data_offsets":[0,48]}}',
+        "0000003e403f603f008000be40bf60bf803ec03e803f903f80bec0be80bf90bf003f203fa03fb03f00bf20bf"
+        "a0bfb0bf",
+    ),
+    "sample": (
+        880,
+        '{"__metadata__":{"format":"temporal_vae.latents","format_version":"1","kind":"sample",'
+        '"dtype":"float16","frames":"3","height":"4","width":"8","padding_bottom":"0",'
+        '"padding_right":"0","scaled":"true","scale_factor":"0.5","shift_factor":"0.25",'
+        f'"fps":"25/1","time_base":"1/1000","start":"0","seed":"3","model":"some",{HASHES},'
+        '"library":"temporal-video-vae 0.1.0"},'
+        '"sample":{"dtype":"F16","shape":[3,2,1,2],"data_offsets":[0,24]},'
+        '"timestamps":{"dtype":"I64","shape":[3],"data_offsets":[24,48]}}',
+        "00000030003a003b00340036003c803c00380039003d803d"
+        "000000000000000028000000000000006100000000000000",
+    ),
+}
+"""Files of version 1 as they were written before there was another: header and numbers."""
+
+
+@pytest.mark.parametrize("name", VERSION_1)
+def test_files_of_version_1_are_read_and_written_as_ever(tmp_path: Path, name: str) -> None:
+    length, header, numbers = VERSION_1[name]
+    old = length.to_bytes(8, "little") + header.encode().ljust(length) + bytes.fromhex(numbers)
+    path, latents = tmp_path / "old.safetensors", torch.arange(12.0).reshape(1, 2, 3, 1, 2) / 8
+    path.write_bytes(old)
+    read, info = read_latents(path)
+    own: dict[str, Any] = {}
+    stored: Tensor | LatentDistribution = latents
+    if name == "moments":
+        stored, dtype, size = LatentDistribution(latents, -latents), torch.bfloat16, (3, 8)
+        own = {"fps": Fraction(30000, 1001), "colour": (("matrix", "1"),), "source": "in.mp4",
+               "clip_frames": 2, "options": "{}", "bit_depth": 10}  # fmt: skip
+        assert torch.equal(read, latents) and (info.height, info.padding_bottom) == (3, 1)
+        with LatentFile(path) as file:
+            assert torch.equal(file.moments().log_variance, -latents)
+            assert file.timestamps() == [0, 1, 2] and list(file.pieces(2)) == [(0, 2), (2, 1)]
+    else:
+        dtype, size = torch.float16, (4, 8)
+        own = {"timestamps": [0, 40, 97], "time_base": Fraction(1, 1000), "seed": 3, "scaled": True}
+        assert torch.equal(read, latents / 0.5 + 0.25)
+        with LatentFile(path) as file:
+            assert file.timestamps() == [0, 40, 97] and file.timestamps(1, 1) == [40]
+    assert (info.frames, info.latent_frames, info.frames_per_latent) == (3, 3, 1)
+    assert (info.scale_factor, info.shift_factor, info.latent_mean) == (0.5, 0.25, None)
+    new = tmp_path / "new.safetensors"
+    assert write_latents(new, stored, RECORD, size=size, dtype=dtype, **own) == info
+    assert new.read_bytes() == old
+
+    def later(content: dict[str, Any]) -> None:
+        content["__metadata__"] |= {"frames_per_latent": "4", "latent_std": "x", "latent_mean": ""}
+
+    assert read_latents(rewritten(path, later))[1] == info, "unknown to that version"
 
 
 # Scaled or not -------------------------------------------------------------------------------
@@ -250,10 +327,13 @@ def test_ranges_are_drawn_in_the_order_of_time(tmp_path: Path) -> None:
     [
         ({"latents": torch.zeros(2, 4, 5, 3, 2)}, "one clip"),
         ({"latents": torch.zeros(1, 4, 3)}, "one clip"),
+        ({"latents": torch.zeros(1, 4, 0, 3, 2)}, "no frames"),
+        ({"model": ModelRecord(latent_mean=(0, 0, 0, 0), latent_std=(1, 1, 0, 1))}, "above 0"),
         ({"latents": torch.full((1, 4, 5, 3, 2), math.nan)}, "NaN"),
         ({"latents": torch.full((1, 4, 5, 3, 2), 1e6), "dtype": torch.float16}, "overflow"),
         ({"latents": torch.zeros(1, 4, 5, 3, 2, dtype=torch.int64)}, "dtype"),
-        ({"timestamps": [0, 1, 2]}, "5 frames, but 3"),
+        ({"timestamps": [0, 1, 2]}, "5 latents along time, but 3 timestamps are those of 3"),
+        ({"timestamps": range(6)}, "5 latents along time, but 6 timestamps are those of 6"),
         ({"timestamps": [0, 1, 2, 2, 3]}, "must grow"),
         ({"timestamps": [-1, 1, 2, 3, 4]}, "must grow"),
         ({"timestamps": [0, 1, 2, 3, 2**63]}, "must grow"),
@@ -390,10 +470,23 @@ WRONG = {
 }
 
 
+WRONG_2 = {
+    "format_version": ["1", "3"],
+    "frames": ["18", "13", "21", "0"],
+    "frames_per_latent": ["0", "-4", "1", "2", "5", "1025", "4.0", "99999999999999999999", "x", ""],
+    "scale_factor": ["0.5"],
+    "shift_factor": ["0.0"],
+    "latent_mean": ["", "0", "0,0,0", "0,0,0,0,0", "0,0,0,nan", "0,0,inf,0", "0 0 0 0", "0,0,,0"],
+    "latent_std": ["", "1", "1,1,1", "1,1,1,0", "1,-1,1,1", "1,1,1,1e999", "x,1,1,1", "None"],
+    "clip_frames": ["1", "4", "0"],
+}
+"""In a file of version 2, of 5 latents of four frames each, 16 of which are of the video."""
+
+
 def test_no_field_is_left_out() -> None:
     """All but those of the shape, and of free text."""
     free = {"model", "source", "options", "library", "channels", "rows", "columns", "colour"}
-    assert {f.name for f in fields(LatentInfo)} - free == set(WRONG) - {
+    assert {f.name for f in fields(LatentInfo)} - free == {*WRONG, *WRONG_2} - {
         "format", "format_version", "colour_MATRIX"
     }  # fmt: skip
 
@@ -406,6 +499,49 @@ def test_every_wrong_field_is_one_line(tmp_path: Path, name: str, value: str) ->
     write_latents(path, posterior(), RECORD)
     rewritten(path, lambda content: content["__metadata__"].update({name: value}))
     assert_refused(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in WRONG_2.items() for value in values]
+)
+def test_every_wrong_field_of_several_frames_a_latent_is_one_line(
+    tmp_path: Path, name: str, value: str
+) -> None:
+    path = tmp_path / "a.safetensors"
+    write_latents(path, posterior(), RECORD_2, timestamps=range(16))
+    assert read_latents(path)[1].padding_frames == 1
+    rewritten(path, lambda content: content["__metadata__"].update({name: value}))
+    assert_refused(path)
+
+
+@pytest.mark.parametrize("name", ["frames_per_latent", "latent_mean", "latent_std"])
+def test_a_missing_field_of_several_frames_a_latent_is_one_line(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "a.safetensors"
+    write_latents(path, posterior(), RECORD_2)
+    rewritten(path, lambda content: content["__metadata__"].pop(name))
+    assert_refused(path)
+
+
+@pytest.mark.parametrize("count", [0, 5, 13, 15, 16, 18])
+def test_timestamps_are_of_frames_not_of_latents(tmp_path: Path, count: int) -> None:
+    """As many as the video has frames: 14 to 17 are 5 latents."""
+    path, stamps = tmp_path / "a.safetensors", [i * i for i in range(17)]
+    write_latents(path, posterior(), RECORD_2, timestamps=stamps)
+    place = {"dtype": "I64", "shape": [count], "data_offsets": [960, 960 + 8 * count]}
+    fitting = count == 16
+
+    def shorten(content: dict[str, Any]) -> None:
+        content["timestamps"] = place
+        if fitting:
+            content["__metadata__"]["frames"] = "16"
+
+    rewritten(path, shorten)
+    path.write_bytes(path.read_bytes()[: -8 * (17 - count) or None])
+    if fitting:
+        with LatentFile(path) as file:
+            assert file.timestamps() == stamps[:16] and file.info.padding_frames == 1
+    else:
+        assert_refused(path)
 
 
 def assert_refused(path: Path) -> str:
@@ -425,9 +561,10 @@ def test_a_missing_field_is_one_line(tmp_path: Path, name: str) -> None:
                 "decoder_sha256", "source", "source_sha256", "options", "library",
                 "bit_depth"}  # fmt: skip
     rewritten(path, lambda content: content["__metadata__"].pop(name, None))
+    unstored = {"channels", "rows", "columns", "colour", *LATER_FIELDS}
     if name == "step":  # then the timestamps must be listed
         assert "timestamps" in assert_refused(path)
-    elif name in optional or name in ("channels", "rows", "columns", "colour"):
+    elif name in optional | unstored:
         assert read_latents(path)[1] == (
             info if name not in optional else replace(info, **{name: None})  # type: ignore[arg-type]
         )
@@ -607,17 +744,20 @@ def mutations(data: bytes, count: int, seed: int) -> Iterator[bytes]:
 def assert_mutations_are_refused_or_read(tmp_path: Path, count: int, seed: int) -> None:
     """Each gives latents of the stated shape, or one line; never anything else, or much memory."""
     path = tmp_path / "a.safetensors"
-    write_latents(path, posterior(), RECORD, timestamps=[0, 1, 4, 9, 16], seed=3, source="x.mp4")
-    data, refused = path.read_bytes(), 0
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for mutated in mutations(data, count, seed):
-        path.write_bytes(mutated)
-        try:
-            with LatentFile(path) as file:
-                assert file.read().shape[2] == file.info.frames == len(file.timestamps())
-        except LatentFileError as error:
-            assert "\n" not in str(error)
-            refused += 1
+    before, refused = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0
+    for model, frames in ((RECORD, 5), (RECORD_2, 15)):
+        stamps = [i * i for i in range(frames)]
+        write_latents(path, posterior(), model, timestamps=stamps, seed=3, source="x.mp4",
+                      overwrite=True)  # fmt: skip
+        for mutated in mutations(path.read_bytes(), count // 2, seed):
+            path.write_bytes(mutated)
+            try:
+                with LatentFile(path) as file:
+                    assert file.read().shape[2] == file.info.latent_frames
+                    assert len(file.timestamps()) == file.info.frames
+            except LatentFileError as error:
+                assert "\n" not in str(error)
+                refused += 1
     assert refused > 0.5 * count
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024  # KiB
 

@@ -674,8 +674,9 @@ def test_every_member_works_or_says_why_not(name: str, tmp_path: Path) -> None:
     assert torch.equal(TemporalVAE.from_file(tmp_path / "record").predict(x), expected)
     with pytest.raises(ValueError, match="takes the first frame of a clip apart"):
         model.export_computation_graph(x)
-    with pytest.raises(ValueError, match="makes one of several: in Python"):
-        model.latent_record()
+    record = model.latent_record("it")
+    assert (record.frames_per_latent, record.downsample_factor) == (4, model.downsample_factor)
+    assert record.latent_std == tuple(STATISTICS["latents_std"]) and record.encoder_sha256
 
 
 @kind

@@ -57,16 +57,19 @@ def latent_frames(frames: int, per_latent: int) -> int:
     return latents + 1
 
 
-def video_frames(latents: int, per_latent: int) -> int:
-    """Frames of so many latents along time. Raises `ValueError` for less than one."""
+def video_frames(latents: int, per_latent: int, begins: bool = True) -> int:
+    """Frames of so many latents along time, at the beginning of a clip or behind that.
+
+    Raises `ValueError` for less than one.
+    """
     if latents < 1:
         raise ValueError(f"a clip has at least one latent, got {latents}")
-    return (latents - 1) * per_latent + 1
+    return latents * per_latent - (per_latent - 1) * begins
 
 
-def padded_frames(frames: int, per_latent: int) -> int:
-    """The least number of frames from `frames` on that is a whole number of latents."""
-    return video_frames(1 + -(-(frames - 1) // per_latent), per_latent)
+def latents_for(frames: int, per_latent: int, begins: bool = True) -> int:
+    """Latents along time that hold any number of frames, the last of them filled up if need be."""
+    return -(-(frames + (per_latent - 1) * begins) // per_latent)
 
 
 Span = tuple[int, int]

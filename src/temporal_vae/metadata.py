@@ -78,31 +78,47 @@ def describe(
 
 
 def record(name: str | None, encoder: AnyEncoder, decoder: AnyDecoder) -> ModelRecord:
-    """What a file of latents records of a model with these two lines.
-
-    Raises `ValueError` for a model that makes one latent of several frames.
-    """
+    """What a file of latents records of a model with these two lines."""
     config = encoder.config
-    if isinstance(config, WanVAEConfig):
-        raise ValueError(
-            "commands and files of latents have a latent for each frame, and this model makes one "
-            "of several: in Python, encode_stream and decode_stream take videos of any length, and "
-            "safetensors or torch.save keeps latents"
-        )
-    groups = ",".join(str(config.groups(width)) for width in config.widths)
-    hashes = {}
-    for half, line in {"encoder": encoder, "decoder": decoder}.items():
-        structure = f"{half} norm_groups={groups}"
-        if any(layer.tails() for layer in line.layers()):
-            structure += f" causal={config.causal_mode} temporal_norm={config.temporal_norm}"
-        hashes[f"{half}_sha256"] = weights_sha256(line.named_parameters(), structure)
+    encoder_sha256, decoder_sha256 = (
+        weights_sha256(line.named_parameters(), f"{half} {_structure(line)}")
+        for half, line in (("encoder", encoder), ("decoder", decoder))
+    )
     return ModelRecord(
         name=name,
         downsample_factor=config.downsample_factor,
-        scale_factor=config.latent_scale_factor,
-        shift_factor=config.latent_shift_factor,
-        **hashes,
+        frames_per_latent=config.frames_per_latent,
+        encoder_sha256=encoder_sha256,
+        decoder_sha256=decoder_sha256,
+        **_scale(config),
     )
+
+
+def _structure(line: AnyEncoder | AnyDecoder) -> str:
+    """What names and shapes of parameters do not tell of a line, as docs/formats.md says."""
+    config = line.config
+    if isinstance(config, WanVAEConfig):
+        return f"patch_size={config.patch_size}"
+    groups = ",".join(str(config.groups(width)) for width in config.widths)
+    structure = f"norm_groups={groups}"
+    if any(layer.tails() for layer in line.layers()):
+        structure += f" causal={config.causal_mode} temporal_norm={config.temporal_norm}"
+    return structure
+
+
+def _scale(config: VAEConfig) -> dict[str, Any]:
+    """The fields of a `ModelRecord` that say how latents are scaled."""
+    if not isinstance(config, WanVAEConfig):
+        return {
+            "scale_factor": config.latent_scale_factor, "shift_factor": config.latent_shift_factor,
+        }  # fmt: skip
+    if config.latent_mean is config.latent_std is None:
+        return {"scale_factor": 1.0, "shift_factor": 0.0}
+    channels = config.latent_channels
+    return {
+        "latent_mean": config.latent_mean or (0.0,) * channels,
+        "latent_std": config.latent_std or (1.0,) * channels,
+    }
 
 
 def _count(module: nn.Module) -> int:

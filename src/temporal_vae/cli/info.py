@@ -68,7 +68,7 @@ def describe_model(name: str) -> Rows:
     from temporal_vae.model import TemporalVAE
 
     vae = TemporalVAE.from_pretrained(name)
-    record = vae.latent_record() if vae.frames_per_latent == 1 else None
+    record = vae.latent_record()
     return {
         "what": "model",
         **{f.name: getattr(vae.config, f.name) for f in fields(vae.config)},
@@ -76,12 +76,13 @@ def describe_model(name: str) -> Rows:
         "of the encoder": Count(sum(p.numel() for p in vae.encoder.parameters())),
         "of the decoder": Count(sum(p.numel() for p in vae.decoder.parameters())),
         "pixels per latent cell": vae.downsample_factor,
+        "frames per latent": vae.frames_per_latent,
         "frames a latent depends on": _reach(vae.encode_reach, vae.is_causal),
         "latent frames a frame depends on": _reach(vae.decode_reach, vae.is_causal),
         "encode reach": vae.encode_reach,
         "decode reach": vae.decode_reach,
-        "encoder sha256": None if record is None else record.encoder_sha256,
-        "decoder sha256": None if record is None else record.decoder_sha256,
+        "encoder sha256": record.encoder_sha256,
+        "decoder sha256": record.decoder_sha256,
     }
 
 
@@ -121,6 +122,8 @@ def describe_latents(path: str) -> Rows:
         "what": "latents",
         "size": Sides((info.width, info.height)),
         "frames": info.frames,
+        "latent frames": info.latent_frames,
+        "padding frames": info.padding_frames,
         "shape": Sides(info.shape),
         "dtype": str(info.dtype).removeprefix("torch."),
         "kind": info.kind,
@@ -131,7 +134,7 @@ def describe_latents(path: str) -> Rows:
         "timestamps": "listed" if info.step is None else f"every {info.step}",
         "pixels per latent cell": info.downsample_factor,
         "bytes": Count(size),
-        "bytes over the payload": round(size / (info.frames * info.frame_bytes), 5),
+        "bytes over the payload": round(size / (info.latent_frames * info.frame_bytes), 5),
     }
     told = {"frames", "dtype", "kind", "scaled", "height", "width", "fps", "step", "colour"}
     for field in fields(info):

@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from temporal_vae.cli import allocator, batch, inputs, options, training
+from temporal_vae.cli import (
+    allocator,
+    batch,
+    comparing,
+    evaluation,
+    inputs,
+    options,
+    training,
+)
 from temporal_vae.cli.groups import with_groups
 from temporal_vae.cli.info import (
     describe,
@@ -90,6 +98,7 @@ def reconstruct(
     frames: options.FrameOptions,
     folder: options.VideoFolderOptions,
     output: options.VideoFileOptions,
+    result: comparing.ResultOptions,
     messages: MessageOptions,
 ) -> None:
     """Encode videos and decode them again, to see what a model keeps of them.
@@ -104,6 +113,7 @@ def reconstruct(
                  messages)  # fmt: skip
     inputs.refuse_terminal(*jobs[0])
     _check_output(jobs[0][1], output, folder)
+    result.check(jobs[0])
     allocator.settle(model.memory)
     from temporal_vae.convert import reconstruct as reconstructing
     from temporal_vae.convert.ahead import ReadAhead
@@ -115,7 +125,8 @@ def reconstruct(
             source, out, vae, frames.clip_frames, meter, model.memory, selected, format,
             overwrite=output.overwrite, record=record, opening=lambda: ahead.take(source),
         )  # fmt: skip
-        return done, describe_written(out)
+        looked = result.look(source, out, selected, several=len(jobs) > 1)
+        return done, describe_written(out) | looked
 
     def origin(out: Path, index: int) -> Origin:
         return reconstructing.origin(out, vae, record, frames.clip_frames, selected, format)
@@ -232,6 +243,54 @@ def train(
       torchrun --nproc-per-node 2 $(which tvae) train finetune --data clips/ --out run/
     """
     training.train(recipe, data, options)
+
+
+@command.command()
+@with_groups
+def evaluate(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="CLIPS",
+            help="Videos, folders of them or patterns; a folder of images is one clip.",
+        ),
+    ],
+    settings: evaluation.EvaluateOptions,
+    model: options.RunOptions,
+    frames: options.FrameOptions,
+) -> None:
+    """Measure how well models reconstruct clips: quality, flicker, drift, and faults by name.
+
+    Examples:
+      tvae evaluate clips/ --model tiny --model pca:4 --protocol quick
+      tvae evaluate clip.mp4 --model my-model/ --model frames:my-model/ --json out.json
+      tvae evaluate clip.mp4 --model video:reconstruction.mkv
+    """  # fmt: skip
+    files = inputs.find_inputs(sources, VIDEO_SUFFIXES)
+    inputs.refuse_missing(files)
+    allocator.settle(model.memory)
+    evaluation.evaluate(files, settings, frames, model)
+
+
+@command.command()
+@with_groups
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A", help="A video, such as an original.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another one of the same length.")],
+    target: VideoTarget,
+    settings: comparing.CompareOptions,
+    frames: options.FrameOptions,
+    output: options.VideoFileOptions,
+) -> None:
+    """Write two videos beside each other, with their difference, or under a wipe.
+
+    Examples:
+      tvae compare in.mp4 out.mp4 side.mp4
+      tvae compare in.mp4 out.mp4 wipe.mp4 --wipe --label-a original --label-b tiny
+    """
+    inputs.refuse_missing([first, second])
+    comparing.compare(first, second, target, settings, frames.selected(), output.format(),
+                      output.overwrite, of_both=True)  # fmt: skip
 
 
 @command.command()

@@ -132,14 +132,10 @@ def clip_length(text: str) -> int | Literal["all"]:
 
 
 @dataclass(frozen=True)
-class ModelOptions(OptionGroup):
-    """Which model, and how it is run."""
+class RunOptions(OptionGroup):
+    """How a model is run."""
 
     panel = "Model and memory"
-    model: str | None = option(
-        None, "NAME", "A built-in name, the folder or .safetensors file of a saved model, or "
-        "owner/name on the Hugging Face Hub. Default: tiny; for decode, the built-in model that "
-        "the latents name.")  # fmt: skip
     device: str = option(
         "auto", "NAME", "Where to compute: cpu, cuda, cuda:1 (the second GPU), mps (Apple), or "
         "auto, the default: a GPU if there is one.", device_name)  # fmt: skip
@@ -160,12 +156,22 @@ class ModelOptions(OptionGroup):
         device = choose_device(self.device)
         return fastest(device) if self.dtype == AUTO else choose_dtype(self.dtype), device
 
-    def load(self) -> TemporalVAE:
-        """The model, "tiny" if none is named. Raises as `TemporalVAE.from_pretrained`."""
+    def load(self, name: str) -> TemporalVAE:
+        """The model of this name. Raises as `TemporalVAE.from_pretrained`."""
         from temporal_vae.model import TemporalVAE
 
         dtype, device = self.numbers()
-        return TemporalVAE.from_pretrained(self.model or "tiny", dtype=dtype, device=device)
+        return TemporalVAE.from_pretrained(name, dtype=dtype, device=device)
+
+
+@dataclass(frozen=True)
+class ModelOptions(RunOptions):
+    """Which model, and how it is run."""
+
+    model: str | None = option(
+        None, "NAME", "A built-in name, the folder or .safetensors file of a saved model, or "
+        "owner/name on the Hugging Face Hub. Default: tiny; for decode, the built-in model that "
+        "the latents name.")  # fmt: skip
 
     def load_with_record(self, default: str = "tiny") -> tuple[TemporalVAE, ModelRecord]:
         """The model, `default` if none is named, and what files of latents record of it.

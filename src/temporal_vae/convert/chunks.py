@@ -43,6 +43,10 @@ class Walk(Generic[T]):
     stamps: deque[int]
     planner: PiecePlanner
 
+    def take(self, frames: int) -> list[int]:
+        """The timestamps of the next frames; of fewer where those behind them fill up a latent."""
+        return [self.stamps.popleft() for _ in range(min(frames, len(self.stamps)))]
+
 
 def counted(frames: Iterator[Frame]) -> tuple[Iterator[Frame], int | None]:
     """The same frames, and their number if there is only one: then they are an image."""
@@ -63,10 +67,9 @@ def encode_walk(
     """
     stamps: deque[int] = deque()
     model, sampled = planner.model, generator is not None
-    length = planner.piece_frames
 
     def encode(clip: Tensor) -> Tensor:
-        plan = planner.pieces(clip.shape[2]).plans.get("encode")
+        plan = planner.pieces(model.latent_frames(clip.shape[2])).plans.get("encode")
         if moments:
             return torch.cat(model.encode_with_distribution(clip, plan=plan), 1)
         return model.encode(clip, sampled, generator, plan=plan)
@@ -74,10 +77,16 @@ def encode_walk(
     @torch.no_grad()
     def stepwise(stream: Stream | None) -> Iterator[Tensor | None]:
         step = encode if stream is None else stream.push
-        while piece := list(islice(frames, length)):
+        for index, length in enumerate(planner.lengths()):
+            piece = list(islice(frames, length))
+            if not piece:
+                break
             stamps.extend(frame.pts for frame in piece)
-            images = pad_frames(np.stack([frame.image for frame in piece]), model.downsample_factor)
-            yield step(to_pixels(images).to(model.device, model.dtype))
+            _, missing = planner.filled(len(piece), index == 0)
+            piece += piece[-1:] * missing
+            images = np.stack([frame.image for frame in piece])
+            padded = pad_frames(images, model.downsample_factor)
+            yield step(to_pixels(padded).to(model.device, model.dtype))
         yield from () if stream is None else stream.flush()
 
     if planner.clip_frames is not None:

@@ -16,7 +16,6 @@ from temporal_vae.convert import chunks, ends
 from temporal_vae.convert import origin as origins
 from temporal_vae.convert.encode import Encoding
 from temporal_vae.convert.memory import PiecePlanner
-from temporal_vae.geometry import spans
 from temporal_vae.latents import LatentFile, LatentFileError, LatentInfo, ModelRecord
 from temporal_vae.model import TemporalVAE
 from temporal_vae.video import Alpha, Colour, Format, VideoInfo
@@ -107,10 +106,16 @@ def _stored(
     model, sampled = planner.model, generator is not None
 
     def pieces() -> Iterator[Tensor]:
-        for first, end in spans(file.info.frames, planner.piece_frames):
-            stamps.extend(file.timestamps(first, end - first))
-            latents = file.latents(first, end - first, sample_mode=sampled, generator=generator)
+        first = read = 0
+        for length in planner.lengths():
+            frames = min(length, file.info.frames - first)
+            if not frames:
+                break
+            count, _ = planner.filled(frames, first == 0)
+            stamps.extend(file.timestamps(first, frames))
+            latents = file.latents(read, count, sample_mode=sampled, generator=generator)
             yield latents.to(model.device, model.dtype)
+            first, read = first + frames, read + count
 
     return chunks.Walk(pieces(), stamps, planner)
 
@@ -124,6 +129,19 @@ def colour_of(info: LatentInfo) -> Colour:
     return Colour(primaries, transfer, matrix, tags.get("range", 0))
 
 
+def _cells(channels: int, frames: int, side: int) -> str:
+    """What a latent cell is, in words."""
+    together = f"{frames} frames of " if frames > 1 else ""
+    return f"{channels} channels for {together}{side}x{side} pixels"
+
+
+def _scaling(record: LatentInfo | ModelRecord) -> str:
+    """How latents are scaled, in words."""
+    if record.latent_std is None:
+        return "by one factor for all channels"
+    return "by a mean and a deviation of each channel"
+
+
 def _compare(
     file: LatentFile, model: TemporalVAE, record: ModelRecord, any_model: bool
 ) -> list[str]:
@@ -134,12 +152,17 @@ def _compare(
     info = file.info
     theirs = f"{info.model or 'another model'} (encoder {info.encoder_sha256 or '?':.12})"
     ours = f"{record.name or 'this model'} ({record.encoder_sha256 or '?':.12})"
-    cells = (info.channels, info.downsample_factor)
-    if cells != (model.latent_channels, model.downsample_factor):
+    cells = _cells(info.channels, info.frames_per_latent, info.downsample_factor)
+    own = _cells(model.latent_channels, model.frames_per_latent, model.downsample_factor)
+    if cells != own:
         raise LatentFileError(
-            f"{file.path} was encoded by {theirs}: {cells[0]} channels for {cells[1]}x{cells[1]} "
-            f"pixels, where {ours} takes {model.latent_channels} for {model.downsample_factor}"
-            f"x{model.downsample_factor}: decode it with its own model"
+            f"{file.path} was encoded by {theirs}: {cells}, where {ours} takes {own}: decode it "
+            "with its own model"
+        )
+    if info.scaled and (info.latent_std is None) != (record.latent_std is None) and not any_model:
+        raise LatentFileError(
+            f"{file.path} was scaled {_scaling(info)}, but the latents of {ours} are scaled "
+            f"{_scaling(record)}: scale them as their model does, or give --any-model"
         )
     if info.encoder_sha256 is None:
         return ["it does not say which encoder made it"]

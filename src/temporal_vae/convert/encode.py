@@ -121,7 +121,7 @@ def encode(
         walk = chunks.encode_walk(frames, planner, generator, moments=generator is None)
 
         def write(latents: Tensor) -> int:
-            stamps = [walk.stamps.popleft() for _ in range(latents.shape[2])]
+            stamps = walk.take(latents.shape[2] * model.frames_per_latent)
             writer.write(writer.unscaled.rescale(latents, how.scaled), stamps)
             return len(stamps)
 

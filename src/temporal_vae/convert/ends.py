@@ -174,9 +174,10 @@ class VideoTarget:
             def write(images: Image) -> int:
                 grey = images.shape[3] == 1  # which is written into each channel
                 images = np.repeat(images, channels, 3) if grey else images[..., :channels]
-                for image in images:
-                    writer.write(image[: info.height, : info.width], walk.stamps.popleft())
-                return len(images)
+                stamps = walk.take(len(images))
+                for image, stamp in zip(images, stamps, strict=False):
+                    writer.write(image[: info.height, : info.width], stamp)
+                return len(stamps)
 
             done = write_pieces(walk, write, progress, info.expected_frames)
         notes = video.depth_notes(self.path, self.format, info.bit_depth)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import chain, repeat
 from typing import NamedTuple
 
 import torch
 
-from temporal_vae.geometry import Padding
+from temporal_vae.geometry import Padding, latents_for, video_frames
 from temporal_vae.model import TemporalVAE
 from temporal_vae.walks import budget, stages
 from temporal_vae.walks import plan as planning
@@ -23,9 +24,9 @@ PIECE_PIXELS = PIECE_FRAMES * 640 * 360
 """A stream without a budget takes in so many frames at a time, or as few as have so many pixels, at
 least one."""
 SHORT_CLIPS = (16, 4, 1)
-"""Frames of clips that are proposed where memory is too little."""
+"""Frames of clips that are proposed where memory is too little, or a few more that fill latents."""
 PLANNED_PIECES = (32, 16, 8, 4, 2)
-"""Frames of a piece that are tried for a stream with a budget; one if none of them fits."""
+"""Latents of a piece that are tried for a stream with a budget; one if none of them fits."""
 
 CODEC_BYTES = 24 * 2**20
 """What codecs, their threads and their libraries hold, however small the frames."""
@@ -73,9 +74,9 @@ class Overhead(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """Pieces of so many frames, and how they are walked."""
+    """Pieces of so many latents along time, and how they are walked."""
 
-    frames: int
+    latents: int
     plans: Mapping[Operation, Plan]
     """A plan for each operation; none without a budget."""
     reserved: int = 0
@@ -106,42 +107,48 @@ class PiecePlanner:
     _found: Pieces | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        if self.model.frames_per_latent > 1:
-            raise ValueError(
-                "commands take videos through models of one latent a frame, and this one makes one "
-                "of several: in Python, encode_stream and decode_stream take any length"
-            )
         self.size = Padding.to_cells(*self.size, self.model.downsample_factor).padded
         if self.frames == 1:
             self.clip_frames = 1
 
-    @property
-    def piece_frames(self) -> int:
-        """Frames of each piece, but for the last one."""
-        return self.clip_frames or self.pieces().frames
+    def lengths(self) -> Iterator[int]:
+        """Frames of piece after piece; the last one of a video may have fewer.
+
+        Each but the last is of whole latents: a clip begins with one of a single frame.
+        """
+        if self.clip_frames is not None:
+            return repeat(self.clip_frames)
+        latents, each = self.pieces().latents, self.model.frames_per_latent
+        return chain([video_frames(latents, each)], repeat(latents * each))
+
+    def filled(self, frames: int, first: bool) -> tuple[int, int]:
+        """Latents of a piece of so many frames, and how many frames are missing to fill them.
+
+        `first` says whether it is the first piece of the video; each clip begins anew.
+        """
+        begins, each = first or self.clip_frames is not None, self.model.frames_per_latent
+        latents = latents_for(frames, each, begins)
+        return latents, video_frames(latents, each, begins) - frames
 
     def pieces(self, clip: int | None = None) -> Pieces:
-        """Pieces of the stream, or a clip of so many frames.
+        """Pieces of the stream, or a clip of so many latents.
 
         Their memory is taken once, and let go: what cannot be had is missed before the first frame.
 
         Raises `BudgetError` naming the smallest budget that can be met, and `ValueError` for memory
         that cannot be had.
         """
-        if self._found is None or clip not in (None, self._found.frames):
+        if self._found is None or clip not in (None, self._found.latents):
             self._found = self._planned(clip)
         return self._found
 
     def frame_operations(self) -> int:
         """About how many multiplications a frame takes, in all operations together."""
-        total = 0
-        for operation in self.operations:
-            line = self.model.encoder if operation == "encode" else self.model.decoder
-            shape = self._shape(operation, 1)
-            for layer in line.layers():
-                total += layer.operations(shape)
-                shape = layer.output_shape(shape)
-        return total
+        total = sum(
+            self._operations(operation, 2) - self._operations(operation, 1)  # without the first one
+            for operation in self.operations
+        )
+        return total // self.model.frames_per_latent
 
     def explain(self) -> str:
         """How the video is walked, in a few words."""
@@ -150,10 +157,18 @@ class PiecePlanner:
         kinds = sorted({plan.walk for plan in self._found.plans.values()})
         return f"{' and '.join(kinds)} walks, in {in_words(self._found.total)}"
 
+    def _operations(self, operation: Operation, latents: int) -> int:
+        line = self.model.encoder if operation == "encode" else self.model.decoder
+        total, shape = 0, self._shape(operation, latents, begins=True)
+        for layer in line.layers():
+            total += layer.operations(shape)
+            shape = layer.output_shape(shape)
+        return total
+
     def _planned(self, clip: int | None) -> Pieces:
         if self.limit is None:
-            most = PIECE_PIXELS // (self.size[0] * self.size[1])
-            return Pieces(clip or max(1, min(PIECE_FRAMES, most)), {})
+            most = min(PIECE_FRAMES, PIECE_PIXELS // (self.size[0] * self.size[1]))
+            return Pieces(clip or max(1, most // self.model.frames_per_latent), {})
         if clip is None:
             found = self._stream(self.limit)
         else:
@@ -174,70 +189,71 @@ class PiecePlanner:
         return dict.fromkeys(self.operations, latents if len(self.operations) > 1 else 0)
 
     def _stream(self, limit: Limit) -> Pieces:
-        """The most frames that are not cut into bands, whose edges would be computed twice."""
-        one = {operation: self._one_frame(operation, limit) for operation in self.operations}
+        """The most latents that are not cut into bands, whose edges would be computed twice."""
+        one = {operation: self._one_latent(operation, limit) for operation in self.operations}
         states = sum(plan.state_bytes for plan in one.values())
         beside = {operation: states - plan.state_bytes for operation, plan in one.items()}
 
-        def fits(frames: int) -> bool:
-            """Whether pieces of so many frames ought to fit."""
+        def fits(latents: int) -> bool:
+            """Whether pieces of so many latents ought to fit."""
             return isinstance(limit, int) and all(
-                plan.peak_bytes + (frames - 1) * self._frame_bytes(operation) + beside[operation]
-                <= self._overhead(frames).left(limit)
+                plan.peak_bytes + (latents - 1) * self._latent_bytes(operation) + beside[operation]
+                <= self._overhead(latents).left(limit)
                 for operation, plan in one.items()
             )
 
-        frames = next(filter(fits, PLANNED_PIECES), 1)
-        if frames == 1:
+        latents = next(filter(fits, PLANNED_PIECES), 1)
+        if latents == 1:
             return self._within(limit, 1, beside)
         with suppress(BudgetError):
-            found = self._within(limit, frames, beside)
+            found = self._within(limit, latents, beside)
             if not any(plan.banded for plan in found.plans.values()):
                 return found
         return self._pieces(1, one, beside)
 
-    def _one_frame(self, operation: Operation, limit: Limit) -> Plan:
-        """Pieces of one frame, within the limit or else in the least memory."""
+    def _one_latent(self, operation: Operation, limit: Limit) -> Plan:
+        """Pieces of one latent, within the limit or else in the least memory."""
         with suppress(BudgetError):
             return self._plan(operation, 1, limit)
         return self._plan(operation, 1, "least")
 
-    def _frame_bytes(self, operation: Operation) -> int:
-        """About what one more frame takes: its activation between the layers, and its result."""
+    def _latent_bytes(self, operation: Operation) -> int:
+        """About what one more latent takes: its activation between the layers, and its result."""
         line = self.model.encoder if operation == "encode" else self.model.decoder
         layers, shape = list(line.layers()), self._shape(operation, 1)
         activation, _ = stages.arena_sizes(layers, shape, stages.Bounds())
         numbers = activation + math.prod(stages.shape_after(layers, shape))
         return math.ceil((1 + planning.MARGIN) * numbers * self.model.dtype.itemsize)
 
-    def _within(self, limit: Limit, frames: int, beside: Mapping[Operation, int]) -> Pieces:
-        """Plans for pieces of so many frames, `beside` what waits while an operation runs."""
+    def _within(self, limit: Limit, latents: int, beside: Mapping[Operation, int]) -> Pieces:
+        """Plans for pieces of so many latents, `beside` what waits while an operation runs."""
         plans: dict[Operation, Plan] = {}
         least = 0
         for operation in self.operations:
             left: Limit = "least"
             if isinstance(limit, int):
-                left = max(1, self._overhead(frames).left(limit) - beside[operation])
+                left = max(1, self._overhead(latents).left(limit) - beside[operation])
             try:
-                plans[operation] = self._plan(operation, frames, left)
+                plans[operation] = self._plan(operation, latents, left)
             except BudgetError as error:
                 least = max(least, error.least + beside[operation])
         if not least:
-            return self._pieces(frames, plans, beside)
+            return self._pieces(latents, plans, beside)
         assert isinstance(limit, int)
-        needed = self._within("least", frames, beside)
-        needed = replace(needed, total=self._overhead(frames).total(least))
+        needed = self._within("least", latents, beside)
+        needed = replace(needed, total=self._overhead(latents).total(least))
         raise BudgetError(self._too_little(f"{in_words(limit)} are", needed, limit), needed.total)
 
     def _too_little(self, given: str, needed: Pieces, limit: int | None = None) -> str:
         """That so much is less than the least, what takes that, and what would take less."""
+        frames = self._frames(needed.latents)
         if self.frames == 1:
             what = "an image"
         else:
-            what = f"a clip of {needed.frames} frames" if self.clip_frames else "a stream"
+            what = f"a clip of {frames} frames" if self.clip_frames else "a stream"
         plan = max(needed.plans.values(), key=lambda plan: plan.peak_bytes)
         name, size = max(plan.parts, key=lambda part: part[1])
-        ways = [] if self.frames == 1 else self._shorter_clips(needed.frames, limit)
+        ways = [] if self.frames == 1 else self._shorter_clips(frames, limit)
         ways += ["smaller frames (--height)"]
         ways += ["--dtype bfloat16"] if self.model.dtype.itemsize > 2 else []
         return (
@@ -248,39 +264,47 @@ class PiecePlanner:
 
     def _shorter_clips(self, frames: int, limit: int | None) -> list[str]:
         """What clips would need that fit the limit, or of one frame, which always need least."""
-        clips = [n for n in SHORT_CLIPS if not self.clip_frames or n < frames]
-        for length in clips:
+        each = self.model.frames_per_latent
+        short = [latents_for(length, each) for length in SHORT_CLIPS]
+        clips = [n for n in short if not self.clip_frames or video_frames(n, each) < frames]
+        for latents in clips:
+            length = video_frames(latents, each)
             clip = replace(self, limit="least", clip_frames=length, frames=None)
-            needed = clip._within("least", length, self._held(length)).total
-            if length == clips[-1] or (limit is not None and needed <= limit):
+            needed = clip._within("least", latents, self._held(latents)).total
+            if latents == clips[-1] or (limit is not None and needed <= limit):
                 return [f"clips that are walked apart (--clip-frames {length}: {in_words(needed)})"]
         return []
 
     def _pieces(
-        self, frames: int, plans: Mapping[Operation, Plan], beside: Mapping[Operation, int]
+        self, latents: int, plans: Mapping[Operation, Plan], beside: Mapping[Operation, int]
     ) -> Pieces:
         walk = max(plan.peak_bytes + beside[operation] for operation, plan in plans.items())
-        overhead = self._overhead(frames)
-        return Pieces(frames, plans, overhead.reserved(walk), overhead.total(walk))
+        overhead = self._overhead(latents)
+        return Pieces(latents, plans, overhead.reserved(walk), overhead.total(walk))
 
-    def _plan(self, operation: Operation, frames: int, limit: Limit) -> Plan:
+    def _plan(self, operation: Operation, latents: int, limit: Limit) -> Plan:
         # On a GPU a step that runs out of memory begins again, from the state before it.
         return self.model.plan(
-            self._shape(operation, frames), operation, budget=limit,
+            self._shape(operation, latents), operation, budget=limit,
             stream=self.clip_frames is None, keep_state=self.model.device.type != "cpu",
         )  # fmt: skip
 
-    def _shape(self, operation: Operation, frames: int) -> tuple[int, ...]:
-        """Shape of the input of an operation."""
-        if operation == "encode":
-            return (1, self.model.input_channels, frames, *self.size)
-        cells = (side // self.model.downsample_factor for side in self.size)
-        return (1, self.model.latent_channels, frames, *cells)
+    def _frames(self, latents: int, begins: bool = False) -> int:
+        """Frames of a clip of so many latents, or in a stream of the largest piece of them."""
+        begins = begins or self.clip_frames is not None
+        return video_frames(latents, self.model.frames_per_latent, begins)
 
-    def _overhead(self, frames: int) -> Overhead:
+    def _shape(self, operation: Operation, latents: int, begins: bool = False) -> tuple[int, ...]:
+        """Shape of the input of an operation, see `_frames`."""
+        if operation == "encode":
+            return (1, self.model.input_channels, self._frames(latents, begins), *self.size)
+        cells = (side // self.model.downsample_factor for side in self.size)
+        return (1, self.model.latent_channels, latents, *cells)
+
+    def _overhead(self, latents: int) -> Overhead:
         ahead = min(LOOKED_AHEAD, self.frames or LOOKED_AHEAD)
         ahead = ahead if "decode" in self.operations else 0
-        return Overhead.of(self.model, frames, self.size, ahead, self.depth)
+        return Overhead.of(self.model, self._frames(latents), self.size, ahead, self.depth)
 
 
 def reserve(size: int, device: torch.device) -> None:

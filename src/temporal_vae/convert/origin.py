@@ -17,7 +17,7 @@ from typing import Any, Self
 import torch
 
 from temporal_vae import video
-from temporal_vae.latents import SUFFIX, LatentFile, LatentFileError, ModelRecord
+from temporal_vae.latents import SUFFIX, LatentFile, LatentFileError, ModelRecord, record_fields
 from temporal_vae.video.read.images import image_files
 
 TITLE = "temporal-vae "
@@ -93,11 +93,9 @@ def length_as_typed(clip_frames: int | None) -> int | str | None:
 
 def encoder_of(record: ModelRecord) -> dict[str, str]:
     """What decides the latents that a model makes."""
-    return {
-        "encoder_sha256": str(record.encoder_sha256),
-        "scale_factor": str(float(record.scale_factor)),
-        "shift_factor": str(float(record.shift_factor)),
-    }
+    names = "encoder_sha256", "scale_factor", "shift_factor", "latent_mean", "latent_std"
+    fields = record_fields(record)
+    return {name: str(fields[name]) for name in names}
 
 
 def checksum(source: str | os.PathLike[str]) -> str | None:

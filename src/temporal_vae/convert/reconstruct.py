@@ -48,7 +48,8 @@ def reconstruct(
     """Encode a video to the posterior mean, decode it, and write the result.
 
     Frame count, size and timestamps are kept: frames are padded to whole latent cells by repeating
-    their edge, and cropped back. `options` choose frames and a part of them, see `Selection`;
+    their edge, and where a latent holds several frames the last one is repeated to fill it; both
+    are cropped back. `options` choose frames and a part of them, see `Selection`;
     timestamps are counted from their `start`. The video is one clip, streamed, so that its length
     changes neither the result nor the memory. A model with a norm over the clip cannot stream: it
     walks clips of its own length. `clip_frames` cuts any model's video into clips of that length,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from temporal_vae.evaluation.baseline import BLOCK, LinearBaseline
 from temporal_vae.evaluation.metrics import Scores, score
-from temporal_vae.geometry import padded_frames
+from temporal_vae.geometry import latents_for, video_frames
 from temporal_vae.model import TemporalVAE
 from temporal_vae.video import Uint8Frames, pad_frames, read_clip, to_bytes, to_pixels
 
@@ -22,8 +22,9 @@ def as_clip(frames: Uint8Frames, model: TemporalVAE) -> Tensor:
 
     The last row, column and frame are repeated up to whole latents.
     """
-    more = padded_frames(len(frames), model.frames_per_latent) - len(frames)
-    frames = np.concatenate([frames, *[frames[-1:]] * more])
+    per_latent = model.frames_per_latent
+    whole = video_frames(latents_for(len(frames), per_latent), per_latent)
+    frames = np.concatenate([frames, *[frames[-1:]] * (whole - len(frames))])
     video = to_pixels(pad_frames(frames, model.downsample_factor))
     return video.to(model.device, model.dtype)
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
+from temporal_vae.evaluation import measures
+from temporal_vae.evaluation.measures import PSNR_CEILING
 from temporal_vae.video import Uint8Frames
 
-PSNR_CEILING = 100.0
-"""Decibels given to a frame that comes back exactly, so that means stay finite."""
+__all__ = ["PSNR_CEILING", "Scores", "flicker", "psnr", "score", "ssim"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,25 +36,12 @@ def score(original: Uint8Frames, reconstruction: Uint8Frames) -> Scores:
 
 def psnr(original: Uint8Frames, reconstruction: Uint8Frames) -> float:
     """Peak signal-to-noise ratio in dB: per frame over H, W and RGB, then the mean over frames."""
-    from torchmetrics.functional.image import peak_signal_noise_ratio
-
-    ours, theirs = _frames(original, reconstruction)
-    values = peak_signal_noise_ratio(
-        theirs, ours, data_range=255.0, dim=(1, 2, 3), reduction="none"
-    )
-    return float(values.clamp(max=PSNR_CEILING).mean())
+    return _over(measures.psnr(), original, reconstruction)["psnr"]
 
 
 def ssim(original: Uint8Frames, reconstruction: Uint8Frames) -> float:
     """Structural similarity per frame, then the mean over frames; frame by frame in memory."""
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
-    ours, theirs = _frames(original, reconstruction)
-    values = [
-        structural_similarity_index_measure(b[None], a[None], data_range=255.0)
-        for a, b in zip(ours, theirs, strict=True)
-    ]
-    return float(torch.stack([torch.as_tensor(value) for value in values]).mean())
+    return _over(measures.ssim(), original, reconstruction)["ssim"]
 
 
 def flicker(original: Uint8Frames, reconstruction: Uint8Frames) -> float:
@@ -63,19 +50,23 @@ def flicker(original: Uint8Frames, reconstruction: Uint8Frames) -> float:
     A constant error gives 0, however large: only what moves that should not counts. 0 for a single
     frame, which cannot flicker.
     """
-    ours, theirs = _frames(original, reconstruction)
-    if len(ours) == 1:
+    if len(original) == 1 == len(reconstruction):
         return 0.0
-    error = theirs - ours
-    return float((error[1:] - error[:-1]).square().mean().sqrt())
+    return _over(measures.Changes(), original, reconstruction)["flicker"]
 
 
-def _frames(original: Uint8Frames, reconstruction: Uint8Frames) -> tuple[Tensor, Tensor]:
-    """Both as float (T, 3, H, W) in [0, 255]."""
+def _over(
+    measure: measures.Measure, original: Uint8Frames, reconstruction: Uint8Frames
+) -> dict[str, float]:
+    """What a measure finds in all frames."""
     if original.shape != reconstruction.shape:
         raise ValueError(
             f"original and reconstruction must have one shape, got {original.shape} and "
             f"{reconstruction.shape}"
         )
-    ours, theirs = map(torch.from_numpy, (original, reconstruction))
-    return ours.permute(0, 3, 1, 2).float(), theirs.permute(0, 3, 1, 2).float()
+    ours, theirs = (
+        torch.from_numpy(frames).permute(0, 3, 1, 2) for frames in (original, reconstruction)
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        measure.add(measures.Pair(a.float(), b.float()))
+    return measure.found().values

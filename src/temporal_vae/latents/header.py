@@ -17,7 +17,9 @@ from temporal_vae.latents.info import (
 )
 
 FORMAT = "temporal_vae.latents"
-FORMAT_VERSION = "1"
+LATER_FIELDS = {"frames_per_latent", "latent_mean", "latent_std"}
+"""That version 2 of the format brought. A file that needs none of them is written as version 1, so
+that readers of that one take it."""
 MOST_HEADER_BYTES = 2**20
 
 
@@ -27,7 +29,7 @@ def tensors(info: LatentInfo) -> dict[str, Slot]:
     Timestamps begin at a multiple of 8 bytes, so that they can be mapped.
     """
     dtype = next(name for name, dtype in DTYPES.items() if dtype == info.dtype)
-    end = info.frames * info.frame_bytes
+    end = info.latent_frames * info.frame_bytes
     slots: dict[str, Slot] = {info.kind: Slot(dtype, info.shape, 0, end)}
     if info.step is None:
         begin = end + -end % 8
@@ -42,7 +44,10 @@ def pack(info: LatentInfo, room: int | None = None) -> bytes:
 
     Raises `LatentFileError` where that is not enough, or more than a reader takes.
     """
-    metadata = {"format": FORMAT, "format_version": FORMAT_VERSION} | to_metadata(info)
+    later = info.frames_per_latent > 1 or info.latent_std is not None
+    fields = to_metadata(info)
+    kept = fields if later else {n: text for n, text in fields.items() if n not in LATER_FIELDS}
+    metadata = {"format": FORMAT, "format_version": "2" if later else "1"} | kept
     data = frame(metadata, tensors(info), room or 0)
     most = min(room or MOST_HEADER_BYTES, MOST_HEADER_BYTES)
     if len(data) > most:
@@ -77,11 +82,15 @@ def unpack(text: bytes, payload_bytes: int) -> LatentInfo:
         ) from error
     if metadata.get("format") != FORMAT:
         raise LatentFileError(f"it holds other tensors than latents: {', '.join(found)}")
-    if metadata.get("format_version") != FORMAT_VERSION:
+    version = metadata.get("format_version")
+    if version not in ("1", "2"):
         raise LatentFileError(
-            f"its format_version is {metadata.get('format_version')!r:.80}, this library reads "
-            f"{FORMAT_VERSION}: take the version of the library that wrote it"
+            f"its format_version is {version!r:.80}, this library reads 1 and 2: take the version "
+            "of the library that wrote it"
         )
+    if version == "1":  # to which these are unknown fields
+        metadata = {n: text for n, text in metadata.items() if n not in LATER_FIELDS}
+        metadata["frames_per_latent"] = "1"
     kind = metadata.get("kind", "")
     stored = found.get(kind)
     if stored is None or stored.dtype not in DTYPES or len(stored.shape) != 4:

@@ -12,11 +12,14 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 import torch
 from torch import Tensor
 
+from temporal_vae.geometry import latents_for
+
 MOST_FRAMES = 2**48
 MOST_CELLS = 2**20
 """Cells of a side, and channels."""
 MOST_STAMP = 2**62
 _MOST_PIXELS = 2**31
+_MOST_PER_LATENT = 2**10
 _COLOUR = "colour_"
 DTYPES = {
     "F64": torch.float64,
@@ -40,8 +43,12 @@ class ModelRecord:
 
     name: str | None = None
     downsample_factor: int = 8
+    frames_per_latent: int = 1
     scale_factor: float = 0.18215
     shift_factor: float = 0.0
+    latent_mean: tuple[float, ...] | None = None
+    """Of each channel, where each is scaled on its own; instead of the two factors."""
+    latent_std: tuple[float, ...] | None = None
     encoder_sha256: str | None = None
     decoder_sha256: str | None = None
 
@@ -133,6 +140,14 @@ _HASH = Form(
     "64 hexadecimal digits",
     lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None,
 )
+_OF_CHANNELS = Form(
+    "a finite number for each channel, separated by commas",
+    lambda value: (
+        type(value) is tuple and all(type(n) is float and math.isfinite(n) for n in value)
+    ),
+    lambda text: tuple(map(float, text.split(","))),
+    lambda value: ",".join(map(str, value)),
+)
 _SIDE, _CELLS, _FRAMES = _whole(1, _MOST_PIXELS), _whole(1, MOST_CELLS), _whole(1, MOST_FRAMES)
 
 
@@ -152,6 +167,7 @@ class LatentInfo:
     """"moments": mean and log-variance of each cell; "sample": a latent drawn from them."""
     dtype: Annotated[torch.dtype, _DTYPE]
     frames: Annotated[int, _FRAMES]
+    """Of the video, without those that fill up its last latent."""
     channels: Annotated[int, _CELLS]
     """Of a latent cell: moments are stored as twice as many."""
     rows: Annotated[int, _CELLS]
@@ -163,10 +179,17 @@ class LatentInfo:
     padding_bottom: Annotated[int, _whole(0, _MOST_PIXELS)] = 0
     """Pixel rows that were repeated to fill whole cells; a decoder crops them."""
     padding_right: Annotated[int, _whole(0, _MOST_PIXELS)] = 0
+    frames_per_latent: Annotated[int, _whole(1, _MOST_PER_LATENT)] = 1
+    """Frames that one latent holds along time, but for the first of a clip, which holds one."""
     scaled: Annotated[bool, _TRUTH] = False
-    """Whether (latent - shift_factor) * scale_factor is stored, instead of the latent."""
-    scale_factor: Annotated[float, _number("a finite number above 0", 0)] = 0.18215
-    shift_factor: Annotated[float, _number("a finite number", -math.inf)] = 0.0
+    """Whether (latent - shift_factor) * scale_factor is stored, instead of the latent, or where
+    each channel has its own scale (latent - latent_mean) / latent_std."""
+    scale_factor: Annotated[float | None, _number("a finite number above 0", 0)] = 0.18215
+    """None, as `shift_factor`, where each channel has its own scale."""
+    shift_factor: Annotated[float | None, _number("a finite number", -math.inf)] = 0.0
+    latent_mean: Annotated[tuple[float, ...] | None, _OF_CHANNELS] = None
+    """Of each channel; None, as `latent_std`, where all are scaled by one factor."""
+    latent_std: Annotated[tuple[float, ...] | None, _OF_CHANNELS] = None
     fps: Annotated[Fraction, _RATIONAL] = Fraction(25)
     time_base: Annotated[Fraction, _RATIONAL] = Fraction(1, 25)
     """Seconds in a unit of the timestamps."""
@@ -208,6 +231,7 @@ class LatentInfo:
                 f"timestamps must be within 2**62, got {self.start} + {self.step} a frame"
             )
         self._check_padding()
+        self._check_scale()
 
     def _check_padding(self) -> None:
         """Rows and columns of cells hold the padded frame, with one number of pixels a cell."""
@@ -221,15 +245,50 @@ class LatentInfo:
                 f"each of {self.rows}x{self.columns} cells"
             )
 
+    def _check_scale(self) -> None:
+        """All channels are scaled by two numbers, or each by two of its own."""
+        one = {self.scale_factor is None, self.shift_factor is None}
+        each = {self.latent_mean is None, self.latent_std is None}
+        if len(one) + len(each) > 2 or one == each:
+            raise LatentFileError(
+                "a scale is scale_factor and shift_factor, or for each channel latent_mean and "
+                "latent_std: one of both pairs, and not the other"
+            )
+        for name in ("latent_mean", "latent_std"):
+            values = getattr(self, name)
+            if values is not None and len(values) != self.channels:
+                raise LatentFileError(
+                    f"{name} must have a number for each of {self.channels} channels, it has "
+                    f"{len(values)}"
+                )
+        if min(self.latent_std or (1.0,)) <= 0:
+            raise LatentFileError(f"latent_std must be above 0, got {min(self.latent_std or ())}")
+
+    @property
+    def latent_frames(self) -> int:
+        """Latents along time: of a clip one for its first frame, and one for each
+        `frames_per_latent` behind it, the last one filled up by repeating the last frame."""
+        clip, each = min(self.clip_frames or self.frames, self.frames), self.frames_per_latent
+        clips, rest = divmod(self.frames, clip)
+        return clips * latents_for(clip, each) + (latents_for(rest, each) if rest else 0)
+
+    @property
+    def padding_frames(self) -> int:
+        """Frames that repeat the last one of the video, or of a clip; a decoder drops them."""
+        clips = -(-self.frames // (self.clip_frames or self.frames))
+        each = self.frames_per_latent
+        return self.latent_frames * each - clips * (each - 1) - self.frames
+
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """Of the tensor in the file: (T, 2*L, h, w) of moments, (T, L, h, w) of a sample."""
+        """Of the tensor in the file: (T, 2*L, h, w) of moments, (T, L, h, w) of a sample, T being
+        `latent_frames`."""
         stored = self.channels * (2 if self.kind == "moments" else 1)
-        return self.frames, stored, self.rows, self.columns
+        return self.latent_frames, stored, self.rows, self.columns
 
     @property
     def frame_bytes(self) -> int:
-        """Bytes of one frame in the file."""
+        """Bytes of one latent along time in the file."""
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
     @property
@@ -246,12 +305,19 @@ class LatentInfo:
         if scaled == self.scaled:
             return x
         mean, *rest = x.chunk(2, 1) if self.kind == "moments" else (x,)
-        shift = 2 * math.log(self.scale_factor) * (1 if scaled else -1)
-        if scaled:
-            mean = (mean - self.shift_factor) * self.scale_factor
-        else:
-            mean = mean / self.scale_factor + self.shift_factor
-        return torch.cat([mean, *(log_variance + shift for log_variance in rest)], 1)
+        shift, factor, more = self._scale(x)
+        mean = (mean - shift) * factor if scaled else mean / factor + shift
+        more = more if scaled else -more
+        return torch.cat([mean, *(log_variance + more for log_variance in rest)], 1)
+
+    def _scale(self, like: Tensor) -> tuple[Any, Any, Any]:
+        """Shift, factor, and what that adds to a log-variance: numbers, or (L, 1, 1, 1)."""
+        if self.scale_factor is not None:
+            return self.shift_factor, self.scale_factor, 2 * math.log(self.scale_factor)
+        std = self.latent_std or ()
+        columns = self.latent_mean, [1 / s for s in std], [-2 * math.log(s) for s in std]
+        shift, factor, more = (like.new_tensor(values).view(-1, 1, 1, 1) for values in columns)
+        return shift, factor, more
 
 
 _HINTS = {
@@ -277,22 +343,26 @@ def from_metadata(metadata: Mapping[str, str], shape: tuple[int, ...]) -> Latent
 
     Raises `LatentFileError` for a field that is missing or wrong.
     """
-    values: dict[str, Any] = {"step": None}
+    values: dict[str, Any] = {"step": None, "scale_factor": None, "shift_factor": None}
     for name, form in _FORMS.items():
         if name in metadata and name not in _IN_SHAPE:
             values[name] = form.read(name, metadata[name])
         elif name not in _OPTIONAL | _IN_SHAPE:
             raise LatentFileError(f"the header has no {name}")
-    frames, channels, rows, columns = shape
+    latents, channels, rows, columns = shape
     if values["kind"] == "moments":
         channels, odd = divmod(channels, 2)
         if odd:
             raise LatentFileError(f"moments must have an even number of channels, got {shape[1]}")
-    if frames != values["frames"]:
-        raise LatentFileError(f"frames is {values['frames']}, but {frames} are stored")
     colour = tuple(
         (key.removeprefix(_COLOUR), text)
         for key, text in sorted(metadata.items())
         if key.startswith(_COLOUR)
     )
-    return LatentInfo(**values, channels=channels, rows=rows, columns=columns, colour=colour)
+    info = LatentInfo(**values, channels=channels, rows=rows, columns=columns, colour=colour)
+    if info.latent_frames != latents:
+        raise LatentFileError(
+            f"frames is {info.frames}, which are {info.latent_frames} latents along time, but "
+            f"{latents} are stored"
+        )
+    return info

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from temporal_vae.files import streams
 from temporal_vae.files.safetensors import read_text
+from temporal_vae.geometry import spans
 from temporal_vae.latents.distribution import LatentDistribution
 from temporal_vae.latents.header import MOST_HEADER_BYTES, is_latents, tensors, unpack
 from temporal_vae.latents.info import MOST_STAMP, LatentFileError, LatentInfo
@@ -61,14 +62,15 @@ class LatentFile:
         return _reopen, (type(self), os.path.abspath(self.path), self.info)
 
     def read(self, start: int = 0, frames: int | None = None) -> Tensor:
-        """What is stored of a range of frames, (1, C, n, h, w), in the file's dtype and scaling.
+        """What is stored of a range of latents along time, (1, C, n, h, w), as the file has it.
 
-        C is 2*L for moments (mean, then log-variance), L for a sample. All frames from `start` on
-        if `frames` is None.
+        They are in the file's dtype and scaling, C being 2*L for moments (mean, then log-variance),
+        L for a sample. All from `start` on if `frames` is None. Where a latent holds several frames
+        the range counts latents, as everywhere but for `timestamps`.
         Raises `LatentFileError` for a range outside the file, or numbers that are not finite.
         """
-        count = self._range(start, frames)
-        _, *frame = self.info.shape
+        total, *frame = self.info.shape
+        count = self._range(start, frames, total)
         stored = torch.empty(count, *frame, dtype=self.info.dtype)
         self._fill(stored, start * self.info.frame_bytes)
         if not stored.isfinite().all():
@@ -105,11 +107,12 @@ class LatentFile:
         return posterior.sample(generator) if sample_mode else posterior.mean
 
     def timestamps(self, start: int = 0, frames: int | None = None) -> list[int]:
-        """Timestamps of a range of frames, in units of `info.time_base`, each above the last.
+        """Timestamps of a range of frames of the video, in `info.time_base`, each above the last.
 
         Raises `LatentFileError` for a range outside the file, or timestamps that do not grow.
         """
-        count, first, step = self._range(start, frames), self.info.start, self.info.step
+        count = self._range(start, frames, self.info.frames)
+        first, step = self.info.start, self.info.step
         if step is not None:
             return [first + step * index for index in range(start, start + count)]
         before = 1 if start else 0  # to compare the first of the range with
@@ -121,17 +124,16 @@ class LatentFile:
         return found
 
     def pieces(self, frames: int | None = None) -> Iterator[tuple[int, int]]:
-        """First and number of frames of ranges that cover the file, of `frames` or a few MiB."""
+        """First and number of latents of ranges that cover the file, of `frames` or a few MiB."""
         step = frames or max(1, PIECE_BYTES // self.info.frame_bytes)
-        for start in range(0, self.info.frames, step):
-            yield start, min(step, self.info.frames - start)
+        for start, end in spans(self.info.latent_frames, step):
+            yield start, end - start
 
     def _posterior(self, start: int, frames: int | None, scaled: bool) -> LatentDistribution:
         halves = self.info.rescale(self.read(start, frames), scaled).chunk(2, 1)
         return LatentDistribution(*(half.contiguous() for half in halves))
 
-    def _range(self, start: int, frames: int | None) -> int:
-        total = self.info.frames
+    def _range(self, start: int, frames: int | None, total: int) -> int:
         count = total - start if frames is None else frames
         if type(start) is not int or type(count) is not int or start < 0 or count < 1:
             raise LatentFileError(f"no frames {start} + {frames} of {self.path}, which has {total}")
@@ -160,6 +162,7 @@ def read_latents(
 ) -> tuple[Tensor, LatentInfo]:
     """Latents (1, L, n, h, w) of frames `start` to `start + frames - 1` (to the end if None).
 
+    Where one latent holds several frames of the video, `start` and `frames` count latents.
     Of moments the mean, or with `sample_mode` a draw by `generator`, for the frames that are read;
     a file that holds a sample gives that one. Not scaled, unless `scaled` asks for what a diffusion
     model works on; the file knows which of both it holds, so nothing is ever scaled twice.

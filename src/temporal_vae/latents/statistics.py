@@ -16,12 +16,13 @@ from temporal_vae.latents.reading import LatentFile
 
 @dataclass(frozen=True, slots=True)
 class LatentStatistics:
-    """Of unscaled latents; cells of all frames count the same."""
+    """Of unscaled latents; cells of all latents along time count the same."""
 
     files: int
     frames: int
+    """Of the videos."""
     cells: int
-    """Latent cells over all frames and files: numbers of each channel."""
+    """Latent cells over all files: numbers of each channel."""
     mean: tuple[float, ...]
     """Of each channel."""
     std: tuple[float, ...]
@@ -74,9 +75,9 @@ def latent_statistics(
             _check_same(first, (file.path, file.info), any_model)
             for start, count in file.pieces():
                 moments.add(*_numbers(file, start, count))
-                frames += count
                 if progress is not None:
-                    progress(frames, None)
+                    progress(frames + start + count, None)
+            frames += file.info.frames
         files += 1
     if not files:
         raise LatentFileError("no files of latents to take statistics of")
@@ -110,10 +111,11 @@ def _check_same(
     first: tuple[str, LatentInfo], other: tuple[str, LatentInfo], any_model: bool
 ) -> None:
     (path, info), (path2, info2) = first, other
-    if info.channels != info2.channels:
+    cells = [(one.channels, one.frames_per_latent) for one in (info, info2)]
+    if cells[0] != cells[1]:
         raise LatentFileError(
-            f"{path} has {info.channels} channels, {path2} {info2.channels}: take their "
-            "statistics one by one"
+            f"{path} has {cells[0][0]} channels, for each {cells[0][1]} frames one latent, {path2} "
+            f"{cells[1][0]} for {cells[1][1]}: take their statistics one by one"
         )
     hashes = {info.encoder_sha256, info2.encoder_sha256} - {None}
     if len(hashes) > 1 and not any_model:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from temporal_vae.files.atomic import atomic_path
 from temporal_vae.files.safetensors import SUFFIX
-from temporal_vae.geometry import spans
+from temporal_vae.geometry import spans, video_frames
 from temporal_vae.latents.distribution import LatentDistribution
 from temporal_vae.latents.header import pack, room_for, tensors
 from temporal_vae.latents.info import MOST_STAMP, Kind, LatentFileError, LatentInfo, ModelRecord
@@ -37,6 +37,7 @@ class LatentWriter:
     def __init__(self, path: str | os.PathLike[str], info: LatentInfo):
         self.path, self._info = os.fspath(path), replace(info, frames=1, start=0, step=1)
         self._stamps = array("q")  # 8 bytes a frame
+        self._latents = 0
         self._room = room_for(self._info)
         try:
             self._file: BinaryIO = open(path, "wb")  # noqa: SIM115 (closed by __exit__)
@@ -68,15 +69,18 @@ class LatentWriter:
             self._file.close()
 
     def write(self, stored: Tensor, timestamps: Sequence[int]) -> None:
-        """Append (1, C, n, h, w), scaled or not as `info` says, with n growing timestamps.
+        """Append (1, C, n, h, w), scaled or not as `info` says, and growing timestamps of frames.
 
+        There may be a timestamp for each frame that n latents hold, or fewer for the last ones.
         Raises `LatentFileError` for what does not continue the file, or does not fit its dtype.
         """
         _, *frame = self._info.shape
-        expected = (1, frame[0], len(timestamps), *frame[1:])
+        count = stored.shape[2] if stored.ndim == 5 else 0
+        expected = (1, frame[0], count, *frame[1:])
         if tuple(stored.shape) != expected:
             raise LatentFileError(f"latents must be {expected}, got {tuple(stored.shape)}")
         self._append_stamps(timestamps)
+        self._latents += count
         rounded = stored.detach()[0].transpose(0, 1).to("cpu", self._info.dtype).contiguous()
         if not rounded.isfinite().all():
             raise LatentFileError(
@@ -88,13 +92,18 @@ class LatentWriter:
     def finish(self, **late: Any) -> LatentInfo:
         """Write timestamps and header, with fields of it that became known; gives the header.
 
-        Raises `LatentFileError` where no frame was written.
+        Raises `LatentFileError` where no frame was written, or not one timestamp for each.
         """
         if not self._stamps:
             raise LatentFileError("there are no frames to write")
         start, step = self._stamps[0], _step(self._stamps)
         late |= {"frames": len(self._stamps), "start": start if step else 0, "step": step}
         info = replace(self._info, **late)
+        if info.latent_frames != self._latents:
+            raise LatentFileError(
+                f"there are {self._latents} latents along time, but {len(self._stamps)} timestamps "
+                f"are those of {info.latent_frames}: one timestamp is for one frame"
+            )
         if step is None:
             slots = tensors(info)
             self._write(bytes(slots["timestamps"].begin - slots[info.kind].end))
@@ -162,7 +171,8 @@ def write_latents(
             and the right to whole cells; None means no padding.
         fps: frames per second.
         time_base: seconds in a unit of `timestamps`; None means 1 / fps.
-        timestamps: of the frames, growing; None means 0, 1, 2, ...
+        timestamps: of the frames of the video, growing; None means 0, 1, 2, ... for all that the
+            latents hold. Fewer where the last latent was filled up by repeating the last frame.
         scaled: whether `latents` are scaled, as `scale_latent` gives them. It is recorded, and
             nothing is computed.
         dtype: float32, bfloat16, float16 or float64; None means that of `latents`.
@@ -173,7 +183,7 @@ def write_latents(
     """
     kind, stored = _one_clip(latents)
     check_target(path, overwrite)
-    _, channels, frames, rows, columns = stored.shape
+    _, channels, count, rows, columns = stored.shape
     rate, factor = _rate(fps), model.downsample_factor
     height, width = size or (rows * factor, columns * factor)
     info = LatentInfo(
@@ -193,12 +203,13 @@ def write_latents(
         **record_fields(model),
         **fields,
     )
+    each = info.frames_per_latent
+    frames = video_frames(count, each) if count else 0
     stamps = range(frames) if timestamps is None else timestamps
-    if len(stamps) != frames:
-        raise LatentFileError(f"there are {frames} frames, but {len(stamps)} timestamps")
     with atomic_path(path) as partial, LatentWriter(partial, info) as writer:
-        for start, end in spans(frames, WRITE_FRAMES):
-            writer.write(stored[:, :, start:end], stamps[start:end])
+        for start, end in spans(count, WRITE_FRAMES):
+            last = end * each if end < count else None
+            writer.write(stored[:, :, start:end], stamps[start * each : last])
         return writer.finish()
 
 
@@ -224,14 +235,22 @@ def _rate(fps: Fraction | float) -> Fraction:
 
 def record_fields(model: ModelRecord) -> dict[str, Any]:
     """The fields of a `LatentInfo` that tell of the model and the library."""
+    each = model.latent_mean is not None or model.latent_std is not None
     return {
         "model": model.name,
-        "scale_factor": float(model.scale_factor),
-        "shift_factor": float(model.shift_factor),
+        "frames_per_latent": model.frames_per_latent,
+        "scale_factor": None if each else float(model.scale_factor),
+        "shift_factor": None if each else float(model.shift_factor),
+        "latent_mean": _numbers(model.latent_mean),
+        "latent_std": _numbers(model.latent_std),
         "encoder_sha256": model.encoder_sha256,
         "decoder_sha256": model.decoder_sha256,
         "library": f"temporal-video-vae {version('temporal-video-vae')}",
     }
+
+
+def _numbers(values: Sequence[float] | None) -> tuple[float, ...] | None:
+    return None if values is None else tuple(map(float, values))
 
 
 def check_target(path: str | os.PathLike[str], overwrite: bool) -> None:

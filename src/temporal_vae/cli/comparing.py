@@ -1,0 +1,88 @@
+"""The words of `tvae compare`, and what `tvae reconstruct` says of its own result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from temporal_vae.cli import inputs
+from temporal_vae.cli.groups import OptionGroup, option
+from temporal_vae.cli.info import Rows
+from temporal_vae.cli.report import Meter
+from temporal_vae.video import PIPE, Format, Options, VideoReader
+
+
+@dataclass(frozen=True)
+class CompareOptions(OptionGroup):
+    """How two videos are shown in one."""
+
+    panel = "Comparison"
+    wipe: bool = option(
+        False, "", "One picture, A on the left and B on the right of a line that moves. Default: "
+        "both beside each other, and their difference.")  # fmt: skip
+    gain: float = option(8.0, "NUMBER", "What the difference is multiplied by. Default: 8.")
+    label_a: str | None = option(None, "TEXT", "What stands above A. Default: the file's name.")
+    label_b: str | None = option(None, "TEXT", "What stands above B. Default: the file's name.")
+    quiet: bool = option(False, "", "Print nothing but errors.")
+
+
+@dataclass(frozen=True)
+class ResultOptions(OptionGroup):
+    """What is said and shown of a reconstruction."""
+
+    panel = "The result beside its source"
+    metrics: bool = option(
+        False, "", "Measure PSNR, SSIM and flicker of the file that was written, codec and all; "
+        "with --json they are keys of its line.")  # fmt: skip
+    compare: Path | None = option(
+        None, "OUT", "Write a video of source, reconstruction and their difference as well; for "
+        "several inputs, into this folder.")  # fmt: skip
+
+    def check(self, job: inputs.Job) -> None:
+        """Raise `ValueError` where a pipe would have to be read again."""
+        if (self.metrics or self.compare) and PIPE in map(str, job):
+            raise ValueError("--metrics and --compare read both files again: - cannot be")
+
+    def look(self, source: Path, target: Path, selected: Options, several: bool) -> Rows:
+        """Do what was asked for; gives rows to print of what was measured."""
+        if self.compare is not None:
+            out = self.compare / target.name if several else self.compare
+            out.parent.mkdir(parents=True, exist_ok=True)
+            compare(source, target, out, CompareOptions(), selected, overwrite=True)
+        return _measured(source, target, selected) if self.metrics else {}
+
+
+def compare(
+    first: Path, second: Path, target: Path, settings: CompareOptions,
+    selected: Options | None = None, format: Format | None = None, overwrite: bool = False,
+    of_both: bool = False,
+) -> None:  # fmt: skip
+    """Write the comparison of two videos; `selected` is of the first one, or `of_both`."""
+    from temporal_vae.evaluation import compare as comparing
+
+    labels = settings.label_a or first.name, settings.label_b or second.name
+    layout = comparing.Layout(labels, settings.wipe, settings.gain)
+    with (
+        _open(first, selected) as a, _open(second, selected if of_both else None) as b,
+        Meter(f"comparing {first.name}", settings.quiet) as meter,
+    ):  # fmt: skip
+        comparing.compare(a, b, target, layout, format, overwrite, meter)
+
+
+def _open(path: Path, selected: Options | None) -> VideoReader:
+    options: Options = {**(selected or {}), "channels": 3, "alpha": "drop"}
+    return VideoReader(path, **options)
+
+
+def _measured(source: Path, target: Path, selected: Options) -> Rows:
+    from temporal_vae.evaluation.clips import CHEAP, PROTOCOLS, measure_clip
+    from temporal_vae.evaluation.codecs import VideoCodec
+
+    codec = VideoCodec(lambda: _open(target, None), str(target))
+    makes = {name: CHEAP[name] for name in ("psnr", "ssim", "flicker")}
+    with Meter(f"measuring {target.name}") as meter:
+        done = iter(range(1, 1 << 62))
+        found = measure_clip(lambda: _open(source, selected), codec, PROTOCOLS["quick"],
+                             lambda: meter(next(done), None), makes)  # fmt: skip
+    values = {name: found.values.get(name) for name in makes}
+    return {name: None if value is None else round(value, 6) for name, value in values.items()}

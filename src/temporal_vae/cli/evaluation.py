@@ -1,0 +1,297 @@
+"""The words of `tvae evaluate`: its options, the models it takes, how its numbers are shown."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from temporal_vae.cli.groups import OptionGroup, option
+from temporal_vae.cli.inputs import find_inputs, some_of
+from temporal_vae.cli.options import FrameOptions, RunOptions
+from temporal_vae.cli.report import Meter, out, say, say_error
+from temporal_vae.files.atomic import atomic_path
+from temporal_vae.video import VIDEO_SUFFIXES, Options, VideoError, VideoReader
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from temporal_vae.evaluation.baseline import LinearBaseline
+    from temporal_vae.evaluation.clips import Protocol
+    from temporal_vae.evaluation.codecs import Codec
+    from temporal_vae.evaluation.results import Evaluation, Mean, ModelOnClip
+
+FAILURES = (VideoError, ValueError, OSError)
+PREFIXES = ("pca", "video", "diffusers", "frames")
+SHOWN = {
+    "psnr": ("PSNR", 2), "ssim": ("SSIM", 4), "flicker": ("flicker", 2), "warp_error": ("warp", 2),
+    "cvvdp": ("JOD", 3), "vmaf": ("VMAF", 2), "lpips": ("LPIPS", 4),
+    "luma_drift": ("luma drift", 2), "chroma_drift": ("chroma drift", 2),
+}  # fmt: skip
+"""Columns of the table that have a value, with their digits; the JSON has all."""
+
+
+@dataclass(frozen=True)
+class EvaluateOptions(OptionGroup):
+    """What is measured, and where the numbers go."""
+
+    panel = "Evaluation"
+    model: list[str] | None = option(
+        None, "NAME", "A model to evaluate; give several. What --model takes elsewhere, or "
+        "frames:NAME (the same frame by frame), pca:4, pca:16, pca:4x4, pca:16x4 (linear baselines "
+        "of so many numbers for 8x8 pixels, x4 in blocks of four frames), diffusers:FOLDER (a VAE "
+        "by diffusers' own code), video:FILE (a video of the reconstruction). Default: tiny."
+    )  # fmt: skip
+    protocol: str = option(
+        "standard", "NAME", "quick: 24 frames, 256 wide, what takes little time. standard: all "
+        "frames at their own size, all that needs one decode. full: noise on the latents, four "
+        "rounds and frame by frame as well. Default: standard.")  # fmt: skip
+    json: Path | None = option(
+        None, "FILE", "Write all numbers to this file, by frame, clip and set."
+    )
+    width: int | None = option(
+        None, "PIXELS", "Scale clips to this width, the height to the nearest multiple of 8."
+    )
+    baseline_fit: Path | None = option(
+        None, "FOLDER", "Fit the linear baselines to the videos in this folder first, instead of "
+        "those that come with the library.")  # fmt: skip
+    display: str = option(
+        "standard_4k", "NAME", "The display that cvvdp looks on, by its own names. Default: "
+        "standard_4k.")  # fmt: skip
+    lpips_trunk: Path | None = option(
+        None, "FILE", "For LPIPS: the weights of torchvision's squeezenet1_1 or vgg16, as "
+        "safetensors.")  # fmt: skip
+    lpips_heads: Path | None = option(
+        None, "FILE", "For LPIPS: the weights of the package lpips for that network, as "
+        "safetensors.")  # fmt: skip
+    quiet: bool = option(False, "", "Print nothing but errors and the table.")
+
+    def __post_init__(self) -> None:
+        if (self.lpips_trunk is None) != (self.lpips_heads is None):
+            raise ValueError("LPIPS needs both --lpips-trunk and --lpips-heads")
+
+    @property
+    def names(self) -> list[str]:
+        """The models, each once."""
+        return list(dict.fromkeys(self.model or ["tiny"]))
+
+    def chosen(self, frames: FrameOptions) -> Protocol:
+        """The protocol, on the part of clips that is asked for."""
+        from temporal_vae.evaluation.clips import PROTOCOLS
+
+        if self.protocol not in PROTOCOLS:
+            raise ValueError(
+                f"--protocol must be one of {', '.join(PROTOCOLS)}, got {self.protocol!r}"
+            )
+        preset = PROTOCOLS[self.protocol]
+        width = None if frames.size else self.width or preset.width
+        return replace(preset, frames=frames.frames or preset.frames, width=width)
+
+
+@dataclass
+class _Run:
+    """One call of the command: what all clips have in common, and what was found so far."""
+
+    settings: EvaluateOptions
+    frames: FrameOptions
+    model: RunOptions
+    protocol: Protocol
+    baselines: Callable[[str], LinearBaseline]
+    lpips: Callable[[Tensor, Tensor], Any] | None
+    result: Evaluation
+    codecs: dict[str, Callable[[], Codec]]
+
+    def open(self, file: Path) -> VideoReader:
+        """A clip as the protocol takes it, in RGB."""
+        options: Options = self.frames.selected()
+        options |= {"channels": 3, "frames": self.protocol.frames, "alpha": "drop"}
+        width = self.protocol.width
+        return VideoReader(file, width, 8 if width else 1, **options)
+
+    def load(self, name: str) -> Callable[[], Codec]:
+        """What gives the codec of a model; the model itself is loaded once."""
+        from temporal_vae.convert.chunks import clip_length
+        from temporal_vae.evaluation import codecs
+
+        asked = self.frames.clip_frames
+        kind, rest = _kind(name)
+        if kind == "video":
+            return lambda: codecs.VideoCodec(lambda: self.open(Path(rest)), rest)
+        codec: Codec
+        if kind == "pca":
+            codec = codecs.LinearCodec(self.baselines(rest))
+        elif kind == "diffusers":
+            length = None if asked == "all" else asked
+            codec = codecs.DiffusersCodec.load(rest, *self.model.numbers(), length)
+        else:
+            loaded = self.model.load(rest)
+            loaded.set_memory_budget(self.model.memory)
+            codec = codecs.ModelCodec(loaded, 1 if kind == "frames" else clip_length(loaded, asked))
+        return lambda: codec
+
+    def measure(self, file: Path, meter: Meter) -> None:
+        """All models on one clip; what fails is told, and counted."""
+        from temporal_vae.evaluation.results import ClipResult
+
+        try:
+            with self.open(file) as reader:
+                (height, width), info = reader.size, reader.info
+        except FAILURES as error:
+            self._fail(str(file), str(error))
+            return
+        each = info.expected_frames
+        progress = _Progress(meter, each and each * self.protocol.decodes * len(self.codecs))
+        found = {}
+        for name, codec in self.codecs.items():
+            try:
+                found[name] = self._measured(file, codec(), float(info.fps), progress)
+            except FAILURES as error:
+                self._fail(f"{file}, {name}", str(error))
+        if found:
+            frames = max(model.count for model in found.values())
+            self.result.clips.append(
+                ClipResult(file.stem, str(file), frames, width, height, float(info.fps), found)
+            )
+
+    def _measured(self, file: Path, codec: Codec, fps: float, tick: Callable[[], None]
+                  ) -> ModelOnClip:  # fmt: skip
+        from temporal_vae.evaluation.clips import Conditions, measure_clip
+
+        conditions = Conditions(fps, self.settings.display, self.lpips)
+        makes = conditions.makes(self.protocol.measures)
+        return measure_clip(lambda: self.open(file), codec, self.protocol, tick, makes)
+
+    def _fail(self, what: str, why: str) -> None:
+        self.result.failed[what] = why
+        say_error(why if why.startswith(what) else f"{what}: {why}")
+
+
+class _Progress:
+    """Counts frames for a meter."""
+
+    def __init__(self, meter: Meter, total: int | None):
+        self._meter, self._total, self._done = meter, total, 0
+
+    def __call__(self) -> None:
+        self._done += 1
+        self._meter(self._done, None if self._total is None else max(self._total, self._done))
+
+
+def evaluate(
+    files: Sequence[Path], settings: EvaluateOptions, frames: FrameOptions, model: RunOptions
+) -> None:
+    """Measure all models on all clips; print the table and the faults, write the JSON."""
+    from temporal_vae.evaluation.results import Evaluation
+
+    protocol = settings.chosen(frames)
+    names = _with_alone(settings.names) if protocol.alone else settings.names
+    result = Evaluation(protocol.to_json() | {"display": settings.display}, tuple(names))
+    tell = (lambda _: None) if settings.quiet else say
+    run = _Run(
+        settings, frames, model, protocol, _baselines(settings), _lpips(settings), result, {}
+    )
+    run.codecs.update({name: run.load(name) for name in names})
+    if protocol.decodes > 1:
+        tell(_cost(protocol, len(files), names))
+    for index, file in enumerate(files):
+        title = f"evaluating {file.name} ({index + 1} of {len(files)})"
+        with Meter(title, settings.quiet) as meter:
+            run.measure(file, meter)
+        if (
+            settings.json is not None
+        ):  # after each clip, so that an end of any kind keeps the others
+            with atomic_path(settings.json) as part:
+                part.write_text(json.dumps(result.to_json(), indent=1, allow_nan=False) + "\n")
+    show(result, tell)
+    if result.failed:
+        raise ValueError(f"{len(result.failed)} of {len(files) * len(names)} failed: see above")
+
+
+def _kind(name: str) -> tuple[str, str]:
+    """What a model's name begins with, if it is one of `PREFIXES`, and the rest of it."""
+    kind, colon, rest = name.partition(":")
+    return (kind, rest) if colon and kind in PREFIXES else ("", name)
+
+
+def _with_alone(names: Sequence[str]) -> list[str]:
+    """The models, and each of ours frame by frame."""
+    alone = [f"frames:{name}" for name in names if not _kind(name)[0]]
+    return list(dict.fromkeys([*names, *alone]))
+
+
+def _cost(protocol: Protocol, clips: int, names: Sequence[str]) -> str:
+    """What a protocol of more than one decode takes."""
+    return (
+        f"{protocol.name} decodes each frame {protocol.decodes} times with each of {len(names)} "
+        f"models: once, {protocol.rounds - 1} rounds more, {len(protocol.shares)} shares of noise; "
+        f"{clips} clips take about {protocol.decodes} times as long as with --protocol standard"
+    )
+
+
+def _baselines(settings: EvaluateOptions) -> Callable[[str], LinearBaseline]:
+    """Linear baselines by their names: those of the package, or fitted to a folder."""
+    from temporal_vae.evaluation import baseline
+
+    if settings.baseline_fit is None:
+        return baseline.LinearBaseline.bundled
+    files = find_inputs([settings.baseline_fit], VIDEO_SUFFIXES)
+    frames = []
+    with Meter("reading videos for the baselines", settings.quiet, unit="files") as meter:
+        for index, file in enumerate(files):
+            meter(index, len(files))
+            frames.append(baseline.training_clip(file))
+    fitted = baseline.fit_all(frames)
+    return lambda name: fitted[baseline.check_name(name)]
+
+
+def _lpips(settings: EvaluateOptions) -> Callable[[Tensor, Tensor], Any] | None:
+    if settings.lpips_trunk is None or settings.lpips_heads is None:
+        return None
+    from temporal_vae.training.critics import Lpips
+
+    return Lpips.from_files(settings.lpips_trunk, settings.lpips_heads)
+
+
+def show(result: Evaluation, tell: Callable[[str], None]) -> None:
+    """Print the means as a table, faults and what is missing as lines."""
+    means = result.mean
+    columns = [name for name in SHOWN if any(name in values for values in means.values())]
+    table = Table(box=None)
+    table.add_column("model")
+    for name in columns:
+        table.add_column(SHOWN[name][0], justify="right")
+    for model, values in means.items():
+        table.add_row(model, *(shown(values.get(name), SHOWN[name][1]) for name in columns))
+    if result.clips:
+        out.print(table, markup=False)
+        tell_interval(result, tell)
+    for clip in result.clips:
+        for model, found in clip.models.items():
+            for line in found.diagnosis:
+                out.print(f"{clip.name}, {model}: {line}", markup=False, soft_wrap=True)
+    for reason, names in result.missing.items():
+        tell(f"not measured: {some_of(names)}: {reason}")
+
+
+def shown(mean: Mean | None, digits: int) -> str:
+    """A mean with its interval."""
+    if mean is None:
+        return "-"
+    if math.isnan(mean.mean):
+        return "no number"
+    if math.isnan(mean.low):
+        return f"{mean.mean:.{digits}f}"
+    return f"{mean.mean:.{digits}f} [{mean.low:.{digits}f}, {mean.high:.{digits}f}]"
+
+
+def tell_interval(result: Evaluation, tell: Callable[[str], None]) -> None:
+    """Say what the brackets are."""
+    from temporal_vae.evaluation.results import INTERVAL
+
+    if len(result.clips) > 1:
+        tell(f"in brackets: {INTERVAL}")
