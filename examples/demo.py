@@ -145,10 +145,7 @@ def time_pays(
 def exactness(model: TemporalVAE, latent: Tensor, count: int) -> tuple[Section, list[str]]:
     """The same latent decoded whole, in bounded memory, in clips and in tiles."""
     whole_plan = model.plan(latent.shape, "decode")
-    least = model.plan(latent.shape, "decode", budget="least")
-    plan = least
-    if least.peak_bytes < whole_plan.peak_bytes // 5:
-        plan = model.plan(latent.shape, "decode", budget=whole_plan.peak_bytes // 5)
+    plan = model.plan(latent.shape, "decode", budget="least")
     whole, *others = (
         to_bytes(pixels[:, :, :count])
         for pixels in (
