@@ -160,20 +160,24 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def here(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object
-) -> subprocess.CompletedProcess[str]:
-    """The command in this process, which saves it two seconds each time."""
+def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    """The exit status of the command in this process, which saves it two seconds each time."""
     monkeypatch.setattr(sys, "argv", ["tvae", *map(str, words)])
     monkeypatch.setattr(allocator, "settle", lambda _: None)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         main.main()
+    return int(end.value.code or 0)
+
+
+def here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object
+) -> subprocess.CompletedProcess[str]:
+    """The command in this process, with what it says."""
+    capsys.readouterr()
+    status = command(monkeypatch, *words)
     said = capsys.readouterr()
-    return subprocess.CompletedProcess(
-        [*map(str, words)], int(end.value.code or 0), said.out, said.err
-    )
+    return subprocess.CompletedProcess([*map(str, words)], status, said.out, said.err)
 
 
 @pytest.fixture

@@ -568,7 +568,7 @@ def test_missing_packages_are_named_with_their_line(
         monkeypatch.setitem(sys.modules, name, None)
     done = run("evaluate", folder / "clips" / "0.mkv", "--model", "pca:4")
     assert done.returncode == 0, done.stderr
-    for extra in ("flow", "cvvdp", "vmaf", "report"):
+    for extra in ("cvvdp", "vmaf", "report"):
         assert f"pip install 'temporal-video-vae[{extra}]'" in done.stderr
     assert "psnr, ssim" in done.stderr and "no number" not in done.stdout
 

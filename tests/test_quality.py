@@ -15,6 +15,7 @@ from temporal_vae import TemporalVAE
 from temporal_vae.evaluation import metrics, pictures
 from temporal_vae.evaluation.baseline import LinearBaseline
 from temporal_vae.evaluation.evaluate import evaluate, mean_scores, reconstruct_frames
+from temporal_vae.evaluation.perturbed import decoded_perturbed
 from temporal_vae.video import Uint8Frames, read_clip, to_bytes, to_pixels
 
 FLAT = [0, 128, 255]
@@ -138,9 +139,10 @@ def test_the_bundled_decoder_is_awake(tiny: TemporalVAE) -> None:
     assert difference(swapped, tiny.decode(latent)) > 0.01
 
 
-def test_the_bundled_encoder_is_the_one_that_latents_were_made_with(tiny: TemporalVAE) -> None:
+@pytest.mark.parametrize("name", ["tiny", "tiny-frames"])
+def test_the_bundled_encoder_is_the_one_that_latents_were_made_with(name: str) -> None:
     """Files of latents name it by this hash, and diffusion models may have been trained on it."""
-    record = tiny.latent_record()
+    record = TemporalVAE.from_pretrained(name).latent_record()
     assert record.encoder_sha256 == TINY_ENCODER
     assert record.scale_factor == 0.3461
 
@@ -149,6 +151,16 @@ def test_latents_have_unit_variance_after_scaling(tiny: TemporalVAE, real_clip: 
     frames = read_clip(real_clip, frames=4, width=256, multiple=8)
     latent = tiny.encode_video_for_diffusion(to_pixels(frames), sample_mode=False)
     assert 0.5 < float(latent.detach().std()) < 2
+
+
+def test_time_steadies_perturbed_latents(tiny: TemporalVAE, real_clip: Path) -> None:
+    """Against the same decoder without temporal layers: what `tiny` is trained for."""
+    frames = read_clip(real_clip, frames=8, width=128, multiple=8)
+    twin = TemporalVAE.from_pretrained("tiny-frames").float()
+    ours, theirs = (
+        metrics.score(frames, decoded_perturbed(model, frames, [0.4])[0]) for model in (tiny, twin)
+    )
+    assert ours.psnr > theirs.psnr and ours.flicker < 0.95 * theirs.flicker
 
 
 def test_better_than_linear_on_a_real_clip(tiny: TemporalVAE, real_clip: Path) -> None:

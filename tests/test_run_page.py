@@ -16,12 +16,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from temporal_vae.training import charts, curves
-from temporal_vae.training.charts import Line, chart, label
-from temporal_vae.training.curves import Curve, Thinned, read_last, read_records
+from temporal_vae.evaluation import charts
+from temporal_vae.evaluation.charts import Curve, Line, chart, label
+from temporal_vae.training import curves
+from temporal_vae.training.curves import Thinned, read_last, read_records
 from temporal_vae.training.page import write_page
 
-VOID = {"meta", "img", "path"}
+VOID = {"meta", "img", "path", "link", "input"}
 
 
 class Page(HTMLParser):
@@ -298,7 +299,7 @@ def test_bins_keep_ends_and_means(count: int, first: int, piece: int, seed: int)
     records = [{"step": first + i, "x": float(value)} for i, value in enumerate(values)]
     for start in range(0, count, piece):
         thinned.add(records[start : start + piece])
-    width = next(w for w in (1, 2, 4, 8, 16) if (count - 1) // w < curves.BINS)
+    width = next(w for w in (1, 2, 4, 8, 16) if (count - 1) // w < charts.BINS)
     bins = [np.arange(i, min(i + width, count)) for i in range(0, count, width)]
     found = thinned.curves()["x"]
     assert found.steps == pytest.approx(np.array([first + i.mean() for i in bins]))

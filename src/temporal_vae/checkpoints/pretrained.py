@@ -30,6 +30,7 @@ from temporal_vae.files.streams import CheckpointError
 FORMAT_VERSION = 1
 CONFIG_FILE = locations.CONFIG_FILE
 WEIGHTS_FILE = "model.safetensors"
+CARD_FILE = "README.md"
 DIFFUSERS_WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 DROP_IN_CLASSES = ("DiffusersTemporalVAE", "DiffusersWanVAE")
 """The classes of `adapters.drop_in`, as the files that diffusers writes of them name them."""
@@ -99,6 +100,18 @@ def open_model(source: Source, **latent: float) -> Stored:
         stored = replace(stored, config=_rescaled(stored.config, latent))
     check_size(stored)
     return stored
+
+
+def read_card(name: str) -> str:
+    """The model card of a model, the README.md beside its weights; "" where there is none."""
+    path = Path(name)
+    try:
+        is_weights = path.is_file() and name not in builtin_names()
+        folder = locations.local(path.parent) if is_weights else _folder(Source(name))
+        there = CARD_FILE in folder.names
+        return folder.path(CARD_FILE).read_text("utf-8", errors="replace") if there else ""
+    except OSError:
+        return ""
 
 
 def _rescaled(config: VAEConfig, latent: Mapping[str, float]) -> VAEConfig:

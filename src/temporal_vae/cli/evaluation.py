@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
+import shlex
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,16 +25,11 @@ if TYPE_CHECKING:
     from temporal_vae.evaluation.baseline import LinearBaseline
     from temporal_vae.evaluation.clips import Protocol
     from temporal_vae.evaluation.codecs import Codec
-    from temporal_vae.evaluation.results import Evaluation, Mean, ModelOnClip
+    from temporal_vae.evaluation.results import Evaluation, ModelOnClip
+    from temporal_vae.evaluation.shown import Pictures, ShownClip
 
 FAILURES = (VideoError, ValueError, OSError)
 PREFIXES = ("pca", "video", "diffusers", "frames")
-SHOWN = {
-    "psnr": ("PSNR", 2), "ssim": ("SSIM", 4), "flicker": ("flicker", 2), "warp_error": ("warp", 2),
-    "cvvdp": ("JOD", 3), "vmaf": ("VMAF", 2), "lpips": ("LPIPS", 4),
-    "luma_drift": ("luma drift", 2), "chroma_drift": ("chroma drift", 2),
-}  # fmt: skip
-"""Columns of the table that have a value, with their digits; the JSON has all."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +50,9 @@ class EvaluateOptions(OptionGroup):
     json: Path | None = option(
         None, "FILE", "Write all numbers to this file, by frame, clip and set."
     )
+    report: Path | None = option(
+        None, "FILE", "Write a page of HTML to look at: original and reconstructions under a wipe, "
+        "their error, curves, and the numbers. It needs no network and no other file.")  # fmt: skip
     width: int | None = option(
         None, "PIXELS", "Scale clips to this width, the height to the nearest multiple of 8."
     )
@@ -74,6 +73,9 @@ class EvaluateOptions(OptionGroup):
     def __post_init__(self) -> None:
         if (self.lpips_trunk is None) != (self.lpips_heads is None):
             raise ValueError("LPIPS needs both --lpips-trunk and --lpips-heads")
+        for file in (self.json, self.report):
+            if file is not None and not file.resolve().parent.is_dir():
+                raise ValueError(f"{file.parent}, where {file.name} is to be, is not a folder")
 
     @property
     def names(self) -> list[str]:
@@ -105,6 +107,7 @@ class _Run:
     lpips: Callable[[Tensor, Tensor], Any] | None
     result: Evaluation
     codecs: dict[str, Callable[[], Codec]]
+    pictures: Pictures | None
 
     def open(self, file: Path) -> VideoReader:
         """A clip as the protocol takes it, in RGB."""
@@ -145,25 +148,29 @@ class _Run:
             self._fail(str(file), str(error))
             return
         each = info.expected_frames
+        fps = float(info.fps)
+        shown = None if self.pictures is None else self.pictures.of(str(file), fps, each)
         progress = _Progress(meter, each and each * self.protocol.decodes * len(self.codecs))
         found = {}
         for name, codec in self.codecs.items():
             try:
-                found[name] = self._measured(file, codec(), float(info.fps), progress)
+                found[name] = self._measured(file, name, codec(), fps, progress, shown)
             except FAILURES as error:
                 self._fail(f"{file}, {name}", str(error))
         if found:
             frames = max(model.count for model in found.values())
             self.result.clips.append(
-                ClipResult(file.stem, str(file), frames, width, height, float(info.fps), found)
+                ClipResult(file.stem, str(file), frames, width, height, fps, found)
             )
 
-    def _measured(self, file: Path, codec: Codec, fps: float, tick: Callable[[], None]
-                  ) -> ModelOnClip:  # fmt: skip
+    def _measured(self, file: Path, name: str, codec: Codec, fps: float,
+                  tick: Callable[[], None], shown: ShownClip | None) -> ModelOnClip:  # fmt: skip
         from temporal_vae.evaluation.clips import Conditions, measure_clip
 
         conditions = Conditions(fps, self.settings.display, self.lpips)
         makes = conditions.makes(self.protocol.measures)
+        if shown is not None:
+            makes["pictures"] = shown.measure(name)
         return measure_clip(lambda: self.open(file), codec, self.protocol, tick, makes)
 
     def _fail(self, what: str, why: str) -> None:
@@ -193,8 +200,9 @@ def evaluate(
     result = Evaluation(protocol.to_json() | {"display": settings.display}, tuple(names))
     tell = (lambda _: None) if settings.quiet else say
     run = _Run(
-        settings, frames, model, protocol, _baselines(settings), _lpips(settings), result, {}
-    )
+        settings, frames, model, protocol, _baselines(settings), _lpips(settings), result, {},
+        _pictures(settings, len(files), len(names)),
+    )  # fmt: skip
     run.codecs.update({name: run.load(name) for name in names})
     if protocol.decodes > 1:
         tell(_cost(protocol, len(files), names))
@@ -207,6 +215,8 @@ def evaluate(
         ):  # after each clip, so that an end of any kind keeps the others
             with atomic_path(settings.json) as part:
                 part.write_text(json.dumps(result.to_json(), indent=1, allow_nan=False) + "\n")
+        if run.pictures is not None:
+            _report(settings, result, run.pictures)
     show(result, tell)
     if result.failed:
         raise ValueError(f"{len(result.failed)} of {len(files) * len(names)} failed: see above")
@@ -257,16 +267,41 @@ def _lpips(settings: EvaluateOptions) -> Callable[[Tensor, Tensor], Any] | None:
     return Lpips.from_files(settings.lpips_trunk, settings.lpips_heads)
 
 
+def _pictures(settings: EvaluateOptions, clips: int, models: int) -> Pictures | None:
+    if settings.report is None:
+        return None
+    from temporal_vae.evaluation.shown import Pictures, need_pillow
+
+    need_pillow()
+    return Pictures(clips, models)
+
+
+def _report(settings: EvaluateOptions, result: Evaluation, pictures: Pictures) -> None:
+    """Write the page of a result."""
+    from temporal_vae.checkpoints.pretrained import read_card
+    from temporal_vae.evaluation.report import write_report
+
+    kinds = dict.fromkeys(_kind(name) for name in settings.names)
+    cards = {name: read_card(name) for kind, name in kinds if kind not in ("pca", "video")}
+    command = shlex.join(["tvae", *sys.argv[1:]])
+    assert settings.report is not None
+    write_report(settings.report, result, pictures.clips, cards, command)
+
+
 def show(result: Evaluation, tell: Callable[[str], None]) -> None:
     """Print the means as a table, faults and what is missing as lines."""
+    from temporal_vae.evaluation.values import SHOWN
+
     means = result.mean
     columns = [name for name in SHOWN if any(name in values for values in means.values())]
     table = Table(box=None)
     table.add_column("model")
     for name in columns:
-        table.add_column(SHOWN[name][0], justify="right")
+        table.add_column(SHOWN[name].title, justify="right")
     for model, values in means.items():
-        table.add_row(model, *(shown(values.get(name), SHOWN[name][1]) for name in columns))
+        cells = (values[name].text(SHOWN[name].digits) if name in values else "-"
+                 for name in columns)  # fmt: skip
+        table.add_row(model, *cells)
     if result.clips:
         out.print(table, markup=False)
         tell_interval(result, tell)
@@ -276,17 +311,6 @@ def show(result: Evaluation, tell: Callable[[str], None]) -> None:
                 out.print(f"{clip.name}, {model}: {line}", markup=False, soft_wrap=True)
     for reason, names in result.missing.items():
         tell(f"not measured: {some_of(names)}: {reason}")
-
-
-def shown(mean: Mean | None, digits: int) -> str:
-    """A mean with its interval."""
-    if mean is None:
-        return "-"
-    if math.isnan(mean.mean):
-        return "no number"
-    if math.isnan(mean.low):
-        return f"{mean.mean:.{digits}f}"
-    return f"{mean.mean:.{digits}f} [{mean.low:.{digits}f}, {mean.high:.{digits}f}]"
 
 
 def tell_interval(result: Evaluation, tell: Callable[[str], None]) -> None:

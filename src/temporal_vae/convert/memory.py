@@ -254,7 +254,7 @@ class PiecePlanner:
         plan = max(needed.plans.values(), key=lambda plan: plan.peak_bytes)
         name, size = max(plan.parts, key=lambda part: part[1])
         ways = [] if self.frames == 1 else self._shorter_clips(frames, limit)
-        ways += ["smaller frames (--height)"]
+        ways += ["smaller frames (--size)"]
         ways += ["--dtype bfloat16"] if self.model.dtype.itemsize > 2 else []
         return (
             f"{given} below the least that {what} of {self.size[1]}x{self.size[0]} can do with: "

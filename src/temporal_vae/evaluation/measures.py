@@ -220,7 +220,7 @@ class WarpError:
         try:
             import cv2
         except ImportError as error:
-            raise NotMeasuredError(missing("OpenCV", "flow")) from error
+            raise NotMeasuredError(missing("OpenCV", "report")) from error
         self._cv2: Any = cv2
         self._flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
         self._last: tuple[Any, Any, Any] | None = None

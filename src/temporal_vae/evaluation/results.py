@@ -39,6 +39,14 @@ class Mean:
         half = student_quantile(count - 1) * math.sqrt(variance / count)
         return cls(mean, mean - half, mean + half, count)
 
+    def text(self, digits: int) -> str:
+        """The mean, with its interval in brackets if it has one."""
+        if math.isnan(self.mean):
+            return "no number"
+        if math.isnan(self.low):
+            return f"{self.mean:z.{digits}f}"
+        return f"{self.mean:z.{digits}f} [{self.low:z.{digits}f}, {self.high:z.{digits}f}]"
+
 
 @dataclass(frozen=True, slots=True)
 class ModelOnClip:

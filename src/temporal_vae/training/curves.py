@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-BINS = 400
-"""Bins of a curve at most, an even number; a long run has at least half as many."""
+from temporal_vae.evaluation.charts import BINS, Curve, Floats
+
 NAMES = 60
 """Quantities that are kept at most: a page has an end."""
 
@@ -31,20 +31,7 @@ _LAST_BYTES = 2**16
 _STEPS = 2**53
 _MOST = 4e38
 _KINDS = {float, int, type(None)}
-Floats = npt.NDArray[np.float64]
 Record = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Curve:
-    """One quantity over the steps: of each bin the mean step, and the mean, least and most."""
-
-    steps: Floats
-    mean: Floats
-    low: Floats
-    high: Floats
-    not_finite: int = 0
-    """Values that were NaN, or beyond any float32 as infinity is, and are in no bin."""
 
 
 class Thinned:

@@ -21,10 +21,9 @@ from urllib.parse import quote
 
 import numpy as np
 
+from temporal_vae.evaluation.charts import Curve, Line, chart, figure, label, legend, style
 from temporal_vae.files.atomic import atomic_path
-from temporal_vae.training.charts import COLOURS, Line, chart, label
 from temporal_vae.training.curves import (
-    Curve,
     Record,
     Thinned,
     number,
@@ -334,7 +333,7 @@ def _validation(found: _Validation) -> str:
         for measure in _MEASURES
     }
     figures = [
-        _figure(_MEASURES[measure], chart(_MEASURES[measure], drawn))
+        figure(_MEASURES[measure], chart(_MEASURES[measure], drawn))
         for measure, drawn in lines.items()
         if drawn
     ]
@@ -349,17 +348,9 @@ def _line_name(share: str, of: str) -> str:
 
 
 def _legend(shares: Sequence[str]) -> str:
-    keys = [
-        f'<span><svg class="key" viewBox="0 0 24 8"><path class="line c{i % COLOURS}" d="M0 4H24"/>'
-        f"</svg>noise {escape(share)}</span>"
-        for i, share in enumerate(shares)
-    ]
-    dashed = (
-        '<span><svg class="key" viewBox="0 0 24 8"><path class="line dashed plain" d="M0 4H24"/>'
-        "</svg>linear baseline</span>"
-    )
+    keys = legend([f"noise {share}" for share in shares], "linear baseline")
     return (
-        f'<p class="legend">{"".join(keys)}{dashed}</p><p class="note">Noise is a share of the '
+        f'{keys}<p class="note">Noise is a share of the '
         "latents' own deviation, added before decoding. The linear baseline takes principal "
         "components of 8x8 blocks, with the same noise. Higher is better, but for flicker.</p>"
     )
@@ -405,7 +396,7 @@ def _curves(training: _Training) -> str:
         notes = [] if recent is None else [label(recent)]
         notes += [f"not finite: {curve.not_finite:,}"] if curve.not_finite else []
         drawn = chart(title, [Line(curve)], training.steps, training.stages[1:])
-        figures += [_figure(title, drawn, ", ".join(notes))]
+        figures += [figure(title, drawn, ", ".join(notes))]
     if not figures:
         return "<section><h2>Training</h2><p>No step yet.</p></section>"
     thinned = f"Of {training.every} steps one is read." if training.every > 1 else ""
@@ -414,11 +405,6 @@ def _curves(training: _Training) -> str:
         f"the most of them. The number is the mean of the last {_RECENT} steps. {thinned}</p>"
     )
     return f'<section><h2>Training</h2>{note}<div class="grid3">{"".join(figures)}</div></section>'
-
-
-def _figure(title: str, drawn: str, note: str = "") -> str:
-    said = f'<span class="value">{escape(note)}</span>' if note else ""
-    return f"<figure><figcaption>{escape(title)} {said}</figcaption>{drawn}</figure>\n"
 
 
 def _samples(found: Mapping[int, Sequence[tuple[str, str]]]) -> str:
@@ -465,7 +451,8 @@ def _folded(title: str, text: str) -> str:
 
 
 def _style() -> str:
-    return (resources.files(__package__) / "page.css").read_text(encoding="utf-8")
+    own = resources.files(__package__) / "page.css"
+    return style() + own.read_text(encoding="utf-8")
 
 
 _SCRIPT = """

@@ -1,7 +1,6 @@
-"""Curves as pictures: SVG to stand inside a page, coloured by the page's style.
+"""Curves as pictures: SVG to stand inside a page, with `style()` for its colours.
 
-The classes `line`, `band`, `dashed`, `c0` to `c5`, `grid`, `tick` and `stage` are the page's to
-define. Nothing in a picture refers to anything outside of it.
+Nothing in a picture refers to anything outside of it.
 """
 
 from __future__ import annotations
@@ -10,11 +9,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from importlib import resources
+from typing import Self
 
 import numpy as np
+import numpy.typing as npt
 
-from temporal_vae.training.curves import Curve, Floats
-
+BINS = 400
+"""Bins of a curve at most, an even number; a long one has at least half as many."""
 COLOURS = 6
 WIDTH, HEIGHT = 480, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 12, 28
@@ -26,6 +28,33 @@ _WINDOW = ('<svg x="{0}" y="{1}" width="{2}" height="{3}" viewBox="{0} {1} {2} {
 """The plot alone, in the units of the whole picture: what is drawn outside is cut off."""
 _MARKERS = 40
 """Points that get a dot each; of more only the line is drawn."""
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """One quantity over the steps: of each bin the mean step, and the mean, least and most."""
+
+    steps: Floats
+    mean: Floats
+    low: Floats
+    high: Floats
+    not_finite: int = 0
+    """Values that were NaN, or beyond any float32 as infinity is, and are in no bin."""
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Self | None:
+        """Values by their index from 0, with NaN left out; None where nothing else is there."""
+        all_values = np.asarray(values, np.float64)
+        steps = np.flatnonzero(np.isfinite(all_values))
+        if not len(steps):
+            return None
+        width = -(-len(all_values) // BINS)
+        starts = np.flatnonzero(np.diff(steps // width, prepend=-1))
+        finite, count = all_values[steps], np.diff(starts, append=len(steps))
+        steps_mean, mean = (np.add.reduceat(each, starts) / count for each in (steps, finite))
+        low, high = (most.reduceat(finite, starts) for most in (np.minimum, np.maximum))
+        return cls(steps_mean, mean, low, high, len(all_values) - len(steps))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +92,9 @@ def chart(
     lines: Sequence[Line],
     steps: tuple[float, float] | None = None,
     stages: Sequence[tuple[int, str]] = (),
+    by: str = "step",
 ) -> str:
-    """An SVG element of curves over steps, on a scale that fits their means.
+    """An SVG element of curves over steps, or what `by` names, on a scale that fits their means.
 
     Of the bands from the least to the most of each bin the scale holds most, and of peaks of the
     means a few may be beyond it: what is beyond is cut off at the edges. Where means are positive
@@ -72,17 +102,20 @@ def chart(
 
     `steps` are the ends of the axis below, those of the curves by default. `stages` are vertical
     lines: step and name. Without any line the chart is an empty text.
+
+    `data-axis` of the element has both ends of the axis below: their places, then their steps.
     """
     if not lines:
         return ""
     x, y = _step_axis(lines, steps), _value_axis(lines)
     parts = [_grid(x, y), *(_stage(x, *stage) for stage in stages)]
     parts += [_WINDOW]
-    parts += [_drawn(line, x, y) for line in sorted(lines, key=lambda line: not line.dashed)]
+    parts += [_drawn(line, x, y, by) for line in sorted(lines, key=lambda line: not line.dashed)]
     parts += ["</svg>"]
     return (
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="{escape(title)} by step">{"".join(parts)}</svg>'
+        f'data-axis="{x.start:g} {x.stop:g} {x.low:g} {x.high:g}" '
+        f'aria-label="{escape(title)} by {escape(by)}">{"".join(parts)}</svg>'
     )
 
 
@@ -147,6 +180,29 @@ def _decades(low: float, high: float) -> tuple[float, ...]:
     return tuple(tick for tick in ticks if low <= tick <= high)
 
 
+def style() -> str:
+    """The style of charts and of the pages that they stand in: colours, figures, tables."""
+    return (resources.files(__package__) / "page.css").read_text(encoding="utf-8")
+
+
+def figure(title: str, drawn: str, note: str = "") -> str:
+    """A chart, or another picture, under its title and a note of what it says."""
+    said = f'<span class="value">{escape(note)}</span>' if note else ""
+    return f"<figure><figcaption>{escape(title)} {said}</figcaption>{drawn}</figure>\n"
+
+
+def legend(names: Sequence[str], dashed: str = "") -> str:
+    """A list of names beside a line in the colour of each; `dashed` names what dashes are."""
+    kinds = [(f"c{index % COLOURS}", name) for index, name in enumerate(names)]
+    kinds += [("dashed plain", dashed)] if dashed else []
+    keys = [
+        f'<span><svg class="key" viewBox="0 0 24 8" aria-hidden="true">'
+        f'<path class="line {kind}" d="M0 4H24"/></svg>{escape(name)}</span>'
+        for kind, name in kinds
+    ]
+    return f'<p class="legend">{"".join(keys)}</p>'
+
+
 def label(value: float) -> str:
     """A number in few letters: 12000 is 12k, 0.0001 is 1e-4.
 
@@ -198,7 +254,7 @@ def _stage(x: Axis, step: int, name: str) -> str:
     )
 
 
-def _drawn(line: Line, x: Axis, y: Axis) -> str:
+def _drawn(line: Line, x: Axis, y: Axis, by: str) -> str:
     curve, colour = line.curve, f"c{line.colour % COLOURS}"
     across = x(curve.steps)
     means = list(zip(across, y(curve.mean), strict=True))
@@ -212,7 +268,7 @@ def _drawn(line: Line, x: Axis, y: Axis) -> str:
     kind = "line dashed" if line.dashed else "line"
     found += [f'<path class="{kind} {colour}" d="{_path(means)}"/>']
     if not line.dashed and len(means) <= _MARKERS:
-        found += [_dot(*means[i], line, i) for i in range(len(means))]
+        found += [_dot(*means[i], line, i, by) for i in range(len(means))]
     return "".join(found)
 
 
@@ -225,9 +281,9 @@ def _path(points: Sequence[tuple[float, float]]) -> str:
     return "M" + "L".join(f"{px:.1f} {py:.1f}" for px, py in points)
 
 
-def _dot(px: float, py: float, line: Line, index: int) -> str:
+def _dot(px: float, py: float, line: Line, index: int, by: str) -> str:
     step, value = line.curve.steps[index], line.curve.mean[index]
-    said = escape(f"{line.name} {value:.4g} at step {step:.0f}".strip())
+    said = escape(f"{line.name} {value:.4g} at {by} {step:.0f}".strip())
     return (
         f'<circle class="dot c{line.colour % COLOURS}" cx="{px:.1f}" cy="{py:.1f}" r="2.5">'
         f"<title>{said}</title></circle>"
