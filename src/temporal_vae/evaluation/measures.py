@@ -222,7 +222,8 @@ class WarpError:
         except ImportError as error:
             raise NotMeasuredError(missing("OpenCV", "report")) from error
         self._cv2: Any = cv2
-        self._flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+        preset = self._cv2.DISOPTICAL_FLOW_PRESET_MEDIUM
+        self._flow = self._cv2.DISOpticalFlow_create(preset)
         self._last: tuple[Any, Any, Any] | None = None
         self._squares, self._pixels = [math.nan], [0]
 
