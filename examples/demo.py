@@ -104,7 +104,7 @@ def _ramp(pixels: int, factor: int) -> Tensor:
     return torch.minimum(up, up.flip(0)).clamp(max=1)
 
 
-# The three parts of the picture --------------------------------------------------------------------
+# The three parts of the picture ------------------------------------------------------------------
 
 
 def said(name: str, scores: Scores) -> str:
@@ -161,16 +161,16 @@ def exactness(model: TemporalVAE, latent: Tensor, count: int) -> tuple[Section, 
         f"tiles of {TILE * model.downsample_factor}, faded",
     )  # fmt: skip
     panels = {
-        f"{name}\nlargest difference: {error.max()} of 255": (error * gain).clip(0, 255).astype(
-            np.uint8
-        )
+        f"{name}\nlargest difference: {error.max()} of 255": (error * gain)
+        .clip(0, 255)
+        .astype(np.uint8)
         for name, error in zip(names, errors, strict=True)
     }
     text = (
         "The difference from decoding everything at once, "
         f"{gain:.0f} times as large as it is; black is none. Bounded memory computes the same "
-        "picture. Cutting a video into clips or tiles, as is common, computes another one, with "
-        "seams in time (lower row) or in space (upper row)."
+        "picture, to the rounding of its last digit. Cutting a video into clips or tiles, as is "
+        "common, computes another one, with seams in time (lower row) or in space (upper row)."
     )
     rows = with_slices(panels, "the same over time")
     lines = [caption.replace("\n", ": ") for caption in panels]
@@ -231,9 +231,11 @@ def main() -> None:
     print(f"\n{'':18}{'PSNR':>10}{'flicker':>10}")
     for name, row in {**still, **kept}.items():
         print(f"{name:18}{row.psnr:>7.2f} dB{row.flicker:>10.2f}")
-    print(textwrap.fill(
-        f"The first two rows: latents with noise of {NOISE:g} of their deviation. Flicker is the RMS "
-        "error of the change from frame to frame in 8-bit units; lower is steadier.", 78))  # fmt: skip
+    words = (
+        f"The first two rows: latents with noise of {NOISE:g} of their deviation. Flicker is the "
+        "RMS error of the change from frame to frame in 8-bit units; lower is steadier."
+    )
+    print(textwrap.fill(words, 78))
     print("\nDifference from decoding everything at once:")
     print("\n".join(f"  {line}" for line in lines))
     print(f"\n{credit}\nsee {picture} and {reconstruction}")
