@@ -1,4 +1,4 @@
-# make demo   one real clip through the bundled model; pictures and numbers in out/
+# make demo   one real clip through the bundled models; pictures and numbers in out/; CLIP=file for your own
 # make test   the tests
 # make check  format, lint, types
 PYTHON ?= python3
@@ -9,7 +9,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 .PHONY: demo test slow check clean
 
 demo: $(VENV)/demo
-	$(BIN)/python examples/demo.py --out out
+	$(BIN)/python examples/demo.py --out out $(if $(CLIP),--clip '$(CLIP)')
+	$(BIN)/tvae evaluate out/original.mkv --model video:out/reconstruction.mp4 --model pca:4 --protocol quick --report out/report.html
 
 test: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2

@@ -65,13 +65,22 @@ def test_a_time_slice_is_a_column_over_time() -> None:
     assert np.array_equal(wide[:, ::2], pictures.time_slice(a))
 
 
-def test_the_comparison_holds_its_panels(tmp_path: Path) -> None:
+def test_a_poster_holds_its_panels(tmp_path: Path) -> None:
+    """Of any size; and all its words, on as many lines as they need, below one another."""
     a, b = clip(), clip()[::-1].copy()
-    sheet = np.asarray(pictures.comparison(a, b, "title", gain=2))
-    path = tmp_path / "a.png"
-    pictures.comparison(a, b, "title", gain=2).save(path)
-    assert np.array_equal(np.asarray(Image.open(path)), sheet)
-    middle = len(a) // 2
+    middle, path = len(a) // 2, tmp_path / "a.png"
+    rows = [
+        [pictures.Panel(a[middle], "one"), pictures.Panel(b[middle], "two\nlines")],
+        [pictures.Panel(pictures.time_slice(a, width=48), "three")],
+    ]
+    short, long = (
+        pictures.poster("title", [pictures.Section("heading", text, rows)], "foot")
+        for text in ("words", "words " * 40)
+    )
+    assert long.height > short.height + 100 and long.width == short.width
+    short.save(path)
+    sheet = np.asarray(Image.open(path))
+    assert np.array_equal(sheet, np.asarray(short)) and (sheet[-3:] == 255).all()
     for panel in (a[middle], b[middle], pictures.time_slice(a, width=48)):
         found = np.lib.stride_tricks.sliding_window_view(sheet, (32, 1, 3))
         assert (found[:, :, 0, :, 0] == panel[:, 0]).all((2, 3)).any(), "a panel is missing"

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from temporal_vae.video import Uint8Frames
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from PIL import Image, ImageDraw
 
 MARGIN = 12
-CAPTION = 30
 
 
 def amplified_difference(
@@ -38,49 +38,87 @@ def time_slice(
     return np.ascontiguousarray(picture)
 
 
-def comparison(
-    original: Uint8Frames, reconstruction: Uint8Frames, title: str, gain: float = 8.0
-) -> Image.Image:
-    """Middle frame and time slice of a clip: original, reconstruction, amplified difference."""
-    middle, width = len(original) // 2, original.shape[2]
-    frames = [clip[middle] for clip in (original, reconstruction)]
-    slices = [time_slice(clip, width=width) for clip in (original, reconstruction)]
-    for row in (frames, slices):
-        row.append(amplified_difference(row[0], row[1], gain))
-    column, others = width // 2, ["reconstruction", f"difference x {gain:g}"]
-    captions = [
-        [f"original, frame {middle}", *others],
-        [f"time slice: column {column} over {len(original)} frames", *others],
-    ]
-    return _sheet([frames, slices], captions, title)
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """A picture (H, W, 3), and what it shows."""
+
+    picture: Uint8Frames
+    caption: str
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """Rows of panels of one height each, under a heading and a few sentences."""
+
+    heading: str
+    text: str
+    rows: Sequence[Sequence[Panel]]
 
 
 def beside(clips: Mapping[str, Uint8Frames], title: str) -> Image.Image:
     """Middle frame and time slice of several clips of one size, by their captions."""
-    some = next(iter(clips.values()))
-    rows = [
-        [clip[len(clip) // 2] for clip in clips.values()],
-        [time_slice(clip, width=some.shape[2]) for clip in clips.values()],
-    ]
-    captions = [list(clips), ["time slice" for _ in clips]]
-    return _sheet(rows, captions, title)
+    width = next(iter(clips.values())).shape[2]
+    frames = [Panel(clip[len(clip) // 2], name) for name, clip in clips.items()]
+    slices = [Panel(time_slice(clip, width=width), "time slice") for clip in clips.values()]
+    return poster(title, [Section("", "", [frames, slices])])
 
 
-def _sheet(rows: list[list[Uint8Frames]], captions: list[list[str]], title: str) -> Image.Image:
-    """Panels of one size in rows, a caption above each, a title above all."""
+def poster(title: str, sections: Sequence[Section], foot: str = "") -> Image.Image:
+    """Sections below each other under a title; a line of small print at the foot."""
     from PIL import Image, ImageDraw, ImageFont
 
-    height, width = rows[0][0].shape[:2]
-    down, right = height + CAPTION + MARGIN, width + MARGIN
-    size = (MARGIN + len(rows[0]) * right, 2 * CAPTION + len(rows) * down)
-    sheet = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(sheet)
-    small, large = ImageFont.load_default(15), ImageFont.load_default(19)
-    draw.text((MARGIN, MARGIN), title, fill="black", font=large)
-    for r, (panels, words) in enumerate(zip(rows, captions, strict=True)):
-        y = CAPTION + MARGIN + r * down
-        for c, (panel, caption) in enumerate(zip(panels, words, strict=True)):
-            x = MARGIN + c * right
-            draw.text((x, y + 8), caption, fill="#333333", font=small)
-            sheet.paste(Image.fromarray(panel), (x, y + CAPTION))
+    inner = max(
+        sum(panel.picture.shape[1] + MARGIN for panel in row) for s in sections for row in s.rows
+    )
+    small, large = ImageFont.load_default(15), ImageFont.load_default(21)
+    # drawn once to see how high it is, then on a sheet of that height
+    height = 1
+    for _ in range(2):
+        sheet = Image.new("RGB", (inner + MARGIN, height), "white")
+        pen = _Pen(ImageDraw.Draw(sheet), MARGIN)
+        pen.write(title, large, inner)
+        for section in sections:
+            pen.write(section.heading, large, inner)
+            pen.write(section.text, small, inner)
+            for row in section.rows:
+                _row(sheet, pen, row, small)
+        pen.write(foot, small, inner)
+        height = pen.y
     return sheet
+
+
+@dataclass(slots=True)
+class _Pen:
+    """Writes lines below each other."""
+
+    draw: ImageDraw.ImageDraw
+    y: int
+
+    def write(self, text: str, font: Any, width: int) -> None:
+        """Words on as many lines as they need; nothing for no words."""
+        line = ""
+        for word in text.split(" ") if text else []:
+            longer = f"{line} {word}".strip()
+            if line and self.draw.textlength(longer, font) > width - MARGIN:
+                self._line(line, font)
+                longer = word
+            line = longer
+        if line:
+            self._line(line, font)
+
+    def _line(self, line: str, font: Any) -> None:
+        self.draw.text((MARGIN, self.y), line, fill="#111111", font=font)
+        self.y += round(1.5 * font.size)
+
+
+def _row(sheet: Image.Image, pen: _Pen, row: Sequence[Panel], font: Any) -> None:
+    """Panels beside each other, a caption of one or more lines above each."""
+    from PIL import Image
+
+    x, lines = MARGIN, max(panel.caption.count("\n") + 1 for panel in row)
+    top = pen.y + round(1.3 * font.size * lines) + MARGIN // 2
+    for panel in row:
+        pen.draw.multiline_text((x, pen.y), panel.caption, fill="#333333", font=font, spacing=3)
+        sheet.paste(Image.fromarray(panel.picture), (x, top))
+        x += panel.picture.shape[1] + MARGIN
+    pen.y = top + max(len(panel.picture) for panel in row) + MARGIN
