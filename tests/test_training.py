@@ -409,6 +409,18 @@ def test_gradients_are_averaged_over_batches(tmp_path: Path) -> None:
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
+def whole_and_parts(tmp_path: Path, clips: Path, stop: int, **changes: Any) -> tuple[Any, Any]:
+    """The records of a run in `whole`, and of one in `part` that is stopped and gone on with."""
+    whole = run(tmp_path / "whole", clips, **changes)
+    its = table(**changes)
+    part = train(Recipe.from_table(its), Inputs([clips]), tmp_path / "part", table=its)
+    first = [next(part) for _ in range(stop)]
+    part.close()
+    state = json.loads((tmp_path / "part/state.json").read_text())
+    assert (state["status"], state["step"]) == ("stopped", stop)
+    return whole, first + run(tmp_path / "part", clips, resume=True, **changes)
+
+
 def test_a_run_goes_on_as_if_nothing_had_happened(tmp_path: Path, clips: Path) -> None:
     changes: dict[str, Any] = {
         "steps": 6, "loss": {"noise": 0.3, "adversarial": 0.1, "sample": True},
@@ -416,16 +428,9 @@ def test_a_run_goes_on_as_if_nothing_had_happened(tmp_path: Path, clips: Path) -
         "optimizer": {"accumulate": 2, "warmup_steps": 6},
         "stage": [{"share": 1, "model": {"temporal": False}}, {"share": 2}],
     }  # fmt: skip
-    whole = run(tmp_path / "whole", clips, **changes)
-    its = table(**changes)
-    part = train(Recipe.from_table(its), Inputs([clips]), tmp_path / "part", table=its)
-    first = [next(part) for _ in range(4)]
-    part.close()
-    state = json.loads((tmp_path / "part/state.json").read_text())
-    assert (state["status"], state["step"]) == ("stopped", 4)
-    rest = run(tmp_path / "part", clips, resume=True, **changes)
-    assert losses(first + rest) == losses(whole)
-    assert any("critic/adversarial" in record for record in rest)
+    whole, parts = whole_and_parts(tmp_path, clips, 4, **changes)
+    assert losses(parts) == losses(whole)
+    assert any("critic/adversarial" in record for record in parts[4:])
     for name in ("model/model.safetensors", "checkpoints/step-00000006/average.safetensors"):
         ours, theirs = (load_file(tmp_path / each / name) for each in ("whole", "part"))
         assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
@@ -439,13 +444,8 @@ def test_a_model_of_wans_kind_goes_on_and_has_the_scale_of_its_channels(
         "loss": {"noise": 0.3, "sample": True, "kl": 1e-3}, "optimizer": {"ema": 0.5},
         "stage": [{"share": 1}, {"share": 3}], "validation": {"frames": 4},
     }  # fmt: skip
-    whole = run(tmp_path / "whole", clips, **changes)
-    its = table(**changes)
-    part = train(Recipe.from_table(its), Inputs([clips]), tmp_path / "part", table=its)
-    first = [next(part) for _ in range(3)]
-    part.close()
-    rest = run(tmp_path / "part", clips, resume=True, **changes)
-    assert losses(first + rest) == losses(whole)
+    whole, parts = whole_and_parts(tmp_path, clips, 3, **changes)
+    assert losses(parts) == losses(whole)
     model = TemporalVAE.from_pretrained(tmp_path / "part/model")
     found = probe_all(find_sources([clips]), Skipped(), lambda *_: None)
     batches = Batches(found, Recipe.from_table(table()).data, 0)

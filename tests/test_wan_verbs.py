@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise, repeat
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from conftest import awake, difference, thinned
-from test_cli import COMMAND, assert_one_line_error, times
+from test_cli import COMMAND, assert_one_line_error, gone_through, times
 from test_video import smooth, write
 from torch import Tensor, nn
 
@@ -34,7 +36,7 @@ from temporal_vae.convert import encode as encoding
 from temporal_vae.convert import reconstruct as reconstructing
 from temporal_vae.latents import latent_statistics, weights_sha256
 from temporal_vae.network.kernels import work
-from temporal_vae.video import Frame, pad_frames, read_clip, to_bytes, to_pixels
+from temporal_vae.video import pad_frames, read_clip, to_bytes, to_pixels
 from temporal_vae.walks.budget import BudgetError
 from temporal_vae.walks.tracing import LiveBytes
 
@@ -254,15 +256,20 @@ def test_a_stream_is_planned_within_its_budget(name: str) -> None:
         total = plans.pieces().total
         assert all(plan.stream for plan in plans.pieces().plans.values()) and total <= limit
         lengths.append(plans.pieces().latents)
-        with LiveBytes() as alive:
-            for parameter in model.parameters():
-                alive.leave_out(parameter)
-            video = (Frame(image, index) for index, image in enumerate(frames))
-            walk = chunks.decode_walk(chunks.encode_walk(video, plans), plans)
-            given = sum(len(images) for images in walk.pieces if images is not None)
-        assert given == 25 and alive.most <= total, "22 frames, filled up"
-        assert limit > 2 * least or alive.most > 0.4 * total
+        given, most = gone_through(plans, frames)
+        assert given == 25 and most <= total, "22 frames, filled up"
+        assert limit > 2 * least or most > 0.4 * total
     assert lengths == sorted(lengths) and lengths[0] == 1 and lengths[-1] > 2
+
+
+def test_frames_without_a_timestamp_are_not_lost_without_a_word() -> None:
+    """Where a latent is not full, a few are; where more are missing, something is wrong."""
+    for per_latent, spare in ((1, 0), (4, 6)):
+        planner = cast(Any, SimpleNamespace(model=SimpleNamespace(frames_per_latent=per_latent)))
+        walk = chunks.Walk(iter(list[Tensor]()), deque([5, 7]), planner)
+        with pytest.raises(RuntimeError, match="where 2 timestamps are left"):
+            walk.take(3 + spare)
+        assert walk.take(2 + spare) == [5, 7]
 
 
 def test_a_refusal_of_memory_names_clips_that_fit(tmp_path: Path) -> None:

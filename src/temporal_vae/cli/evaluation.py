@@ -270,7 +270,8 @@ def _lpips(settings: EvaluateOptions) -> Callable[[Tensor, Tensor], Any] | None:
 def _pictures(settings: EvaluateOptions, clips: int, models: int) -> Pictures | None:
     if settings.report is None:
         return None
-    from temporal_vae.evaluation.shown import Pictures, need_pillow
+    from temporal_vae.evaluation.measures import need_pillow
+    from temporal_vae.evaluation.shown import Pictures
 
     need_pillow()
     return Pictures(clips, models)

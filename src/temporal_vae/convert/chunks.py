@@ -44,7 +44,16 @@ class Walk(Generic[T]):
     planner: PiecePlanner
 
     def take(self, frames: int) -> list[int]:
-        """The timestamps of the next frames; of fewer where those behind them fill up a latent."""
+        """The timestamps of the next frames; of fewer where a latent is not full.
+
+        That is the first, which holds one frame, and the last, which is filled up. Raises
+        `RuntimeError` where more of them are missing: frames would be lost without a word.
+        """
+        spare = 2 * (self.planner.model.frames_per_latent - 1)
+        if frames - len(self.stamps) > spare:
+            raise RuntimeError(
+                f"the walk gave {frames} frames where {len(self.stamps)} timestamps are left"
+            )
         return [self.stamps.popleft() for _ in range(min(frames, len(self.stamps)))]
 
 

@@ -10,7 +10,7 @@ from itertools import zip_longest
 import numpy as np
 
 from temporal_vae.evaluation.codecs import eight_bits
-from temporal_vae.evaluation.measures import missing
+from temporal_vae.evaluation.measures import need_pillow
 from temporal_vae.evaluation.pictures import amplified_difference
 from temporal_vae.video import (
     Format,
@@ -65,7 +65,7 @@ def compare(
     Rate and timestamps are the first one's. The file appears whole or not at all. Raises
     `VideoError` for videos of different length or size, and what cannot be read or written.
     """
-    _need_pillow()
+    need_pillow()
     if first.size != second.size:
         sizes = (
             f"{reader.path} is {reader.size[1]}x{reader.size[0]}" for reader in (first, second)
@@ -124,10 +124,3 @@ def _labelled(picture: Uint8Frames, names: list[str], spread: bool = False) -> U
         place = (width - 4 if at_end else index * width // len(names) + 4, 2)
         draw.text(place, name, fill="white", font=font, anchor="ra" if at_end else "la")
     return np.concatenate([np.asarray(bar), picture])
-
-
-def _need_pillow() -> None:
-    try:
-        import PIL  # noqa: F401
-    except ImportError as error:
-        raise VideoError(f"labels need Pillow: {missing('Pillow', 'report')}") from error

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 import numpy as np
@@ -281,6 +282,12 @@ def mean(values: list[float]) -> float:
 def missing(what: str, extra: str) -> str:
     """That a package is missing, and the line that installs it."""
     return f"{what} is not installed: pip install 'temporal-video-vae[{extra}]'"
+
+
+def need_pillow() -> None:
+    """Raise `NotMeasuredError` where Pillow is not installed."""
+    if find_spec("PIL") is None:
+        raise NotMeasuredError(missing("Pillow", "report"))
 
 
 def _torchmetrics() -> Any:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from temporal_vae.evaluation.clips import Make
-from temporal_vae.evaluation.measures import Found, NotMeasuredError, Pair, missing
+from temporal_vae.evaluation.measures import Found, Pair, need_pillow
 from temporal_vae.video import Uint8Frames
 
 ORIGINAL = "original"
@@ -170,14 +170,6 @@ def heat(error: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> Uint8Frame
     places = np.linspace(0, FULL_ERROR, len(HEAT))
     channels = [np.interp(error, places, channel) for channel in zip(*HEAT, strict=True)]
     return np.stack(channels, -1).round().astype(np.uint8)
-
-
-def need_pillow() -> None:
-    """Raise `NotMeasuredError` where Pillow is not installed."""
-    try:
-        import PIL  # noqa: F401
-    except ImportError as error:
-        raise NotMeasuredError(missing("Pillow", "report")) from error
 
 
 def _image(frame: torch.Tensor) -> Uint8Frames:
