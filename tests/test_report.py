@@ -8,6 +8,7 @@ import re
 import shutil
 from base64 import b64decode
 from collections.abc import Iterator
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,21 @@ def evaluation(clips: int, **values: float) -> Evaluation:
              for i, name in enumerate(("a", "b"))}  # fmt: skip
     made = [ClipResult(f"clip {i}", f"{i}.mp4", 2, 32, 24, 25.0, found) for i in range(clips)]
     return Evaluation({"shares": [0.1, 0.2], "rounds": 2}, ("a", "b"), made, {"x": "<bad>"})
+
+
+def test_a_report_claims_no_soundness_that_was_not_looked_for(tmp_path: Path) -> None:
+    """Of two frames there are no faults in time to find; of sixteen there are."""
+    clip, texts = moving(6, 24, 32), []
+    for count in (2, 16):
+        result = evaluation(1)
+        result.clips[0] = replace(result.clips[0], frames=count)
+        pictures = ShownClip(25.0, 2, 2, 10**7)
+        for model in "ab":
+            pictures.add(model, 0, Pair(tensors(clip)[0], tensors(clip)[0]))
+        report.write_report(tmp_path / "x.html", result, {"0.mp4": pictures}, {}, "tvae")
+        texts.append((tmp_path / "x.html").read_text())
+    assert ["No fault was found" in text for text in texts] == [False, True]
+    assert "from 5 frames on" in texts[0]
 
 
 def test_a_report_says_what_is_not_in_it(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 
 from temporal_vae.evaluation.charts import COLOURS, Curve, Line, chart, figure, legend, style
 from temporal_vae.evaluation.results import INTERVAL, ClipResult, Evaluation, Mean, means
+from temporal_vae.evaluation.series import LEAST_FRAMES
 from temporal_vae.evaluation.shown import FULL_ERROR, HEAT, ORIGINAL, ShownClip
 from temporal_vae.evaluation.values import BY_FRAME, SHOWN
 from temporal_vae.files.atomic import atomic_path
@@ -301,6 +302,8 @@ def _faults(clip: ClipResult) -> str:
     ]
     if lines:
         return f'<h3>Faults that were found</h3><ul class="faults">{"".join(lines)}</ul>\n'
+    if clip.frames < LEAST_FRAMES:
+        return f'<p class="fine">Faults in time are looked for from {LEAST_FRAMES} frames on.</p>\n'
     return (
         '<p class="fine">No fault was found of those that are looked for: flicker of brightness, '
         "seams and other periods, drift of brightness and colour, frozen and bad frames.</p>\n"
