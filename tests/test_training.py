@@ -449,9 +449,11 @@ def test_a_model_of_wans_kind_goes_on_and_has_the_scale_of_its_channels(
     model = TemporalVAE.from_pretrained(tmp_path / "part/model")
     found = probe_all(find_sources([clips]), Skipped(), lambda *_: None)
     batches = Batches(found, Recipe.from_table(table()).data, 0)
-    latent = model.encode(torch.cat([batches[number].pixels() for number in range(8)])).detach()
+    generator = torch.Generator().manual_seed(0)  # the noise of the latents, drawn as the run draws it
+    videos = [batches[number].pixels() for number in range(loop.SCALE_BATCHES)]
+    latent = torch.cat([model.encode(x, generator=generator).detach() for x in videos])
     cells = model.scale_latent(latent).transpose(0, 1).flatten(1)
-    assert cells.mean(1).abs().max() < 0.1 and (cells.std(1) - 1).abs().max() < 0.1
+    assert cells.mean(1).abs().max() < 1e-3 and (cells.std(1) - 1).abs().max() < 1e-3
     assert latent.transpose(0, 1).flatten(1).std(1).sub(1).abs().max() > 0.1
 
 
