@@ -11,7 +11,7 @@ import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, replace
-from typing import Any, BinaryIO, Literal, Self, Unpack
+from typing import Any, BinaryIO, Literal, Self, Unpack, cast
 
 import torch
 from torch import Tensor
@@ -445,8 +445,7 @@ class TemporalVAE(Switches):
         A loss that is a module stays outside of this one: `.to` does not move it, and its
         parameters are not counted, saved or trained.
         """
-        loss: LossFunction = self.__dict__["_loss_function"]
-        return loss
+        return cast(LossFunction, self.__dict__["_loss_function"])
 
     @property
     def supports_slicing(self) -> bool:
@@ -490,6 +489,7 @@ class TemporalVAE(Switches):
         keep_state: bool = True,
         offload: Offload = None,
         gradients: bool = False,
+        ranks: int = 1,
     ) -> Plan:
         """The fastest walk of an input of this shape within a budget, and what it takes.
 
@@ -506,6 +506,7 @@ class TemporalVAE(Switches):
                 folder on disk. On CUDA "host" is taken by itself where nothing else fits.
             gradients: for training: gradients are those of the whole walk, to rounding, and the
                 budget holds to the end of `backward`, gradients of trained weights included.
+            ranks: how many processes share the clip (`temporal_vae.sharded`); for the largest part.
 
         Raises:
             ValueError: for gradients with a stream or offload; for a budget that cannot be met,
@@ -513,8 +514,7 @@ class TemporalVAE(Switches):
 
         Example:
             >>> vae = TemporalVAE(base_channels=32, channel_multipliers=(1, 2), seed=0)
-            >>> plan = vae.plan((1, 4, 9, 32, 32), budget="least")
-            >>> latent = torch.randn(1, 4, 9, 32, 32)
+            >>> plan, latent = vae.plan((1, 4, 9, 32, 32), budget="least"), torch.randn(1, 4, 9, 32, 32)
             >>> with torch.no_grad():
             ...     same = torch.allclose(vae.decode(latent, plan=plan), vae.decode(latent), atol=1e-5)
             >>> plan.walk, same
@@ -522,7 +522,7 @@ class TemporalVAE(Switches):
         """
         return self._runner.plan(
             shape, operation, dtype or self.dtype, budget,
-            stream=stream, keep_state=keep_state, offload=offload, gradients=gradients,
+            stream=stream, keep_state=keep_state, offload=offload, gradients=gradients, ranks=ranks,
         )  # fmt: skip
 
     @property

@@ -52,7 +52,7 @@ def walk(line: Line, x: Tensor, bounds: Bounds, out: Tensor | None = None) -> Te
         out = x.new_zeros(shape_after(layers, tuple(x.shape)))  # touched, so as to be there
     work.reserve()
     for sample, result in zip(x.split(1), out.split(1), strict=True):
-        _join(_walk_sample(layers, sample, work, partial(_whole_clip, work)), result)
+        join(walk_sample(layers, sample, work, partial(_whole_clip, work)), result)
     return out
 
 
@@ -64,7 +64,7 @@ def pieces(line: Line, x: Tensor, bounds: Bounds) -> Iterator[Tensor]:
         layers = list(line.layers())
         work = Workspace(layers, x, bounds)
         work.reserve()
-        yield from _walk_sample(layers, x, work, partial(_whole_clip, work))
+        yield from walk_sample(layers, x, work, partial(_whole_clip, work))
 
     return walked()
 
@@ -99,7 +99,7 @@ def refuse_hooks(line: Line) -> None:
         )
 
 
-def _join(pieces: Iterator[Tensor], target: Tensor) -> int:
+def join(pieces: Iterator[Tensor], target: Tensor) -> int:
     """Write pieces (1, C, n, H, W) one after another into the target; the number of frames."""
     frames = 0
     for piece in pieces:
@@ -156,7 +156,7 @@ def step(
             memories[index] = fresh[index] if number == len(x) - 1 else old
             return y if y.shape[2] else None
 
-        frames = _join(_walk_sample(layers, sample, work, remember), out[number : number + 1])
+        frames = join(walk_sample(layers, sample, work, remember), out[number : number + 1])
     return out[:, :, :frames] if frames else None
 
 
@@ -219,7 +219,7 @@ def _step_pixels(
 
 
 @torch.no_grad()
-def _walk_sample(
+def walk_sample(
     layers: Sequence[Layer], clip: Tensor, work: Workspace, across: Across
 ) -> Iterator[Tensor]:
     """A clip (1, C, T, H, W) through every layer; the result a few frames at a time, in order.

@@ -36,6 +36,8 @@ class PlanRequest(NamedTuple):
     keep_state: bool = True
     gradients: int | None = None
     """Bytes of the weights that are trained; None for a walk without gradients."""
+    ranks: int = 1
+    """How many processes walk the clip together; `shape` is that of the largest part."""
 
 
 class Peak:
@@ -139,6 +141,8 @@ class Peak:
         held = self._bytes(piece)
         if self.stream:
             held += layer.tail_numbers(piece) * self.size
+        if self.request.ranks > 1:  # what is sent, what comes, and what comes in another size
+            held += 3 * self._bytes(piece)
         name = f"{math.prod(piece[3:])} pixels in {type(layer).__name__}"
         for peak in self.tracer.passes([layer], piece, [piece], self.stream):
             self._note(name, held + peak)
@@ -180,8 +184,13 @@ class PiecewisePeak(Peak):
         worst, between = list[Part](), 0
         for section, shape, levels, remembers in self._sections(self.bounds):
             between = max(between, self._between(section))
-            state, own, moment = self._section(section.layers, shape, levels, remembers)
-            parts = [("what layers remember of a piece", state), moment]
+            state, own, moment = self._section(section, shape, levels, remembers)
+            around = self._around(section)
+            parts = [
+                ("with rows around", around),
+                ("what layers remember of a piece", state),
+                moment,
+            ]
             if self.stream:
                 self.state = state
                 parts = [
@@ -212,14 +221,24 @@ class PiecewisePeak(Peak):
         shape: Shape = (1, *self.request.shape[1:])
         return self._bytes(stages.shape_after(section.layers, shape))
 
+    def _around(self, section: piecewise.Section) -> int:
+        """What several processes hold beside their parts: these with rows that bands read."""
+        if self.request.ranks == 1 or section.rows is None:
+            return 0
+        before = self.layers[: self.layers.index(section.layers[0])]
+        return self._bytes(stages.shape_after(before, (1, *self.request.shape[1:])))
+
     def _section(
-        self, layers: list[Layer], shape: Shape, levels: list[Span], remembers: bool
+        self, section: piecewise.Section, shape: Shape, levels: list[Span], remembers: bool
     ) -> tuple[int, int, Part]:
         """(bytes of the tails of all layers, of the largest, and the worst moment beside them)."""
         state, largest, moment = 0, 0, ("", 0)
         given = self._bytes(shape)  # with the rows that were read in vain
-        for layer, (first, stop) in zip(layers, levels[1:], strict=True):
+        joined = self.request.ranks > 1 and section.rows is None  # with other rows, at each layer
+        for layer, (first, stop) in zip(section.layers, levels[1:], strict=True):
             stream = remembers and bool(layer.tails())
+            if joined:
+                given, shape = given + self._bytes(shape), _with_halo(shape, layer)
             own = layer.tail_numbers(shape) * self.size if stream else 0
             state, largest = state + own, max(largest, own)
             peak = given + self.tracer.whole(layer, shape, stream)
@@ -228,6 +247,11 @@ class PiecewisePeak(Peak):
             b, c, t, _, w = after = layer.output_shape(shape, begins=not remembers)
             given, shape = self._bytes(after), (b, c, t, stop - first, w)
         return state, largest, moment
+
+
+def _with_halo(shape: Shape, layer: Layer) -> Shape:
+    b, c, t, h, w = shape
+    return (b, c, t, h + sum(layer.halo or (0, 0)), w)
 
 
 def _middle_band(stage: list[Layer], shape: Shape, rows: int) -> list[Shape]:

@@ -21,6 +21,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,6 +54,11 @@ class Section:
         """Frames of the input that give one latent, or are one."""
         return max(1, int(1 / _product(layer.rate for layer in self.layers)))
 
+    @property
+    def scale(self) -> Fraction:
+        """Rows of the result for one of the input."""
+        return _product(layer.scale for layer in self.layers)
+
     def pieces(self, frames: int, latents: int) -> list[Span]:
         """Frames of a clip as pieces in time, of so many latents.
 
@@ -65,7 +71,7 @@ class Section:
 
     def bands(self, height: int) -> list[Span]:
         """The rows of the result, band after band, for an input of a height."""
-        total = int(height * _product(layer.scale for layer in self.layers))
+        total = int(height * self.scale)
         return spans(total, self.rows or total)
 
     def levels(self, rows: Span, height: int) -> list[Span]:
@@ -123,7 +129,7 @@ def frames(line: Line, x: Tensor, bounds: Bounds) -> Iterator[Tensor]:
     found = sections(layers, bounds.rows)
     if len(found) > 1 or found[0].rows is not None:
         return (part for part in [walk(line, x, bounds)])
-    return _through(found[0], x, bounds)
+    return _through(found[0], x, bounds, found[0].levels((0, 0), x.shape[3]))
 
 
 def step(line: Line, x: Tensor, memories: list[State], bounds: Bounds) -> Tensor | None:
@@ -147,27 +153,40 @@ def _walk_sample(layers: Sequence[Layer], x: Tensor, bounds: Bounds, out: Tensor
     *before, last = sections(layers, bounds.rows)
     for section in before:
         between = new_clip(x, shape_after(section.layers, tuple(x.shape)), x.device)
-        _fill(section, x, between, bounds)
+        fill(section, x, between, bounds)
         x = between
-    _fill(last, x, out, bounds)
+    fill(last, x, out, bounds)
 
 
-def _fill(section: Section, x: Tensor, target: Tensor, bounds: Bounds) -> None:
-    """A section of a clip (1, C, T, H, W) into the target, band after band."""
-    for rows in section.bands(x.shape[3]):
-        done = 0
-        for y in _through(section, x, bounds, rows):
-            target[:, :, done : done + y.shape[2], rows[0] : rows[1]] = y
-            done += y.shape[2]
-            del y  # or it would be there while the next one is made
+class Part(NamedTuple):
+    """Some rows of a clip, where not all of them are at hand."""
+
+    height: int
+    """Of the whole clip."""
+    top: int
+    """The first of its rows that is at hand."""
+    rows: Span
+    """The rows of the result that are wanted."""
+
+
+def fill(
+    section: Section, x: Tensor, target: Tensor, bounds: Bounds, part: Part | None = None
+) -> None:
+    """A section of a clip (1, C, T, H, W), or of a part of it, into the target, band after band."""
+    height, top, (first, stop) = part or Part(x.shape[3], 0, (0, target.shape[3]))
+    for start, end in spans(stop - first, section.rows or stop - first):
+        band, levels = (
+            target[:, :, :, start:end],
+            section.levels((first + start, first + end), height),
+        )
+        bounded.join(_through(section, x, bounds, levels, top), band)
 
 
 def _through(
-    section: Section, x: Tensor, bounds: Bounds, rows: Span | None = None
+    section: Section, x: Tensor, bounds: Bounds, levels: list[Span], above: int = 0
 ) -> Iterator[Tensor]:
-    """A section on some rows of its result, piece after piece in time."""
-    levels = section.levels(rows or (0, 0), x.shape[3])
-    top, bottom = levels[0]
+    """A section on some rows, piece after piece in time, of a clip without the rows `above`."""
+    top, bottom = (row - above for row in levels[0])
     assert bounds.pieces is not None
     pieces = section.pieces(x.shape[2], bounds.pieces)
     memories: list[State] | None = None

@@ -71,6 +71,8 @@ class Plan:
     """Whether the state before a step of the stream outlives the step."""
     gradients: bool = False
     """Whether it is for a walk with gradients; without `torch.no_grad` no other one is."""
+    ranks: int = 1
+    """How many processes walk the clip together; then `shape` is that of the largest part."""
     bounds: Bounds | None
     """Pieces of the bounded walk; None for the whole walk."""
     peak_bytes: int
@@ -106,6 +108,7 @@ class Plan:
         what = f"{self.operation} {'x'.join(map(str, self.shape))}, {self.dtype}"
         step = ", a step of a stream" if self.stream else ""
         step = ", with gradients" if self.gradients else step
+        step = f", the largest part of {self.ranks}" if self.ranks > 1 else step
         lines = [f"{what}: {self.walk} walk{step}"]
         lines += [] if self.bounds is None else self.bounds.explain()
         if self.offload is not None:
@@ -185,7 +188,7 @@ class Planner:
         plan = Plan(
             operation=request.operation, shape=request.shape, dtype=request.dtype,
             stream=request.stream, keep_state=request.keep_state, bounds=walked,
-            gradients=request.gradients is not None,
+            gradients=request.gradients is not None, ranks=request.ranks,
             parts=tuple(parts), peak_bytes=sum(size for _, size in parts), state_bytes=found.state,
             device=request.device, network=request.network,
         )  # fmt: skip
@@ -216,7 +219,7 @@ def _candidates(line: Line, request: PlanRequest, limited: bool) -> Iterator[Bou
     """Ways to walk, fastest first; those of one place for the activation before the next place."""
     on_cpu = request.device.type == "cpu"
     writes_over = on_cpu and request.stream and not request.keep_state and limited
-    if None in request.offload and not writes_over:
+    if None in request.offload and not writes_over and request.ranks == 1:
         yield None  # which cannot write over a state, and takes large blocks anew at every step
     layers = list(line.layers())
     if piecewise.suits(layers):

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
+from itertools import pairwise
 from typing import Any, TypeVar, cast
 
 import torch
@@ -112,6 +113,7 @@ class Runner:
         keep_state: bool = True,
         offload: Offload = None,
         gradients: bool = False,
+        ranks: int = 1,
         device: torch.device | None = None,
     ) -> Plan:
         """The fastest walk within a budget; see `TemporalVAE.plan`. `device`: where it will run."""
@@ -141,12 +143,42 @@ class Runner:
                 "a plan with gradients is for a clip that stays where the weights are: it has "
                 "neither stream nor offload"
             )
+        if ranks != 1:
+            if stream or gradients or ranks < 1:
+                raise ValueError(
+                    "ranks, the number of processes, is 1 or more, and above 1 it is for a clip "
+                    f"without gradients and without a stream; got {ranks}"
+                )
+            full = self.largest_part(full, operation, ranks)
         places = (None,) if together or gradients else self._places(offload, budget)
         request = PlanRequest(
             self.config.layout, operation, full, dtype, stream, places, device,
             keep_state or not stream, self._trained_bytes(operation) if gradients else None,
+            ranks,
         )  # fmt: skip
         return planner(request).plan(budget)
+
+    def by_rows(self, operation: Operation) -> bool:
+        """Whether processes that walk a clip together have rows of it each, or else frames."""
+        return piecewise.suits(list(self.line(operation).layers()))
+
+    def parts(self, size: int, operation: Operation, ranks: int) -> list[int]:
+        """Frames of a clip, or rows of it, for each process: as equal as can be, latents whole."""
+        rows = self.by_rows(operation)
+        unit = self.config.downsample_factor if rows and operation == "encode" else 1
+        if size // unit < ranks:
+            raise ValueError(
+                f"{size // unit} {'rows of latents' if rows else 'frames'} are too few for {ranks} "
+                "processes, each of which needs one: take fewer"
+            )
+        edges = [size // unit * rank // ranks * unit for rank in range(ranks + 1)]
+        return [stop - start for start, stop in pairwise(edges)]
+
+    def largest_part(self, shape: Shape, operation: Operation, ranks: int) -> Shape:
+        """The shape of the largest part of a clip (B, C, T, H, W) that each process has."""
+        axis = 3 if self.by_rows(operation) else 2
+        most = max(self.parts(shape[axis], operation, ranks))
+        return (*shape[:axis], most, *shape[axis + 1 :])
 
     def _trained_bytes(self, operation: Operation) -> int:
         return sum(p.nbytes for p in self.line(operation).parameters() if p.requires_grad)
@@ -223,7 +255,8 @@ class Runner:
         shape = tuple(clip.shape)
         if stream and shape[2] <= plan.shape[2]:  # a shorter piece takes less
             shape = (*shape[:2], plan.shape[2], *shape[3:])
-        made_for = (plan.operation, plan.shape, plan.dtype, f"stream={plan.stream}")
+        kind = f"stream={plan.stream}" + (f", ranks={plan.ranks}" if plan.ranks > 1 else "")
+        made_for = (plan.operation, plan.shape, plan.dtype, kind)
         if made_for != (operation, shape, clip.dtype, f"stream={stream}"):
             got = (operation, tuple(clip.shape), clip.dtype, f"stream={stream}")
             raise ValueError(

@@ -1,0 +1,134 @@
+"""What each of several processes does for `test_sharded.py`: every case, one after another."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from conftest import awake, redraw
+from torch import Tensor
+
+from temporal_vae import TemporalVAE, WanVAEConfig, sharded
+
+SVD: dict[str, Any] = {
+    "temporal_norm": "clip", "clip_frames": 7, "temporal_attention_reach": 0,
+    "time_conv_out": True,
+}  # fmt: skip
+
+
+def awake_wan(**options: Any) -> TemporalVAE:
+    config = WanVAEConfig(
+        latent_channels=4, base_channels=8, channel_multipliers=(1, 2, 2), blocks_per_level=1,
+        temporal_downsample=(False, True), **options,
+    )  # fmt: skip
+    model = TemporalVAE.from_config(config).double()
+    redraw(model)
+    return model
+
+
+MODELS: dict[str, Callable[[], TemporalVAE]] = {
+    "default": awake,
+    "causal": lambda: awake(causal_mode=True),
+    "norms over the clip": lambda: awake(**SVD),
+    "Wan 2.1": lambda: awake_wan(),
+    "Wan 2.2": lambda: awake_wan(decoder_base_channels=16, level_shortcuts=True, patch_size=2),
+}
+CASES: dict[str, list[tuple[Any, tuple[int, ...] | None]]] = {
+    "default": [(None, None), ("least", (2, 4, 1))],
+    "causal": [(None, None)],
+    "norms over the clip": [("least", (1, 1, 5))],
+    "Wan 2.1": [(None, (1, 4, 2)), ("least", None)],
+    "Wan 2.2": [(None, None)],
+}
+"""The memory of each process, and the sizes of parts (frames, rows of latents) if they are not as
+equal as can be."""
+
+
+def relative(got: Tensor, expected: Tensor) -> float:
+    return float((got - expected).abs().max() / expected.abs().max())
+
+
+def errors(vae: TemporalVAE, sizes: tuple[int, ...] | None, memory: Any) -> list[float]:
+    """How far decoded pixels and encoded moments are from those of one process."""
+    vae.requires_grad_(False)
+    frames, (h, w), scale = 7, (7, 3), vae.downsample_factor
+    generator = torch.Generator().manual_seed(1)
+    latent = torch.randn(2, vae.latent_channels, frames, h, w, generator=generator).to(vae.dtype)
+    length = vae.video_frames(frames)
+    pixels = torch.rand(2, 3, length, h * scale, w * scale, generator=generator).to(vae.dtype)
+    axis, rank = sharded.split_axis(vae), dist.get_rank()
+    if sizes is None:
+        own, video = sharded.part(vae, latent), sharded.part(vae, pixels, "encode")
+    else:
+        unit = scale if axis == 3 else 1
+        own = latent.split(sizes, axis)[rank]
+        video = pixels.split([n * unit for n in sizes], axis)[rank]
+    decoded = sharded.gather(vae, sharded.decode(vae, own, memory=memory))
+    found = sharded.encode(vae, video, memory=memory)
+    moments = [sharded.gather(vae, each) for each in (found.mean, found.log_variance)]
+    if decoded is None:
+        return []
+    expected = (vae.decode(latent), *vae.encode_with_distribution(pixels))
+    got = (decoded, *moments)
+    return [relative(ours, theirs) for ours, theirs in zip(got, expected, strict=True)]  # type: ignore[arg-type]
+
+
+def message(run: Callable[[], object]) -> str:
+    try:
+        run()
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def refusals(vae: TemporalVAE) -> dict[str, str]:
+    """What is said about parts that no walk can take; by every process."""
+    vae.requires_grad_(False)
+    rank = dist.get_rank()
+    latent = torch.zeros(1, 4, 3, 4, 4, dtype=vae.dtype)
+    other = latent[..., :3] if rank == 1 else latent
+    wrong = latent.float() if rank == 1 else latent
+    return {
+        "other clips": message(lambda: sharded.decode(vae, other)),
+        "one wrong": message(lambda: sharded.decode(vae, wrong)),
+        "budget": message(lambda: sharded.decode(vae, latent, memory=1000 if rank else None)),
+        "nothing": message(lambda: sharded.part(vae, latent[:, :, :2])),
+        "empty": message(lambda: sharded.decode(vae, latent[:, :, : 2 - rank])),
+        "gradients": message(lambda: sharded.decode(vae.requires_grad_(True), latent)),
+    }
+
+
+def work(results: dict[str, Any]) -> None:
+    for name, cases in CASES.items():
+        results[name] = [errors(MODELS[name](), sizes, memory) for memory, sizes in cases]
+    single = awake(torch.float32)
+    results["float32"] = errors(single, None, None)
+    results["bfloat16"] = errors(awake(torch.float32).bfloat16(), None, None)
+    results["refusals"] = refusals(awake())
+
+
+def main() -> None:
+    folder, rank, size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size,
+        timeout=timedelta(seconds=60),
+    )  # fmt: skip
+    results: dict[str, Any] = {}
+    try:
+        work(results)
+    except Exception:  # the test shows it
+        results["failed"] = traceback.format_exc()
+    (folder / f"{rank}.json").write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
