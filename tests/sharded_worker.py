@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import traceback
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from conftest import awake, redraw
 from torch import Tensor
 
 from temporal_vae import TemporalVAE, WanVAEConfig, sharded
+from temporal_vae.walks.sharded import Group, walk
+from temporal_vae.walks.stages import shapes_in
 
 SVD: dict[str, Any] = {
     "temporal_norm": "clip", "clip_frames": 7, "temporal_attention_reach": 0,
@@ -105,12 +108,31 @@ def refusals(vae: TemporalVAE) -> dict[str, str]:
     }
 
 
+def sent() -> list[int]:
+    """Bytes that a process sends for a clip, and what pixels for frames and back must take."""
+    vae, size = awake(torch.float32), dist.get_world_size()
+    latent = torch.zeros(1, vae.latent_channels, 2, 6, 6)
+    group, layers = Group(), list(vae.decoder.layers())
+    bounds = vae.plan((1, vae.latent_channels, 2 * size, 6, 6), ranks=size).bounds
+    assert bounds is not None
+    with torch.no_grad():
+        walk(vae.decoder, latent, bounds, group)
+    shapes = shapes_in(layers, tuple(latent.shape))
+    crossing = [
+        math.prod(shape) * 4 * (size - 1) // size
+        for layer, shape in zip(layers, shapes, strict=False)
+        if layer.cut == "pixels"
+    ]
+    return [group.sent, 2 * sum(crossing)]
+
+
 def work(results: dict[str, Any]) -> None:
     for name, cases in CASES.items():
         results[name] = [errors(MODELS[name](), sizes, memory) for memory, sizes in cases]
     single = awake(torch.float32)
     results["float32"] = errors(single, None, None)
     results["bfloat16"] = errors(awake(torch.float32).bfloat16(), None, None)
+    results["sent"] = sent()
     results["refusals"] = refusals(awake())
 
 

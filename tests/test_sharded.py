@@ -55,6 +55,12 @@ def test_float32_and_bfloat16_go_between_processes_as_they_are(results: Results)
     assert max(results[0]["bfloat16"]) < 0.2
 
 
+def test_no_more_is_sent_than_pixels_for_frames_and_back(results: Results) -> None:
+    for each in results:
+        sent, least = each["sent"]
+        assert 0.9 * least < sent < 1.1 * least  # pixels do not always share out evenly
+
+
 def test_what_one_process_cannot_do_is_said_in_all(results: Results) -> None:
     said = [each["refusals"] for each in results]
     for each in said:
