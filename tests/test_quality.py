@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import SHARED, difference, pixels
 from PIL import Image
 
@@ -154,6 +155,20 @@ def test_the_bundled_encoder_is_the_one_that_latents_were_made_with(name: str) -
     record = TemporalVAE.from_pretrained(name).latent_record()
     assert record.encoder_sha256 == TINY_ENCODER
     assert record.scale_factor == 0.3461
+
+
+def test_the_bundled_causal_model_gives_each_frame_at_once_from_the_past_alone() -> None:
+    vae = TemporalVAE.from_pretrained("tiny-causal")
+    assert vae.config.causal_mode and vae.encode_reach == 0
+    latent = vae.encode(pixels(4, 32, 32).float(), sample_mode=False).detach()
+    whole = vae.decode(latent).detach()
+    stream = vae.decode_stream()
+    pieces = [stream.push(latent[:, :, t : t + 1]) for t in range(4)]
+    assert all(piece is not None and piece.shape[2] == 1 for piece in pieces)
+    streamed = torch.cat([piece.detach() for piece in pieces if piece is not None], 2)
+    assert difference(streamed, whole) < 1e-4
+    swapped = vae.decode(latent[:, :, [1, 0, 2, 3]])[:, :, 2:]
+    assert difference(swapped.detach(), whole[:, :, 2:]) > 0.005  # awake: the past is seen
 
 
 def test_latents_have_unit_variance_after_scaling(tiny: TemporalVAE, real_clip: Path) -> None:
