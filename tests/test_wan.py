@@ -551,10 +551,13 @@ def test_the_setters_are_exact(name: str) -> None:
     plan = model.plan(latent[:1].shape, budget="least")
     found = torch.cat(list(model.iter_decode(latent[:1], plan=plan)), 2)
     assert difference(found, model.decode(latent[:1])) < 1e-10
+    cut = replace(plan, bounds=Bounds(pieces=1))
     with torch.enable_grad():
-        model.set_tiling_enabled(True)
-        with pytest.raises(ValueError, match="gradients go back"):
-            model.encode(x)
+        for walked in (lambda: model.decode(latent[:1], plan=cut), lambda: model.encode(x)):
+            with pytest.raises(ValueError, match=r"and tiling too, and take enable_grad") as raised:
+                walked()
+            assert "gradients=True" not in str(raised.value), "there is no such plan of this kind"
+            model.set_tiling_enabled(True)
     with pytest.raises(ValueError, match="leave offload out"):
         model.plan(latent.shape, offload="host")
 
