@@ -266,7 +266,7 @@ def test_the_finest_level_may_be_wider_than_the_first_convolution(
     save_file(original(model), tmp_path / "original.safetensors")
     with pytest.warns(UserWarning, match="0 and 1 are taken"):
         alone = TemporalVAE.from_pretrained(tmp_path / "original.safetensors")
-    assert alone.config == replace(mine.config, latent_mean=None, latent_std=None)
+    assert alone.config == replace(config_of(name), latent_mean=None, latent_std=None)
 
 
 @pytest.mark.parametrize("name", ["Wan 2.1", "Wan 2.2"])
@@ -553,7 +553,10 @@ def test_the_setters_are_exact(name: str) -> None:
     assert difference(found, model.decode(latent[:1])) < 1e-10
     cut = replace(plan, bounds=Bounds(pieces=1))
     with torch.enable_grad():
-        for walked in (lambda: model.decode(latent[:1], plan=cut), lambda: model.encode(x)):
+        walks: list[Callable[[], Tensor]] = [
+            lambda: model.decode(latent[:1], plan=cut), lambda: model.encode(x),
+        ]  # fmt: skip
+        for walked in walks:
             with pytest.raises(ValueError, match=r"and tiling too, and take enable_grad") as raised:
                 walked()
             assert "gradients=True" not in str(raised.value), "there is no such plan of this kind"
