@@ -274,6 +274,17 @@ def test_a_long_run_says_once_how_long(
         assert len(told) == said and all(": about 0:" in line for line in told)
 
 
+def test_time_before_the_first_frame_says_nothing_of_those_behind_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = itertools.chain([0.0, 0.0, 0.0], (9 + 0.2 * n for n in itertools.count()))
+    monkeypatch.setattr(time, "monotonic", clock.__next__)
+    with report.Meter("working") as meter:
+        for done in (0.001, *range(1, 40)):  # plans were made for nine seconds
+            meter(done, 40, "bounded walks, in 2 GiB")
+    assert "in all" not in capsys.readouterr().err
+
+
 def test_progress_in_a_log(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

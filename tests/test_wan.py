@@ -6,11 +6,13 @@ import json
 import math
 import random
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from conftest import difference, thinned
@@ -249,6 +251,22 @@ def original(model: Any) -> dict[str, Tensor]:
             key = re.sub(pattern, replacement, key)
         found[key] = tensor.contiguous()
     return found
+
+
+@kind
+def test_the_finest_level_may_be_wider_than_the_first_convolution(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**SMALL, "base_dim": 4, "dim_mult": [2, 2, 4, 4]}
+    monkeypatch.setattr(sys.modules[__name__], "SMALL", options)
+    model = theirs(name)
+    _, mine = reads_what_we_write(model, tmp_path)
+    for found, expected in both_numbers(model, mine, 5):
+        assert difference(found, expected) < 1e-10
+    save_file(original(model), tmp_path / "original.safetensors")
+    with pytest.warns(UserWarning, match="0 and 1 are taken"):
+        alone = TemporalVAE.from_pretrained(tmp_path / "original.safetensors")
+    assert alone.config == replace(config_of(name), latent_mean=None, latent_std=None)
 
 
 @pytest.mark.parametrize("name", ["Wan 2.1", "Wan 2.2"])
@@ -533,10 +551,16 @@ def test_the_setters_are_exact(name: str) -> None:
     plan = model.plan(latent[:1].shape, budget="least")
     found = torch.cat(list(model.iter_decode(latent[:1], plan=plan)), 2)
     assert difference(found, model.decode(latent[:1])) < 1e-10
+    cut = replace(plan, bounds=Bounds(pieces=1))
     with torch.enable_grad():
-        model.set_tiling_enabled(True)
-        with pytest.raises(ValueError, match="gradients go back"):
-            model.encode(x)
+        walks: list[Callable[[], Tensor]] = [
+            lambda: model.decode(latent[:1], plan=cut), lambda: model.encode(x),
+        ]  # fmt: skip
+        for walked in walks:
+            with pytest.raises(ValueError, match=r"and tiling too, and take enable_grad") as raised:
+                walked()
+            assert "gradients=True" not in str(raised.value), "there is no such plan of this kind"
+            model.set_tiling_enabled(True)
     with pytest.raises(ValueError, match="leave offload out"):
         model.plan(latent.shape, offload="host")
 
@@ -765,3 +789,24 @@ def test_a_configuration_comes_back_from_plain_values() -> None:
         assert WanVAEConfig.from_dict(values) == config
         with pytest.raises(ValueError, match=r"unknown configuration fields \['depth'\]"):
             WanVAEConfig.from_dict(values | {"depth": 3})
+
+
+@kind
+@torch.no_grad()
+def test_lora_gives_what_stock_gives(name: str) -> None:
+    """On the 2-D convolutions, which are all that adapters of stock know."""
+    config = peft.LoraConfig(
+        r=2, target_modules=["resample.1", "to_qkv", "proj"], init_lora_weights=False
+    )
+    model, mine = theirs(name), ours(name)
+    x = video_of(mine, 5, 2)
+    plain = mine.encode(x, sample_mode=False)
+    for either in (model, mine):
+        peft.inject_adapter_in_model(config, either)
+        generator = torch.Generator().manual_seed(0)
+        for key, p in either.double().named_parameters():
+            if "lora" in key:
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.1)
+    for found, expected in both_numbers(model, mine, 5):
+        assert difference(found, expected) < 1e-10
+    assert difference(mine.encode(x, sample_mode=False), plain) > 1e-2

@@ -274,11 +274,11 @@ class WanVAEConfig:
     latent_channels: int = 16
     """Channels of a latent cell."""
     base_channels: int = 96
-    """Width of the finest level of the encoder."""
+    """Width behind the first convolution of the encoder, and the unit of the levels' widths."""
     decoder_base_channels: int | None = None
-    """Width of the finest level of the decoder; None means that of the encoder."""
+    """The unit of the widths in the decoder; None means that of the encoder."""
     channel_multipliers: tuple[int, ...] = (1, 2, 4, 4)
-    """Width of each level in units of the finest, finest first."""
+    """Width of each level in these units, finest first."""
     blocks_per_level: int = 2
     """Residual blocks per encoder level; the decoder has one more."""
     temporal_downsample: tuple[bool, ...] = (False, True, True)
@@ -340,7 +340,7 @@ class WanVAEConfig:
     def _check_shortcuts(self) -> None:
         """A shortcut takes means of whole groups of channels, or repeats each as often."""
         more = [4 * (1 + time) for time in self.temporal_downsample]
-        down = zip(pairwise((self.widths[0], *self.widths)), [*more, 1], strict=True)
+        down = zip(pairwise((self.base_channels, *self.widths)), [*more, 1], strict=True)
         wide = self.decoder_widths[::-1]
         up = zip(pairwise((wide[0], *wide)), more[::-1], strict=False)
         if any(one * times % other for (one, other), times in down) or any(

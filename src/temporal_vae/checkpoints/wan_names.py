@@ -205,6 +205,7 @@ def _infer(shapes: Mapping[str, Shape]) -> WanVAEConfig:
     base, latent = size("encoder.conv1.weight", 0), size("decoder.conv1.weight", 1)
     if any(width % base for width in widths):
         raise ValueError(f"the VAE in it has levels of {widths} channels behind {base}")
+    multipliers = tuple(width // base for width in widths)
     side = 2 if nested else 1
     known = {16: WanVAEConfig.wan21(), 48: WanVAEConfig.wan22()}.get(latent)
     if known is None:
@@ -216,8 +217,8 @@ def _infer(shapes: Mapping[str, Shape]) -> WanVAEConfig:
         input_channels=size("encoder.conv1.weight", 1) // side**2,
         latent_channels=latent,
         base_channels=base,
-        decoder_base_channels=size("decoder.head.0.gamma", 0),
-        channel_multipliers=tuple(width // base for width in widths),
+        decoder_base_channels=size("decoder.head.0.gamma", 0) // multipliers[0],
+        channel_multipliers=multipliers,
         blocks_per_level=blocks,
         temporal_downsample=tuple(halved),
         level_shortcuts=nested,

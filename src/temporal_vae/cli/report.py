@@ -26,7 +26,8 @@ err = Console(stderr=True, highlight=False)
 out = Console(highlight=False)
 
 TIMED_SECONDS, LONG_SECONDS = 5.0, 60.0
-"""After so many seconds it is known what all will take; it is told if it is more than so many."""
+"""So many seconds after the first progress it is known what all will take; it is told if it is more
+than so many."""
 
 Result = tuple["Summary", Rows]
 """What was done, and what there is to say of the file that was written."""
@@ -155,6 +156,7 @@ class Meter:
         self._whole = whole if whole is not None and whole.files > 1 else None
         self._title, self._start, self._done = title, time.monotonic(), 0
         self.said, self._told = self._start, False
+        self._first: tuple[float, float] | None = None
         self.begun = 0.0
         """How much was done before: a training that goes on."""
         self._bar = Progress(
@@ -184,8 +186,8 @@ class Meter:
         new, left = done - self.begun, None if total is None else total - self.begun
         words = f"{some} {self._unit}{of}, {new / seconds:.2f} {self._unit}/s"
         words += _left(seconds, new, left) + more
-        if how and total and not self._told and seconds > TIMED_SECONDS and done:
-            self._tell_if_long(seconds * total / done, how)
+        if how and total and not self._told and done:
+            self._tell_if_long(seconds, done, total, how)
         self._bar.update(self._task, completed=done, total=total, words=words)
         title = self._title
         if self._whole is not None:
@@ -194,12 +196,16 @@ class Meter:
             title = f"{self._whole.doing} {all_words}; {title}"
         self._say_rarely(f"{title}: {words}")
 
-    def _tell_if_long(self, seconds: float, how: str) -> None:
-        """Say once how long it takes in all, if that is long."""
+    def _tell_if_long(self, seconds: float, done: float, total: int, how: str) -> None:
+        """Say once how long it takes in all, if that is long, by what was done since the first."""
+        self._first = began, first = self._first or (seconds, done)
+        if seconds - began <= TIMED_SECONDS or done <= first:
+            return
         self._told = True
-        if seconds > LONG_SECONDS and not self._quiet:
-            whole = timedelta(seconds=round(seconds))
-            err.print(f"{self._title}: about {whole} in all: {how}", markup=False, soft_wrap=True)
+        whole = began + (seconds - began) * (total - first) / (done - first)
+        if whole > LONG_SECONDS and not self._quiet:
+            words = timedelta(seconds=round(whole))
+            err.print(f"{self._title}: about {words} in all: {how}", markup=False, soft_wrap=True)
 
     def _say_rarely(self, line: str) -> None:
         """Print a line where there are no bars, unless one was printed in the last ten seconds."""

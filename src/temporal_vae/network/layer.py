@@ -254,8 +254,9 @@ class Layer(nn.Module):
             )
         if self.rate != 1 and len({self.phase(taken) for taken in counts.tolist()}) > 1:
             raise ValueError(
-                f"streams of a batch must be at the same frame of a latent, got {counts.tolist()} "
-                "frames: this model takes the first frame apart, and then several for each latent"
+                "streams of a batch must be at the same frame of a latent, but a layer of this "
+                f"model has taken {counts.tolist()} frames of them: it takes the first one apart, "
+                "and then several for each that it gives"
             )
         settled = sum(tail.frames for tail in self.tails()) if self.future else 0
         if len(set(counts.tolist() if self.future else [])) > 1 and int(counts.min()) < settled:

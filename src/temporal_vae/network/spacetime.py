@@ -357,13 +357,6 @@ def _by_frames(of: Callable[[Tensor], Tensor], x: Tensor, scale: Fraction, out: 
     return y
 
 
-class _Smaller(Conv2d):
-    """3x3 with stride 2, padded below and on the right only."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.pad(x, (0, 1, 0, 1)))
-
-
 class _Repeated(Leaf):
     """Each pixel four times."""
 
@@ -394,7 +387,8 @@ class SpacetimeDownsample(Spacetime):
     def __init__(self, channels: int, time: bool):
         super().__init__()
         self.width = channels
-        self.resample = nn.Sequential(nn.Identity(), _Smaller(channels, channels, 3, stride=2))
+        padded = nn.ZeroPad2d((0, 1, 0, 1))  # below and on the right only
+        self.resample = nn.Sequential(padded, Conv2d(channels, channels, 3, stride=2))
         self.time_conv = CausalConv.of(channels, channels, side=1, step=2) if time else None
         self.cut = "rows" if time else "frames"
         if time:

@@ -94,7 +94,9 @@ class WanEncoder(WanLine):
     def __init__(self, config: WanVAEConfig):
         super().__init__(config)
         widths, moments = config.widths, 2 * config.latent_channels
-        self.conv_in = CausalConv.of(config.input_channels * config.patch_size**2, widths[0])
+        self.conv_in = CausalConv.of(
+            config.input_channels * config.patch_size**2, config.base_channels
+        )
         self.down_blocks = nn.ModuleList(_down(config))
         self.mid_block = WanMidBlock(widths[-1])
         self.norm_out = RMSNorm(widths[-1])
@@ -117,7 +119,7 @@ class WanEncoder(WanLine):
 def _down(config: WanVAEConfig) -> Iterator[Layer]:
     """The levels of an encoder, finest first."""
     halved: Sequence[bool | None] = (*config.temporal_downsample, None)
-    steps = pairwise((config.widths[0], *config.widths))
+    steps = pairwise((config.base_channels, *config.widths))
     for (before, width), time in zip(steps, halved, strict=True):
         if config.level_shortcuts:
             yield DownFork(before, width, config.blocks_per_level, bool(time), last=time is None)

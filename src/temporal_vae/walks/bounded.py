@@ -33,7 +33,14 @@ from temporal_vae.network.layer import Layer, Past, State
 from temporal_vae.network.primitives import Norm
 from temporal_vae.walks import workspace
 from temporal_vae.walks.norm_sums import input_of, moments_of, with_known
-from temporal_vae.walks.stages import Bounds, runs, shape_after, stages
+from temporal_vae.walks.stages import (
+    TO_TRAIN_IN_PIECES,
+    Bounds,
+    in_pieces,
+    runs,
+    shape_after,
+    stages,
+)
 from temporal_vae.walks.workspace import Workspace, new_clip
 
 Across = Callable[[Layer, Tensor], Tensor | None]
@@ -72,10 +79,13 @@ def pieces(line: Line, x: Tensor, bounds: Bounds) -> Iterator[Tensor]:
 def refuse_watchers(line: Line, x: Tensor) -> None:
     """Raise `ValueError` where autograd or a hook would need what a bounded walk has not."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *line.parameters())):
+        to_train = "decode or encode with a plan(..., gradients=True)"
+        if in_pieces(list(line.layers())):
+            to_train = TO_TRAIN_IN_PIECES
         raise ValueError(
             "a bounded walk overwrites its activations, so it cannot run under autograd: use "
             "torch.no_grad() around it or freeze the weights, requires_grad_(False); to train, "
-            "decode or encode with a plan(..., gradients=True)"
+            f"{to_train}"
         )
     refuse_pieces(line)
 

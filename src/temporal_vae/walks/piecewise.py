@@ -35,13 +35,6 @@ from temporal_vae.walks.stages import Bounds, shape_after
 from temporal_vae.walks.workspace import new_clip
 
 
-def suits(layers: Sequence[Layer]) -> bool:
-    """Whether layers are walked so: some are cut along rows alone, and none looks ahead."""
-    return any(layer.cut == "rows" for layer in layers) and not any(
-        layer.future != 0 for layer in layers
-    )
-
-
 @dataclass(frozen=True)
 class Section:
     """Layers that follow one another, with whole frames or in bands of rows of their result."""

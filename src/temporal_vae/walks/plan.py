@@ -222,7 +222,7 @@ def _candidates(line: Line, request: PlanRequest, limited: bool) -> Iterator[Bou
     if None in request.offload and not writes_over and request.ranks == 1:
         yield None  # which cannot write over a state, and takes large blocks anew at every step
     layers = list(line.layers())
-    if piecewise.suits(layers):
+    if stages.in_pieces(layers):
         yield from _pieces(layers, request)
         return
     sizes = _Sizes(line, request)

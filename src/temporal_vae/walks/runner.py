@@ -28,7 +28,7 @@ from temporal_vae.network.kernels.plain import transformed
 from temporal_vae.network.layer import Shape
 from temporal_vae.network.lines import AnyDecoder, AnyEncoder
 from temporal_vae.network.primitives import hooked
-from temporal_vae.walks import bounded, gradients, piecewise, streamed
+from temporal_vae.walks import bounded, gradients, piecewise, stages, streamed
 from temporal_vae.walks.budget import Budget, check_budget
 from temporal_vae.walks.peak import Offload, Operation, PlanRequest
 from temporal_vae.walks.plan import Plan, planner
@@ -126,7 +126,7 @@ class Runner:
             raise ValueError(
                 f"this model normalises over the whole clip, so it cannot {operation} a stream"
             )
-        together = piecewise.suits(list(line.layers()))
+        together = stages.in_pieces(list(line.layers()))
         if together and offload is not None:
             raise ValueError(
                 "this model's layers see time and space together and keep no activation of the "
@@ -135,8 +135,8 @@ class Runner:
         if together and gradients:
             raise ValueError(
                 "this model's layers see time and space together, and gradients go back through "
-                "them whole: leave the budget out, and take enable_gradient_checkpointing(), or "
-                "call it within torch.no_grad() if no gradients are wanted"
+                f"them whole: {stages.TO_TRAIN_IN_PIECES}, or call it within torch.no_grad() if no "
+                "gradients are wanted"
             )
         if gradients and (stream or offload is not None):
             raise ValueError(

@@ -12,6 +12,18 @@ from temporal_vae.network.layer import Layer, Shape
 
 ENOUGH_FRAMES = 8
 """Frames of a group from which on more of them gain nothing."""
+TO_TRAIN_IN_PIECES = (
+    "leave the budget out, a plan and tiling too, and take enable_gradient_checkpointing()"
+)
+"""What to do for gradients of a line that is walked in pieces in time."""
+
+
+def in_pieces(layers: Sequence[Layer]) -> bool:
+    """Whether layers are walked in pieces in time, by `piecewise`: some are cut along rows alone,
+    and none looks ahead."""
+    return any(layer.cut == "rows" for layer in layers) and not any(
+        layer.future != 0 for layer in layers
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
