@@ -160,7 +160,7 @@ class Runner:
 
     def by_rows(self, operation: Operation) -> bool:
         """Whether processes that walk a clip together have rows of it each, or else frames."""
-        return piecewise.suits(list(self.line(operation).layers()))
+        return stages.in_pieces(list(self.line(operation).layers()))
 
     def parts(self, size: int, operation: Operation, ranks: int) -> list[int]:
         """Frames of a clip, or rows of it, for each process: as equal as can be, latents whole."""
