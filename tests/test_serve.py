@@ -89,11 +89,12 @@ class Tab:
 
     def __init__(self, browser: Any, server: Server, **looks: Any):
         self.context = browser.new_context(accept_downloads=True, **looks)
+        self.context.set_default_timeout(120_000)  # of milliseconds: a machine may be busy
         self.tab = self.context.new_page()
         self.requests: list[str] = []
         self.context.on("request", lambda request: self.requests.append(request.url))
         self.tab.goto(server.address)
-        self.tab.wait_for_selector("#run", timeout=60_000)
+        self.tab.wait_for_selector("#run")
 
     def choose(self, box: str, value: str) -> None:
         self.tab.click(f"#{box} input")
@@ -103,14 +104,14 @@ class Tab:
         if self.tab.locator("#upload [aria-label='Clear']").count():
             self.tab.click("#upload [aria-label='Clear']")
         self.tab.set_input_files("#upload input[type=file]", file)
-        self.tab.wait_for_selector(f"#upload :text('{file.suffix}')", timeout=20_000)
+        self.tab.wait_for_selector(f"#upload :text('{file.suffix}')")
 
     def run(self) -> str:
         """Press the button; gives what is said in the end."""
         mark = "for (const p of document.querySelectorAll('#message p')) p.dataset.before = 1"
         self.tab.evaluate(mark)
         self.tab.click("#run")
-        self.tab.wait_for_selector("#message p[role]:not([data-before])", timeout=60_000)
+        self.tab.wait_for_selector("#message p[role]:not([data-before])")
         return str(self.tab.inner_text("#message").strip())
 
     def numbers(self) -> dict[str, str]:

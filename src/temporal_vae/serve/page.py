@@ -23,7 +23,7 @@ TITLE = "temporal-vae"
 CSS = """
 #message p { margin: 0; font-size: 1.1em } #message [role=alert] { color: #b91c1c }
 .dark #message [role=alert] { color: #fca5a5 }
-#numbers :is(tr, th, td) { border: 0; padding: 2px 16px 2px 0; vertical-align: top }
+#numbers :is(table, tr, th, td) { border: 0; padding: 2px 16px 2px 0; vertical-align: top }
 #numbers th { text-align: left; white-space: nowrap }
 """
 
@@ -50,7 +50,7 @@ def serve(
             server_name=host, server_port=port, share=False, prevent_thread_lock=True, quiet=True,
             max_file_size=limits.bytes, footer_links=[], enable_monitoring=False, ssr_mode=False,
             pwa=False, mcp_server=False, run_history=False, inbrowser=False, css=CSS,
-            theme=gradio.themes.Default(**fonts),
+            theme=gradio.themes.Default(**fonts).set(block_info_text_color="*neutral_500"),
         )  # fmt: skip
         say(f"the page is at {page.local_url} (Ctrl-C ends it)")
         try:

@@ -18,6 +18,8 @@ from temporal_vae.video import Options, VideoReader
 
 LISTS = re.compile(rb"(\xef\xbb\xbf)?\s*(#EXTM3U|ffconcat|<|v=)")
 """How files of text begin that name others: libav would open those, wherever they lie."""
+PROBED_BYTES = 1 << 20
+"""Of a file, that libav looks at to find its format."""
 ENDING_SECONDS = 60
 """How long a run that is to be ended is waited for, at the most."""
 Progress = Callable[[float, int | None, str], None]
@@ -47,7 +49,7 @@ class Limits:
         if size > self.bytes:
             raise ValueError(f"{name} has {size / 2**20:.1f} MiB: this page takes {self}")
         with upload.open("rb") as file:
-            if LISTS.match(file.read(64)):
+            if LISTS.match(file.read(PROBED_BYTES)):
                 raise ValueError(f"{name} is no video, but text: upload a video or a photo itself")
         with VideoReader(upload, alpha="drop") as reader:
             height, width = reader.size
