@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, files
 from itertools import product
 from pathlib import Path
@@ -29,6 +29,7 @@ plan.GAPS_BYTES = 0
 plan.GRADIENT_GAPS = 0
 memory.CODEC_BYTES, memory.CODEC_BYTES_A_PIXEL = 0, 0.0
 
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 SHARED = Path(__file__).parent.parent.parent / "shared"
 
 
@@ -185,3 +186,16 @@ def run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., subprocess.CompletedProcess[str]]:
     return lambda *words: here(monkeypatch, capsys, *words)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A browser that is installed, without a window."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if found is None:
+        pytest.skip(f"none of the browsers {', '.join(BROWSERS)} is installed")
+    with playwright.sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield opened
+        opened.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 from base64 import b64decode
 from collections.abc import Iterator
 from dataclasses import replace
@@ -29,7 +28,6 @@ from temporal_vae.video import Uint8Frames
 
 NAME = "<script>alert(1)"
 FRAMES, HEIGHT, WIDTH, BAD = 12, 48, 64, 7
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
 def reconstruction() -> Uint8Frames:
@@ -278,18 +276,6 @@ class Tab:
 
     def press(self, key: str, on: str = ".handle") -> None:
         self.tab.press(on, key)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-    if found is None:
-        pytest.skip(f"none of the browsers {', '.join(BROWSERS)} is installed")
-    with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.fixture

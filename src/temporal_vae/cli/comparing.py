@@ -75,14 +75,11 @@ def _open(path: Path, selected: Options | None) -> VideoReader:
 
 
 def _measured(source: Path, target: Path, selected: Options) -> Rows:
-    from temporal_vae.evaluation.clips import CHEAP, PROTOCOLS, measure_clip
     from temporal_vae.evaluation.codecs import VideoCodec
+    from temporal_vae.evaluation.compare import measure
 
     codec = VideoCodec(lambda: _open(target, None), str(target))
-    makes = {name: CHEAP[name] for name in ("psnr", "ssim", "flicker")}
     with Meter(f"measuring {target.name}") as meter:
         done = iter(range(1, 1 << 62))
-        found = measure_clip(lambda: _open(source, selected), codec, PROTOCOLS["quick"],
-                             lambda: meter(next(done), None), makes)  # fmt: skip
-    values = {name: found.values.get(name) for name in makes}
+        values = measure(lambda: _open(source, selected), codec, lambda: meter(next(done), None))
     return {name: None if value is None else round(value, 6) for name, value in values.items()}

@@ -25,6 +25,7 @@ from temporal_vae.cli import (
     evaluation,
     inputs,
     options,
+    serving,
     training,
 )
 from temporal_vae.cli.groups import with_groups
@@ -291,6 +292,21 @@ def compare(
     inputs.refuse_missing([first, second])
     comparing.compare(first, second, target, settings, frames.selected(), output.format(),
                       output.overwrite, of_both=True)  # fmt: skip
+
+
+@command.command()
+@with_groups
+def serve(page: serving.ServeOptions, model: options.RunOptions) -> None:
+    """Serve a page on which one uploads a clip or a photo, and sees what a model keeps of it.
+
+    Examples:
+      tvae serve
+      tvae serve --model tiny --model my-model/ --memory 2GiB
+      tvae serve --host 0.0.0.0 --port 8000 --max-frames 120 --max-mib 20
+    """
+    serving.check_installed()
+    allocator.settle("auto")
+    serving.serve(page, model)
 
 
 @command.command()

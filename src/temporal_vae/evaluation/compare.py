@@ -9,7 +9,8 @@ from itertools import zip_longest
 
 import numpy as np
 
-from temporal_vae.evaluation.codecs import eight_bits
+from temporal_vae.evaluation.clips import CHEAP, PROTOCOLS, Tick, measure_clip
+from temporal_vae.evaluation.codecs import Codec, eight_bits
 from temporal_vae.evaluation.measures import need_pillow
 from temporal_vae.evaluation.pictures import amplified_difference
 from temporal_vae.video import (
@@ -25,6 +26,8 @@ WIPE_SECONDS = 4.0
 """A wipe takes as long from one side to the other, and then goes back."""
 LINE = 2
 """Pixels of the line between both sides of a wipe."""
+MEASURED = ("psnr", "ssim", "flicker")
+"""What `measure` measures."""
 Progress = Callable[[float, int | None], None]
 
 
@@ -84,6 +87,19 @@ def compare(
             done += 1
             progress(done, info.expected_frames)
     return done
+
+
+def measure(
+    opening: Callable[[], VideoReader], codec: Codec, tick: Tick = lambda: None
+) -> dict[str, float | None]:
+    """How close a codec comes to a video, by name; None for what cannot be measured.
+
+    `opening` opens the video. Raises `VideoError` for what cannot be read, and `ValueError` for a
+    reconstruction that is not one of it.
+    """
+    makes = {name: CHEAP[name] for name in MEASURED}
+    found = measure_clip(opening, codec, PROTOCOLS["quick"], tick, makes)
+    return {name: found.values.get(name) for name in MEASURED}
 
 
 def _together(
