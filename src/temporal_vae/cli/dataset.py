@@ -44,7 +44,8 @@ class DataSetOptions(OptionGroup):
         parse_buckets)  # fmt: skip
     cut: int | Literal["scenes"] | None = option(
         None, "NUMBER|scenes", "Make clips of so many frames of each video, or one of each scene "
-        "(by PySceneDetect, the extra scenes). Default: one clip of each video.", cut_of)  # fmt: skip
+        "(by PySceneDetect, the extra scenes). Default: one clip of each video.",
+        cut_of)  # fmt: skip
     workers: int | None = option(
         None, "NUMBER", "Processes that decode; with Ray, for each process that encodes. Default: "
         "one for each core, at most 8.")  # fmt: skip

@@ -195,7 +195,7 @@ def encode_dataset(
     model: options.ModelOptions,
     latents: options.EncodeOptions,
     frames: options.FrameOptions,
-) -> None:
+) -> None:  # fmt: skip
     """Encode a data set of videos to one of latents; stopped, it goes on where it was.
 
     OUT/manifest.parquet has a row for each clip. A broken video is a row too, and in the end exit

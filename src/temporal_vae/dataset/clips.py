@@ -56,7 +56,7 @@ class Clip:
     sample_aspect_ratio: Fraction | None
     begin: int
     notes: list[str] = field(default_factory=list)
-    frames: Iterator[Frame] = iter(())
+    frames: Iterator[Frame] = field(default_factory=lambda: iter(()))
 
     def __enter__(self) -> Self:
         return self
@@ -78,9 +78,7 @@ class Passed:
     reason: str
 
 
-def clips_of(
-    entry: Entry, cutting: Cutting, done: Collection[str] = ()
-) -> Iterator[Clip | Passed]:
+def clips_of(entry: Entry, cutting: Cutting, done: Collection[str] = ()) -> Iterator[Clip | Passed]:
     """The clips of a video, but for those whose names are `done`; read each before the next.
 
     Raises `VideoError` for a video that cannot be read, also while frames of a clip are read, and

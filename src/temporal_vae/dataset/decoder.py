@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from temporal_vae.dataset.clips import Clip, Cutting, Passed, clips_of
+from temporal_vae.dataset.clips import Cutting, Passed, clips_of
 from temporal_vae.dataset.entries import Entry
 from temporal_vae.video import Frame, VideoError
 

@@ -20,7 +20,7 @@ from temporal_vae.dataset import local
 from temporal_vae.dataset.buckets import Bucket
 from temporal_vae.dataset.clips import Clip, Cut, Cutting, Passed
 from temporal_vae.dataset.entries import Entry, entries_of
-from temporal_vae.dataset.local import Event, Job, Row
+from temporal_vae.dataset.local import Event, Events, Job, Row
 from temporal_vae.dataset.manifest import ROOM, State, need_pyarrow, write_manifest
 from temporal_vae.dataset.shards import pack_shards
 from temporal_vae.files.atomic import clear_partials_below, held
@@ -169,10 +169,13 @@ def encode_dataset(
             state.forget_failed()
         run = _Run(state, folder, options)
         try:
-            run.follow(_engine(options, cutting, encoder)(run.jobs(entries)), progress)
-        finally:  # also of a run that is ended by a signal
+            with closing(_engine(options, cutting, encoder)(run.jobs(entries))) as events:
+                run.follow(events, progress)
+        except BaseException:  # also a signal: the table says what there is
             with suppress(OSError):
                 write_manifest(state, folder)
+            raise
+        write_manifest(state, folder)
         return state.counts()
 
 
@@ -220,18 +223,16 @@ class _Run:
 
 def _engine(
     options: DatasetOptions, cutting: Cutting, encoder: Encoder
-) -> Callable[[Iterator[Job]], Iterator[Event]]:
+) -> Callable[[Iterator[Job]], Events]:
     """What takes jobs and gives events."""
     if options.engine == "ray":
-        from temporal_vae.dataset import ray
+        from temporal_vae.dataset import ray as cluster
 
-        return lambda jobs: ray.run(jobs, cutting, encoder, options)
+        return lambda jobs: cluster.run(jobs, cutting, encoder, options)
     return lambda jobs: encoded(jobs, cutting, encoder, options.workers)
 
 
-def encoded(
-    jobs: Iterable[Job], cutting: Cutting, encoder: Encoder, workers: int
-) -> Iterator[Event]:
+def encoded(jobs: Iterable[Job], cutting: Cutting, encoder: Encoder, workers: int) -> Events:
     """Rows of all jobs, on this machine. One clip is encoded at a time where memory is bounded."""
     pipeline = local.Pipeline(cutting, workers, 2 if encoder.how.memory is None else 1)
     return pipeline.run(jobs, encoder.clip, encoder.left)

@@ -11,7 +11,7 @@ import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
@@ -34,11 +34,13 @@ Job = tuple[Entry, Collection[str]]
 Row = dict[str, Any]
 """Of the manifest."""
 Encode = Callable[[Clip], Row]
-"""Makes latents of a clip, whose video may turn out to be broken. Raises `Lost` as its frames do."""
+"""Makes latents of a clip, or says that its video is broken. Raises `Lost` as its frames do."""
 Left = Callable[[Entry | Passed, str], Row]
 """Says why there is nothing of a video, or of a part of it."""
 Event = tuple[Entry, Row | None]
 """A row, or None once nothing more comes of a video."""
+Events = Generator[Event, None, None]
+"""Closed, it ends whatever is under way."""
 
 
 class Lost(Exception):
@@ -106,7 +108,7 @@ class Pipeline:
         self._encoders = encoders
         self._open = 0
 
-    def run(self, jobs: Iterable[Job], encode: Encode, left: Left) -> Iterator[Event]:
+    def run(self, jobs: Iterable[Job], encode: Encode, left: Left) -> Events:
         """Rows of all jobs, in the order in which they are done. Raises what `encode` raises."""
         threads = [threading.Thread(target=self._encode, args=(encode,), daemon=True)
                    for _ in range(self._encoders)]  # fmt: skip

@@ -6,6 +6,7 @@ a process that is killed at any moment leaves whole. From it `manifest.parquet` 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sqlite3
@@ -213,10 +214,8 @@ class State:
 
 def need_pyarrow() -> None:
     """Raise `ValueError` where pyarrow is missing."""
-    try:
-        import pyarrow  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ValueError(NEEDS_PYARROW) from error
+    if importlib.util.find_spec("pyarrow") is None:
+        raise ValueError(NEEDS_PYARROW)
 
 
 def write_manifest(state: State, folder: Path) -> None:

@@ -72,6 +72,6 @@ def members(path: Path) -> Iterator[Source]:
             for entry in tar:
                 if entry.isfile() and Path(entry.name).suffix.lower() in VIDEO_SUFFIXES:
                     yield Source(str(path), entry.name, entry.offset_data, entry.size)
-                tar.members = []  # it would remember all of them
+                tar.members.clear()  # type: ignore[attr-defined]  # it remembers all of them
     except tarfile.TarError as error:
         raise ValueError(f"{path} cannot be read as an uncompressed tar file: {error}") from error
