@@ -81,8 +81,7 @@ class Passed:
 def clips_of(entry: Entry, cutting: Cutting, done: Collection[str] = ()) -> Iterator[Clip | Passed]:
     """The clips of a video, but for those whose names are `done`; read each before the next.
 
-    Raises `VideoError` for a video that cannot be read, also while frames of a clip are read, and
-    `ModuleNotFoundError` for scenes without PySceneDetect.
+    Raises `VideoError` for a video that cannot be read, also while frames of a clip are read.
     """
     if entry.wrong is not None:
         raise VideoError(entry.wrong)

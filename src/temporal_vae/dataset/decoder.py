@@ -36,7 +36,7 @@ def messages(entry: Entry, cutting: Cutting, done: Iterable[str]) -> Iterator[Me
             yield "clip", clip
             yield from (("frames", piece) for piece in _pieces(frames))
             yield "end", clip.notes
-    except (VideoError, ImportError) as error:
+    except VideoError as error:
         yield "failed", str(error)
     yield "done", None
 

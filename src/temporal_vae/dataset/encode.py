@@ -21,7 +21,7 @@ from temporal_vae.dataset.buckets import Bucket
 from temporal_vae.dataset.clips import Clip, Cut, Cutting, Passed
 from temporal_vae.dataset.entries import Entry, entries_of
 from temporal_vae.dataset.local import Event, Events, Job, Row
-from temporal_vae.dataset.manifest import ROOM, State, need_pyarrow, write_manifest
+from temporal_vae.dataset.manifest import ROOM, State, need, write_manifest
 from temporal_vae.dataset.shards import pack_shards
 from temporal_vae.files.atomic import clear_partials_below, held
 from temporal_vae.latents import SUFFIX, LatentFileError, LatentInfo, ModelRecord
@@ -149,7 +149,11 @@ def encode_dataset(
     `OSError` where nothing can be written.
     """
     how, options = how or Encoding(), options or DatasetOptions()
-    need_pyarrow()
+    need("pyarrow", "dataset", "a data set of latents")
+    if options.cut == "scenes":
+        need("scenedetect", "scenes", "cutting by scenes")
+    if options.engine == "ray":
+        need("ray", "ray", "the engine ray")
     cutting = Cutting(options=options.frames, reading=reader_options(model, options.frames),
                       cut=options.cut, buckets=options.buckets)  # fmt: skip
     place, folder = Path(source), Path(out)

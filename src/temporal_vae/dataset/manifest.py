@@ -26,10 +26,6 @@ ROOM = ".tvae"
 """The folder in a data set that is not for its readers."""
 BATCH = 10_000
 """Rows of the table that are in memory at a time."""
-NEEDS_PYARROW = (
-    "data sets of latents need pyarrow: pip install 'temporal-video-vae[dataset]' brings it"
-)
-
 COLUMNS = {
     "name": "string", "source": "string", "source_sha256": "string", "caption": "string",
     "start": "float64", "first": "int64", "frames": "int64", "fps": "float64",
@@ -212,10 +208,12 @@ class State:
                 yield json.loads(row) | {"shard": shard, "offset": offset}
 
 
-def need_pyarrow() -> None:
-    """Raise `ValueError` where pyarrow is missing."""
-    if importlib.util.find_spec("pyarrow") is None:
-        raise ValueError(NEEDS_PYARROW)
+def need(package: str, extra: str, what: str) -> None:
+    """Raise `ValueError` where a package is missing that an extra of this library brings."""
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(
+            f"{what} needs the package {package}: pip install 'temporal-video-vae[{extra}]'"
+        )
 
 
 def write_manifest(state: State, folder: Path) -> None:
@@ -236,7 +234,7 @@ def write_manifest(state: State, folder: Path) -> None:
 
 def read_manifest(folder: Path, columns: list[str]) -> pyarrow.Table:
     """Some columns of the clips that are there. Raises `ValueError` where there is no table."""
-    need_pyarrow()
+    need("pyarrow", "dataset", "a data set of latents")
     from pyarrow import compute, parquet
 
     file = folder / MANIFEST
