@@ -11,7 +11,13 @@ import typer
 
 from temporal_vae.cli import allocator
 from temporal_vae.cli.groups import OptionGroup, option
-from temporal_vae.cli.options import EncodeOptions, FrameOptions, ModelOptions
+from temporal_vae.cli.options import (
+    EncodeOptions,
+    FrameOptions,
+    ModelOptions,
+    choose_dtype,
+    dtype_name,
+)
 from temporal_vae.cli.report import Meter, out, say, say_error
 from temporal_vae.dataset.buckets import Bucket, parse_buckets
 
@@ -69,6 +75,50 @@ class DataSetOptions(OptionGroup):
             workers=min(8, os.cpu_count() or 1) if self.workers is None else self.workers,
             encoders=self.encoders, retry_failed=self.retry_failed,
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ExportOptions(OptionGroup):
+    """In which layout latents are written for other trainers."""
+
+    panel = "Layout"
+    layout: Literal["musubi", "cogvideo"] = option(
+        "musubi", "NAME", "musubi: the cache directory of musubi-tuner. cogvideo: the data_root of "
+        "CogVideo's fine-tuning. Default: musubi.")  # fmt: skip
+    architecture: str = option(
+        "wan", "NAME", "Of musubi-tuner: wan, hv, hv15 or k5. Default: wan."
+    )
+    model_name: str = option(
+        "cogvideox-t2v", "NAME", "CogVideo's --model_name. Default: cogvideox-t2v."
+    )
+    resolution: str | None = option(
+        None, "FxHxW", "CogVideo's --train_resolution, such as 49x480x720: clips of this many "
+        "frames, height and width are taken. Default: that of all clips.")  # fmt: skip
+    sample: bool = option(
+        False, "", "Draw latents from their distribution, once; without it they are its mean."
+    )
+    dtype: str = option(
+        "bfloat16", "TYPE", "Numbers to store: float32, bfloat16 or float16. Default: bfloat16.",
+        dtype_name)  # fmt: skip
+    quiet: bool = option(False, "", "Print nothing but errors.")
+
+
+def export_dataset(folder: Path, target: Path, options: ExportOptions) -> None:
+    """Write the clips of a data set of latents in another layout."""
+    from temporal_vae.dataset import export
+
+    dtype = choose_dtype(options.dtype)
+    with Meter("exporting", options.quiet, unit="clips") as meter:
+        if options.layout == "musubi":
+            count = export.export_musubi(folder, target, options.architecture,
+                                         sample=options.sample, dtype=dtype, progress=meter)  # fmt: skip
+        else:
+            count = export.export_cogvideo(
+                folder, target, options.model_name, resolution=options.resolution,
+                sample=options.sample, dtype=dtype, progress=meter,
+            )  # fmt: skip
+    if not options.quiet:
+        out.print(f"{target}: {count} clips", markup=False, soft_wrap=True)
 
 
 def encode_dataset(

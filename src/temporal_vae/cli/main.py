@@ -211,6 +211,24 @@ def encode_dataset(
 
 @command.command()
 @with_groups
+def export_dataset(
+    folder: Annotated[
+        Path, typer.Argument(metavar="LATENTS", help="A data set that encode-dataset made.")
+    ],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+    layout: dataset.ExportOptions,
+) -> None:
+    """Write a data set of latents as musubi-tuner or CogVideo's fine-tuning keep theirs.
+
+    Examples:
+      tvae export-dataset latents/ cache/ --architecture wan
+      tvae export-dataset latents/ data/ --layout cogvideo --resolution 49x480x720
+    """
+    dataset.export_dataset(folder, target, layout)
+
+
+@command.command()
+@with_groups
 def decode(
     sources: LatentSources,
     target: VideoTarget,

@@ -173,7 +173,7 @@ def encode_dataset(
             state.forget_failed()
         run = _Run(state, folder, options)
         try:
-            with closing(_engine(options, cutting, encoder)(run.jobs(entries))) as events:
+            with closing(_events(run.jobs(entries), cutting, encoder, options)) as events:
                 run.follow(events, progress)
         except BaseException:  # also a signal: the table says what there is
             with suppress(OSError):
@@ -225,21 +225,21 @@ class _Run:
             pack_shards(self.state, self.folder, self.options.shard_clips, before, last)
 
 
-def _engine(
-    options: DatasetOptions, cutting: Cutting, encoder: Encoder
-) -> Callable[[Iterator[Job]], Events]:
-    """What takes jobs and gives events."""
+def pipeline(cutting: Cutting, encoder: Encoder, workers: int) -> local.Pipeline:
+    """The engine of this machine. Where memory is bounded, one clip is encoded at a time."""
+    encoders = 2 if encoder.how.memory is None else 1
+    return local.Pipeline(cutting, workers, encoders, encoder.clip, encoder.left)
+
+
+def _events(
+    jobs: Iterator[Job], cutting: Cutting, encoder: Encoder, options: DatasetOptions
+) -> Events:
+    """What comes of jobs."""
     if options.engine == "ray":
         from temporal_vae.dataset import ray as cluster
 
-        return lambda jobs: cluster.run(jobs, cutting, encoder, options)
-    return lambda jobs: encoded(jobs, cutting, encoder, options.workers)
-
-
-def encoded(jobs: Iterable[Job], cutting: Cutting, encoder: Encoder, workers: int) -> Events:
-    """Rows of all jobs, on this machine. One clip is encoded at a time where memory is bounded."""
-    pipeline = local.Pipeline(cutting, workers, 2 if encoder.how.memory is None else 1)
-    return pipeline.run(jobs, encoder.clip, encoder.left)
+        return cluster.run(jobs, cutting, encoder, options)
+    return pipeline(cutting, encoder, options.workers).run(jobs)
 
 
 def _settings(

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain, repeat
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -96,39 +97,49 @@ class _Arriving:
 
 
 class Pipeline:
-    """Lanes and encoders; `run` may be called once, and ends them when it ends, in whatever way."""
+    """Lanes and encoders, which take jobs and give events from `start` to `close`.
 
-    def __init__(self, cutting: Cutting, workers: int, encoders: int):
-        self.cutting = cutting
+    `put` and `next` may be called from two threads. `encode` and `left` make rows.
+    """
+
+    def __init__(
+        self, cutting: Cutting, workers: int, encoders: int, encode: Encode, left: Left
+    ):
+        self.cutting, self._encode, self._left = cutting, encode, left
         self.todo: SimpleQueue[Job | None] = SimpleQueue()
         self.ready: SimpleQueue[_Arriving | None] = SimpleQueue()
         self.events: SimpleQueue[tuple[_Attempt, Row | None] | BaseException] = SimpleQueue()
         self.closed = False
         self._lanes = [_Lane(self) for _ in range(workers)]
+        work = [self._work] * encoders + [lane.serve for lane in self._lanes]
+        self._threads = [threading.Thread(target=one, daemon=True) for one in work]
         self._encoders = encoders
-        self._open = 0
 
-    def run(self, jobs: Iterable[Job], encode: Encode, left: Left) -> Events:
-        """Rows of all jobs, in the order in which they are done. Raises what `encode` raises."""
-        threads = [threading.Thread(target=self._encode, args=(encode,), daemon=True)
-                   for _ in range(self._encoders)]  # fmt: skip
-        threads += [threading.Thread(target=lane.serve, args=(left,), daemon=True)
-                    for lane in self._lanes]  # fmt: skip
-        for thread in threads:
-            thread.start()
+    def run(self, jobs: Iterable[Job]) -> Events:
+        """Events of all jobs, in the order in which they come. Raises what `encode` raises."""
+        under_way = 0
+        self.start()
         try:
-            for job in jobs:
-                self.todo.put(job)
-                self._open += 1
-                while self._open >= VIDEOS_AHEAD * len(self._lanes):
-                    yield from self._next()
-            while self._open:
-                yield from self._next()
+            for job in chain(jobs, repeat(None)):
+                if job is not None:
+                    self.todo.put(job)
+                    under_way += 1
+                while under_way >= (VIDEOS_AHEAD * len(self._lanes) if job else 1):
+                    for event in self.next():
+                        under_way -= event[1] is None
+                        yield event
+                if job is None:
+                    return
         finally:
-            self._close(threads)
+            self.close()
 
-    def _next(self) -> Iterator[Event]:
-        """What the next event brings."""
+    def start(self) -> None:
+        """Begin to work."""
+        for thread in self._threads:
+            thread.start()
+
+    def next(self) -> Iterator[Event]:
+        """Wait, and give what comes, which may be nothing. Raises what `encode` raises."""
         event = self.events.get()
         if isinstance(event, BaseException):
             raise event
@@ -140,30 +151,34 @@ class Pipeline:
             yield attempt.entry, row
         if attempt.whole and attempt.came == attempt.sent:
             attempt.over = True
-            self._open -= 1
             yield attempt.entry, None
 
-    def _encode(self, encode: Encode) -> None:
-        while (arriving := self.ready.get()) is not None and not self.closed:
-            arriving.clip.frames = arriving.frames()
-            try:
-                self.events.put((arriving.attempt, encode(arriving.clip)))
-            except Lost:
-                pass
-            except BaseException as error:  # whatever it is, it is raised again by `run`
-                self.events.put(error)
-            finally:
-                arriving.abandon()
-
-    def _close(self, threads: list[threading.Thread]) -> None:
+    def close(self) -> None:
+        """End all that is under way; encoders remove what they were writing."""
         self.closed = True
         for lane in self._lanes:
             lane.end()
             self.todo.put(None)
         for _ in range(self._encoders):
             self.ready.put(None)
-        for thread in threads:  # encoders remove what they were writing
+        for thread in self._threads:
             thread.join(10)
+
+    def left(self, attempt: _Attempt, what: Entry | Passed, why: str) -> None:
+        """Say that there is nothing of a video, or of a part of it."""
+        self.events.put((attempt, self._left(what, why)))
+
+    def _work(self) -> None:
+        while (arriving := self.ready.get()) is not None and not self.closed:
+            arriving.clip.frames = arriving.frames()
+            try:
+                self.events.put((arriving.attempt, self._encode(arriving.clip)))
+            except Lost:
+                pass
+            except BaseException as error:  # whatever it is, it is raised again by `next`
+                self.events.put(error)
+            finally:
+                arriving.abandon()
 
 
 class _Lane:
@@ -174,13 +189,13 @@ class _Lane:
         self._process: subprocess.Popen[bytes] | None = None
         self._room = threading.Semaphore(PIECES_AHEAD)
 
-    def serve(self, left: Left) -> None:
+    def serve(self) -> None:
         """Decode jobs until there are no more."""
         while (job := self._pipeline.todo.get()) is not None and not self._pipeline.closed:
-            if not any(self._follow(job, left) for _ in range(ATTEMPTS)):
+            if not any(self._follow(job) for _ in range(ATTEMPTS)):
                 attempt = _Attempt(job[0], sent=1, whole=True)
                 reason = f"the process that decodes it was ended {ATTEMPTS} times"
-                self._pipeline.events.put((attempt, left(job[0], reason)))
+                self._pipeline.left(attempt, job[0], reason)
         self._dispose()
 
     def end(self) -> None:
@@ -197,7 +212,7 @@ class _Lane:
             with suppress(OSError), process:  # closes its pipes, and waits
                 pass
 
-    def _follow(self, job: Job, left: Left) -> bool:
+    def _follow(self, job: Job) -> bool:
         """Take in what is decoded of a video; False if the process ends before it is whole."""
         attempt, arriving = _Attempt(job[0]), None
         try:
@@ -211,7 +226,7 @@ class _Lane:
                     attempt.whole = True
                     self._pipeline.events.put((attempt, None))
                     return True
-                arriving = self._took(kind, value, attempt, arriving, left)
+                arriving = self._took(kind, value, attempt, arriving)
         except (EOFError, OSError, pickle.UnpicklingError):
             attempt.over = True
             self._dispose()
@@ -221,7 +236,7 @@ class _Lane:
             return self._pipeline.closed
 
     def _took(
-        self, kind: str, value: Any, attempt: _Attempt, arriving: _Arriving | None, left: Left
+        self, kind: str, value: Any, attempt: _Attempt, arriving: _Arriving | None
     ) -> _Arriving | None:
         """The clip that is being decoded after a message."""
         if kind == "clip":
@@ -230,7 +245,7 @@ class _Lane:
         if arriving is None:  # "passed", or "failed" between clips
             attempt.sent += 1
             about, why = (value, value.reason) if kind == "passed" else (attempt.entry, value)
-            self._pipeline.events.put((attempt, left(about, why)))
+            self._pipeline.left(attempt, about, why)
             return None
         if kind == "frames":
             if not self._room.acquire(blocking=False):
