@@ -47,11 +47,6 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(small_model: Path) -> TemporalVAE:
-    return TemporalVAE.from_pretrained(small_model)
-
-
-@pytest.fixture(scope="module")
 def made(videos: Path, model: TemporalVAE, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The data set that one undisturbed run makes of `videos`."""
     out = tmp_path_factory.mktemp("made") / "out"

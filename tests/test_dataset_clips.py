@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
-from test_dataset import SUFFIX, contents, model, rows, run  # noqa: F401 (model is a fixture)
+from test_dataset import contents, rows, run
 from test_video import noise, smooth, write
 
 from temporal_vae import TemporalVAE, read_latents
@@ -18,6 +18,7 @@ from temporal_vae.convert.encode import encode
 from temporal_vae.dataset.buckets import Bucket, fitting, parse_buckets
 from temporal_vae.dataset.clips import Clip, Cutting, Passed, clips_of
 from temporal_vae.dataset.entries import Entry
+from temporal_vae.files.safetensors import SUFFIX
 from temporal_vae.video import Options, Uint8Frames, VideoError, VideoReader, read_clip
 from temporal_vae.video.sources import Source
 
@@ -26,7 +27,7 @@ def cut_up(
     path: Path, cut: Any = None, buckets: str = "", done: tuple[str, ...] = (), **options: Any
 ) -> list[tuple[str, Any]]:
     """Names and frames of the clips of a video; reasons of those that are left out."""
-    cutting = Cutting(options=Options(**options), reading={"channels": 3}, cut=cut,
+    cutting = Cutting(options=cast(Options, options), reading={"channels": 3}, cut=cut,
                       buckets=parse_buckets(buckets) if buckets else ())  # fmt: skip
     found: list[tuple[str, Any]] = []
     for clip in clips_of(Entry(0, "v", Source(str(path))), cutting, done):
@@ -110,8 +111,9 @@ def test_a_file_that_is_shorter_than_it_says_is_no_clip_of_that_length(
 # By length ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"stride": 2}, {"start": 0.12}, {"fps": 10}, {"frames": 9}],
-                         ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options", [{}, {"stride": 2}, {"start": 0.12}, {"fps": 10}, {"frames": 9}], ids=str
+)
 def test_clips_of_a_length_join_to_the_whole(tmp_path: Path, options: dict[str, Any]) -> None:
     path = write(tmp_path / "a.mkv", noise(23, 16, 16))
     [(_, whole)] = cut_up(path, **options)

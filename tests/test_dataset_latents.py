@@ -15,12 +15,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load, load_file
-from test_dataset import SUFFIX, model, run  # noqa: F401 (model is a fixture)
+from test_dataset import run
 from test_video import noise, write
 from torch.utils.data import DataLoader
 
 from temporal_vae import EqualShapes, LatentDataset, LatentFile, TemporalVAE, read_latents
 from temporal_vae.dataset.export import export_cogvideo, export_musubi
+from temporal_vae.files.safetensors import SUFFIX
 from temporal_vae.latents import LatentFileError
 
 ROOT = Path(__file__).parent.parent
@@ -57,8 +58,8 @@ def test_both_layouts_hold_the_same_clips(folders: dict[str, Path]) -> None:
     for index in range(11):
         a, b = files[index], shards[index]
         assert a["latents"].equal(b["latents"]) and a["latents"].shape == files.shape(index)
-        del a["latents"], b["latents"]  # type: ignore[misc]
-        assert a == b and a["caption"].startswith("clip v_") and a["fps"] == 25
+        assert {**a, "latents": 0} == {**b, "latents": 0}
+        assert a["caption"].startswith("clip v_") and a["fps"] == 25
     assert files[-1]["name"] == files[10]["name"]
     with pytest.raises(IndexError, match="there are 11 clips"):
         files[11]
@@ -144,12 +145,12 @@ def test_an_order_goes_on_where_it_stopped(folder: Path) -> None:
     for stop in (0, 3, 7):
         sampler, seen = EqualShapes(dataset, 2, seed=5), list[Any]()
         while len(seen) < stop:
-            for count, batch in enumerate(loader(sampler, 2 if stop == 3 else 0), 1):
+            for batch in loader(sampler, 2 if stop == 3 else 0):
                 assert batch["latents"].shape[:2] == (2, 4)
                 seen.append(batch["name"])
                 if len(seen) == stop:
                     break
-        state = sampler.state_dict(count) if stop else {"epoch": 0, "batches": 0}
+        state = sampler.state_dict(stop % 5) if stop else {"epoch": 0, "batches": 0}
         sampler = EqualShapes(dataset, 2, seed=5)
         sampler.load_state_dict(state)
         while len(seen) < 10:

@@ -85,9 +85,7 @@ class ExportOptions(OptionGroup):
     layout: Literal["musubi", "cogvideo"] = option(
         "musubi", "NAME", "musubi: the cache directory of musubi-tuner. cogvideo: the data_root of "
         "CogVideo's fine-tuning. Default: musubi.")  # fmt: skip
-    architecture: str = option(
-        "wan", "NAME", "Of musubi-tuner: wan, hv, hv15 or k5. Default: wan."
-    )
+    architecture: str = option("wan", "NAME", "Of musubi-tuner: wan, hv, hv15 or k5. Default: wan.")
     model_name: str = option(
         "cogvideox-t2v", "NAME", "CogVideo's --model_name. Default: cogvideox-t2v."
     )
@@ -110,8 +108,10 @@ def export_dataset(folder: Path, target: Path, options: ExportOptions) -> None:
     dtype = choose_dtype(options.dtype)
     with Meter("exporting", options.quiet, unit="clips") as meter:
         if options.layout == "musubi":
-            count = export.export_musubi(folder, target, options.architecture,
-                                         sample=options.sample, dtype=dtype, progress=meter)  # fmt: skip
+            count = export.export_musubi(
+                folder, target, options.architecture, sample=options.sample, dtype=dtype,
+                progress=meter,
+            )  # fmt: skip
         else:
             count = export.export_cogvideo(
                 folder, target, options.model_name, resolution=options.resolution,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -22,6 +23,7 @@ from temporal_vae.dataset.clips import Clip, Cut, Cutting, Passed
 from temporal_vae.dataset.entries import Entry, entries_of
 from temporal_vae.dataset.local import Event, Events, Job, Row
 from temporal_vae.dataset.manifest import ROOM, State, need, write_manifest
+from temporal_vae.dataset.ray import Cluster
 from temporal_vae.dataset.shards import pack_shards
 from temporal_vae.files.atomic import clear_partials_below, held
 from temporal_vae.latents import SUFFIX, LatentFileError, LatentInfo, ModelRecord
@@ -235,11 +237,14 @@ def _events(
     jobs: Iterator[Job], cutting: Cutting, encoder: Encoder, options: DatasetOptions
 ) -> Events:
     """What comes of jobs."""
-    if options.engine == "ray":
-        from temporal_vae.dataset import ray as cluster
-
-        return cluster.run(jobs, cutting, encoder, options)
-    return pipeline(cutting, encoder, options.workers).run(jobs)
+    make = partial(pipeline, cutting, encoder, options.workers)
+    if options.engine == "local":
+        return make().run(jobs)
+    cluster = Cluster(
+        address=options.address, processes=options.encoders, ahead=2 * options.workers,
+        gpu=encoder.model.device.type == "cuda",
+    )  # fmt: skip
+    return cluster.run(jobs, make)
 
 
 def _settings(

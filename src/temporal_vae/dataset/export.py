@@ -1,7 +1,8 @@
 """A data set of latents in the layouts in which trainers of others keep theirs.
 
-Both take latents as the diffusion model does, scaled, (L, T, h, w), a safetensors file a clip, which
-they find by the name of its video without folder and suffix. Text embeddings are theirs to make.
+Both take latents as the diffusion model does, scaled, (L, T, h, w), a safetensors file a clip,
+which they find by the name of its video without folder and suffix. Text embeddings are theirs to
+make.
 """
 
 from __future__ import annotations

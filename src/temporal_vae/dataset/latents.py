@@ -106,9 +106,9 @@ class EqualShapes(Sampler[list[int]]):
     `DataLoader(dataset, batch_sampler=EqualShapes(dataset, 8))`. Clips that fill no batch of their
     shape are left out, others in each epoch. Each epoch that is iterated is followed by the next.
 
-    An order goes on after a stop: `state_dict` of a loader that gave `batches` of the present epoch,
-    and `load_state_dict` before the next iteration. Of several processes that train together each
-    gives its `rank`, and takes every `world`-th batch.
+    An order goes on after a stop: `state_dict` of a loader that gave so many `batches` of the
+    present epoch, and `load_state_dict` before the next iteration. Of several processes that train
+    together each gives its `rank`, and takes every `world`-th batch.
     """
 
     def __init__(

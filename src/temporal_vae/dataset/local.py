@@ -102,9 +102,7 @@ class Pipeline:
     `put` and `next` may be called from two threads. `encode` and `left` make rows.
     """
 
-    def __init__(
-        self, cutting: Cutting, workers: int, encoders: int, encode: Encode, left: Left
-    ):
+    def __init__(self, cutting: Cutting, workers: int, encoders: int, encode: Encode, left: Left):
         self.cutting, self._encode, self._left = cutting, encode, left
         self.todo: SimpleQueue[Job | None] = SimpleQueue()
         self.ready: SimpleQueue[_Arriving | None] = SimpleQueue()

@@ -7,20 +7,17 @@ same paths. Rows come back to the one process that keeps the state.
 
 from __future__ import annotations
 
+import logging
 import pickle
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from temporal_vae.dataset import encode
-from temporal_vae.dataset.clips import Cutting
 from temporal_vae.dataset.entries import Entry
-from temporal_vae.dataset.local import Events, Job, Row
-
-if TYPE_CHECKING:
-    from temporal_vae.dataset.encode import DatasetOptions, Encoder
+from temporal_vae.dataset.local import Events, Job, Pipeline, Row
 
 WINDOW = 1024
 """Videos that Ray is given at a time, so that no list of all of them is in memory."""
@@ -32,8 +29,8 @@ Batch = dict[str, Any]
 class Worker:
     """A process of the cluster. Ray calls it in several threads, with a video each."""
 
-    def __init__(self, cutting: Cutting, encoder: Encoder, workers: int):
-        self._pipeline = encode.pipeline(cutting, encoder, workers)
+    def __init__(self, make: Callable[[], Pipeline]):
+        self._pipeline = make()
         self._came: dict[int, SimpleQueue[Row | OSError | None]] = {}
         self._pipeline.start()
         threading.Thread(target=self._sort, daemon=True).start()
@@ -63,49 +60,54 @@ class Worker:
         return {"came": [pickle.dumps((entry, rows))]}
 
 
-def run(
-    jobs: Iterable[Job], cutting: Cutting, encoder: Encoder, options: DatasetOptions
-) -> Events:
-    """Events of all jobs, in the order in which they come; see `local.Pipeline.run`."""
-    import ray
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """Where videos are encoded."""
 
-    begun = not ray.is_initialized()
-    if begun:
-        ray.init(address=options.address, log_to_driver=False)
-    try:
-        jobs = iter(jobs)
-        while window := list(islice(jobs, WINDOW)):
-            for entry, rows in _came(window, cutting, encoder, options):
-                for row in rows:
-                    if isinstance(row, OSError):
-                        raise row
-                    yield entry, row
-                yield entry, None
-    finally:
+    address: str | None
+    """None for a cluster on this machine alone."""
+    processes: int
+    """That encode, with a GPU each if `gpu` says so."""
+    gpu: bool
+    ahead: int
+    """Videos that each of them has under way."""
+
+    def run(self, jobs: Iterable[Job], make: Callable[[], Pipeline]) -> Events:
+        """Events of all jobs, in the order in which they come; see `Pipeline.run`."""
+        import ray
+
+        begun = not ray.is_initialized()
         if begun:
-            ray.shutdown()
+            ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR)
+        try:
+            jobs = iter(jobs)
+            while window := list(islice(jobs, WINDOW)):
+                for entry, rows in self._came(window, make):
+                    for row in rows:
+                        if isinstance(row, OSError):
+                            raise row
+                        yield entry, row
+                    yield entry, None
+        finally:
+            if begun:
+                ray.shutdown()
 
+    def _came(
+        self, window: list[Job], make: Callable[[], Pipeline]
+    ) -> Iterator[tuple[Entry, list[Row | OSError]]]:
+        """Videos, and what came of each, as soon as it did."""
+        from ray import data
 
-def _came(
-    window: list[Job], cutting: Cutting, encoder: Encoder, options: DatasetOptions
-) -> Iterator[tuple[Entry, list[Row | OSError]]]:
-    """Videos, and what came of each, as soon as it did."""
-    import ray.data
-
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    items = [{"job": pickle.dumps(job)} for job in window]
-    ahead = 2 * options.workers  # videos that a process has under way
-    done = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        Worker,
-        batch_size=1,
-        fn_constructor_args=(cutting, encoder, options.workers),
-        compute=ray.data.ActorPoolStrategy(
-            size=options.encoders, max_tasks_in_flight_per_actor=2 * ahead,
-            enable_true_multi_threading=True,
-        ),
-        num_gpus=1 if encoder.model.device.type == "cuda" else None,
-        num_cpus=None if encoder.model.device.type == "cuda" else 1,
-        max_concurrency=ahead,
-    )  # fmt: skip
-    for row in done.iter_rows():
-        yield pickle.loads(row["came"])
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        data.DataContext.get_current().enable_progress_bars = False
+        items = [{"job": pickle.dumps(job)} for job in window]
+        done = data.from_items(items, override_num_blocks=len(items)).map_batches(
+            Worker, batch_size=1, fn_constructor_args=(make,),
+            compute=data.ActorPoolStrategy(
+                size=self.processes, max_tasks_in_flight_per_actor=2 * self.ahead,
+                max_concurrent_calls_per_actor=self.ahead, enable_true_multi_threading=True,
+            ),
+            **({"num_gpus": 1} if self.gpu else {"num_cpus": 1}),
+        )  # fmt: skip
+        for row in done.iter_rows():
+            yield pickle.loads(row["came"])
