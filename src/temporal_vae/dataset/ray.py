@@ -19,7 +19,7 @@ from typing import Any
 from temporal_vae.dataset.entries import Entry
 from temporal_vae.dataset.local import Events, Job, Pipeline, Row
 
-WINDOW = 1024
+WINDOW = 8192
 """Videos that Ray is given at a time, so that no list of all of them is in memory."""
 
 Batch = dict[str, Any]
