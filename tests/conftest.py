@@ -161,6 +161,12 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def model(small_model: Path) -> TemporalVAE:
+    """The small awake model."""
+    return TemporalVAE.from_pretrained(small_model)
+
+
 def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
     """The exit status of the command in this process, which saves it two seconds each time."""
     monkeypatch.setattr(sys, "argv", ["tvae", *map(str, words)])

@@ -145,7 +145,7 @@ def test_every_verb_is_in_the_readme() -> None:
 
     for verb in command.registered_commands:
         assert verb.callback is not None
-        assert f"tvae {verb.callback.__name__}" in README
+        assert f"tvae {verb.callback.__name__.replace('_', '-')}" in README
 
 
 PATH = re.compile(r"`((?:[\w.]+/)*[\w.]+/|(?:[\w.]+/)*\w+\.(?:py|md|txt|toml))`")

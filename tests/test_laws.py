@@ -427,7 +427,7 @@ FLOORS = {
     "walks": 4,
     "export": 5, "inputs": 5, "metadata": 5, "model": 5,
     "adapters": 6, "convert": 6, "evaluation": 6, "sharded": 6,
-    "serve": 7, "training": 7,
+    "dataset": 7, "serve": 7, "training": 7,
     "cli": 8,
     "__main__": 9,
 }  # fmt: skip

@@ -11,6 +11,7 @@ import typing
 if typing.TYPE_CHECKING:
     from temporal_vae.adapters.diffusers import to_diffusers, upgrade
     from temporal_vae.config import TemporalVAEConfig, WanVAEConfig
+    from temporal_vae.dataset.latents import EqualShapes, LatentDataset
     from temporal_vae.files.streams import CheckpointError
     from temporal_vae.latents import (
         LatentDistribution,
@@ -30,6 +31,8 @@ if typing.TYPE_CHECKING:
 __all__ = [
     "ChannelImportance",
     "CheckpointError",
+    "EqualShapes",
+    "LatentDataset",
     "LatentDistribution",
     "LatentFile",
     "LatentFileError",
@@ -55,6 +58,7 @@ _NAMES_BY_MODULE = {
     # that up here, and beside it the base class that says how to load it.
     "adapters.drop_in": ("DiffusersTemporalVAE", "DiffusersWanVAE", "ModelMixin"),
     "config": ("TemporalVAEConfig", "WanVAEConfig"),
+    "dataset.latents": ("EqualShapes", "LatentDataset"),
     "files.streams": ("CheckpointError",),
     "latents": (
         "LatentDistribution", "LatentFile", "LatentFileError", "LatentInfo", "ModelRecord",

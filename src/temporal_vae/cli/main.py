@@ -22,6 +22,7 @@ from temporal_vae.cli import (
     allocator,
     batch,
     comparing,
+    dataset,
     evaluation,
     inputs,
     options,
@@ -181,6 +182,50 @@ def encode(
     todo = batch.left_to_do(jobs, origin, folder, output.overwrite, messages)
     with ReadAhead([source for _, source, _ in todo], vae, selected, folder.jobs) as ahead:
         batch.run("encoding", todo, work, origin, folder, messages)
+
+
+@command.command()
+@with_groups
+def encode_dataset(
+    source: Annotated[Path, typer.Argument(
+        metavar="SRC", help="A folder of videos (with those inside it), a .tar file as webdataset "
+        "has it, or a manifest: .csv, .jsonl or .parquet with a column path, or .txt.",
+    )],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the latents.")],
+    data: dataset.DataSetOptions,
+    model: options.ModelOptions,
+    latents: options.EncodeOptions,
+    frames: options.FrameOptions,
+) -> None:  # fmt: skip
+    """Encode a data set of videos to one of latents; stopped, it goes on where it was.
+
+    OUT/manifest.parquet has a row for each clip. A broken video is a row too, and in the end exit
+    status 2.
+
+    Examples:
+      tvae encode-dataset clips/ latents/
+      tvae encode-dataset clips.csv latents/ --buckets 512x320x49,320x512x49 --cut scenes
+      tvae encode-dataset shards/ latents/ --layout webdataset --engine ray --address auto
+    """
+    dataset.encode_dataset(source, target, data, model, latents, frames)
+
+
+@command.command()
+@with_groups
+def export_dataset(
+    folder: Annotated[
+        Path, typer.Argument(metavar="LATENTS", help="A data set that encode-dataset made.")
+    ],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+    layout: dataset.ExportOptions,
+) -> None:
+    """Write a data set of latents as musubi-tuner or CogVideo's fine-tuning keep theirs.
+
+    Examples:
+      tvae export-dataset latents/ cache/ --architecture wan
+      tvae export-dataset latents/ data/ --layout cogvideo --resolution 49x480x720
+    """
+    dataset.export_dataset(folder, target, layout)
 
 
 @command.command()

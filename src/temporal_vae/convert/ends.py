@@ -79,7 +79,12 @@ def open_video(source: Path, model: TemporalVAE, options: Options | None = None)
 
 
 def open_reader(source: Path, model: TemporalVAE, options: Options | None = None) -> VideoReader:
-    """A reader of the pixels that a model takes: grey, RGB, or RGB and alpha.
+    """A reader of the pixels that a model takes. Raises as `reader_options`."""
+    return VideoReader(source, **reader_options(model, options))
+
+
+def reader_options(model: TemporalVAE, options: Options | None = None) -> Options:
+    """What a reader is asked for the pixels that a model takes: grey, RGB, or RGB and alpha.
 
     Raises `VideoError` where an alpha channel is to be kept that the model has no place for.
     """
@@ -91,7 +96,7 @@ def open_reader(source: Path, model: TemporalVAE, options: Options | None = None
         )
     if model.input_channels == 4:
         asked["alpha"] = None  # it is the fourth channel, and needs no plane of its own
-    return VideoReader(source, **asked)
+    return asked
 
 
 def copied_streams(

@@ -17,6 +17,7 @@ from typing import Any, Self
 import torch
 
 from temporal_vae import video
+from temporal_vae.files.streams import sha256_of
 from temporal_vae.latents import SUFFIX, LatentFile, LatentFileError, ModelRecord, record_fields
 from temporal_vae.video.read.images import image_files
 
@@ -107,10 +108,7 @@ def checksum(source: str | os.PathLike[str]) -> str | None:
     if os.path.isdir(source):
         lines = (f"{checksum(file)}  {file.name}\n" for file in sorted(image_files(source)))
         return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
-    if not os.path.isfile(source):
-        return None
-    with open(source, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(source) if os.path.isfile(source) else None
 
 
 # Comparing -------------------------------------------------------------------------------------

@@ -116,6 +116,14 @@ def clear_partials(targets: Iterable[str | os.PathLike[str]]) -> None:
                     _remove_if_dead(entry)
 
 
+def clear_partials_below(folder: str | os.PathLike[str]) -> None:
+    """The same for whatever was being written in a folder, or in those inside it."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            if _PARTIAL.fullmatch(name):
+                _remove_if_dead(Path(place, name))
+
+
 @contextmanager
 def _new_partial(
     final: Path, mark: str, ending: str, make: Callable[[Path], None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import threading
@@ -57,6 +58,12 @@ def read_into(file: BinaryIO, view: memoryview) -> None:
         if not count:
             raise CheckpointError(f"it is cut short: at least {len(view)} bytes missing")
         view = view[count:]
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_at(file: BinaryIO, view: memoryview, position: int) -> int:

@@ -29,22 +29,25 @@ class LatentFile:
     an open one. A copy, or one in another process, opens the file again by its path, and raises
     where that is another file by then.
 
+    `begin` and `size` are those of a part of a larger file, such as a member of a tar file, in
+    bytes; by default it is the whole one.
+
     Raises `LatentFileError` for a file that is missing, damaged, or of something else.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
+    def __init__(self, path: str | os.PathLike[str], begin: int = 0, size: int | None = None):
         self.path = os.fspath(path)
+        self._part = begin, size
         self._file = _open(self.path)
         try:
-            size = os.fstat(self._file.fileno()).st_size
+            self._file.seek(begin)
             length = int.from_bytes(self._file.read(8).ljust(8, b"\xff"), "little")
-            if not 2 <= length <= min(size - 8, MOST_HEADER_BYTES):
+            if not 2 <= length <= min(self._size() - 8, MOST_HEADER_BYTES):
                 raise LatentFileError("no file of latents: it does not begin like one")
-            self._file.seek(0)
+            self._file.seek(begin)
             text = read_text(self._file, MOST_HEADER_BYTES)
-            self._data_start = 8 + len(text)
-            size = os.fstat(self._file.fileno()).st_size
-            self.info = unpack(text, size - self._data_start)
+            self._data_start = begin + 8 + len(text)
+            self.info = unpack(text, begin + self._size() - self._data_start)
         except BaseException as error:
             self._file.close()
             if isinstance(error, ValueError):  # it quotes the file: any text of any length
@@ -59,7 +62,13 @@ class LatentFile:
         self._file.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (type(self), os.path.abspath(self.path), self.info)
+        return _reopen, (type(self), os.path.abspath(self.path), self._part, self.info)
+
+    def _size(self) -> int:
+        """Bytes that are there of what is stated, now."""
+        begin, size = self._part
+        there = os.fstat(self._file.fileno()).st_size - begin
+        return there if size is None else min(there, size)
 
     def read(self, start: int = 0, frames: int | None = None) -> Tensor:
         """What is stored of a range of latents along time, (1, C, n, h, w), as the file has it.
@@ -185,8 +194,10 @@ def holds_latents(path: str | os.PathLike[str]) -> bool:
         return is_latents(file.read(4096))
 
 
-def _reopen(kind: type[LatentFile], path: str, info: LatentInfo) -> LatentFile:
-    file = kind(path)
+def _reopen(
+    kind: type[LatentFile], path: str, part: tuple[int, int | None], info: LatentInfo
+) -> LatentFile:
+    file = kind(path, *part)
     if file.info != info:
         file.__exit__()
         raise LatentFileError(f"{path} is not the file any more that was open: open it anew")

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tarfile
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from itertools import islice
@@ -16,40 +13,10 @@ from pathlib import Path
 
 from temporal_vae.training.recipe import Data, Recipe
 from temporal_vae.video import VIDEO_SUFFIXES, VideoError, VideoReader
+from temporal_vae.video.sources import TAR, Source, files_below, members
 
 HELD_OUT_OF = 20
 """Without clips for validation, one source in so many is left out of training for it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A video file, or the member of a tar file that holds one."""
-
-    path: str
-    member: str | None = None
-    offset: int = 0
-    size: int = 0
-
-    @property
-    def name(self) -> str:
-        """The file's own name, by which it is left out or held out."""
-        return os.path.basename(self.member or self.path)
-
-    def __str__(self) -> str:
-        return self.path if self.member is None else f"{self.path}: {self.member}"
-
-    @contextmanager
-    def file(self) -> Iterator[str]:
-        """A path to read it by; the member of a tar file is copied out as long as it is read."""
-        if self.member is None:
-            yield self.path
-            return
-        with tempfile.NamedTemporaryFile(suffix=Path(self.member).suffix) as copy:
-            with open(self.path, "rb") as tar:
-                tar.seek(self.offset)
-                copy.write(tar.read(self.size))
-                copy.flush()
-            yield copy.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,14 +84,12 @@ def find_sources(
 
 def _sources(path: Path, skipped: Skipped) -> Iterator[Source]:
     if path.is_dir():
-        for file in sorted(path.rglob("*")):
-            hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-            if file.suffix.lower() in (*VIDEO_SUFFIXES, ".tar") and file.is_file() and not hidden:
-                yield from _inside(file, skipped)
+        for file in files_below(path):
+            yield from _inside(file, skipped)
     elif not path.exists():
         raise ValueError(f"{path} is not there: give folders, lists or tar files of videos")
-    elif path.suffix == ".tar":
-        yield from _members(path)
+    elif path.suffix == TAR:
+        yield from members(path)
     elif path.suffix == ".txt":
         for line in path.read_text(encoding="utf-8").splitlines():
             if line.strip() and not line.startswith("#"):
@@ -141,16 +106,6 @@ def _inside(path: Path, skipped: Skipped) -> Iterator[Source]:
         yield from _sources(path, skipped)
     except (ValueError, OSError) as error:
         skipped.add(Source(str(path)), str(error))
-
-
-def _members(path: Path) -> Iterator[Source]:
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for entry in tar:
-                if entry.isfile() and Path(entry.name).suffix.lower() in VIDEO_SUFFIXES:
-                    yield Source(str(path), entry.name, entry.offset_data, entry.size)
-    except tarfile.TarError as error:
-        raise ValueError(f"{path} cannot be read as an uncompressed tar file: {error}") from error
 
 
 def probe(source: Source) -> Clip:

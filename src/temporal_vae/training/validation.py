@@ -17,8 +17,9 @@ from temporal_vae.evaluation.perturbed import decoded_perturbed
 from temporal_vae.files.atomic import atomic_path
 from temporal_vae.model import TemporalVAE
 from temporal_vae.training import recipe
-from temporal_vae.training.sources import Skipped, Source
+from temporal_vae.training.sources import Skipped
 from temporal_vae.video import Uint8Frames, VideoError, VideoReader
+from temporal_vae.video.sources import Source
 
 PICTURES = 3
 """Clips of which a picture is made at every measurement."""
