@@ -449,7 +449,9 @@ def test_a_model_of_wans_kind_goes_on_and_has_the_scale_of_its_channels(
     model = TemporalVAE.from_pretrained(tmp_path / "part/model")
     found = probe_all(find_sources([clips]), Skipped(), lambda *_: None)
     batches = Batches(found, Recipe.from_table(table()).data, 0)
-    generator = torch.Generator().manual_seed(0)  # the noise of the latents, drawn as the run draws it
+    generator = torch.Generator().manual_seed(
+        0
+    )  # the noise of the latents, drawn as the run draws it
     videos = [batches[number].pixels() for number in range(loop.SCALE_BATCHES)]
     latent = torch.cat([model.encode(x, generator=generator).detach() for x in videos])
     cells = model.scale_latent(latent).transpose(0, 1).flatten(1)

@@ -23,6 +23,7 @@ from temporal_vae.cli import (
     batch,
     comparing,
     evaluation,
+    exporting,
     inputs,
     options,
     training,
@@ -291,6 +292,25 @@ def compare(
     inputs.refuse_missing([first, second])
     comparing.compare(first, second, target, settings, frames.selected(), output.format(),
                       output.overwrite, of_both=True)  # fmt: skip
+
+
+@command.command()
+@with_groups
+def export(
+    model: Annotated[str, typer.Argument(
+        metavar="MODEL", help="A built-in name, the folder or .safetensors file of a saved model, "
+        "or owner/name on the Hugging Face Hub.",
+    )],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
+    settings: exporting.ExportOptions,
+) -> None:  # fmt: skip
+    """Write a model as graphs for other programs: encode, decode and the steps of streams.
+
+    Examples:
+      tvae export tiny graphs/
+      tvae export my-model/ packages/ --format pt2
+    """
+    exporting.export(model, target, settings)
 
 
 @command.command()
