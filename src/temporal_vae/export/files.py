@@ -119,7 +119,7 @@ class OnnxModels:
         assert program is not None
         model = program.model
         _name_sizes(model, (*graph.inputs, *graph.outputs))
-        model.metadata_props |= {"temporal_vae": json.dumps(about), "delay": str(graph.delay)}
+        model.metadata_props.update(temporal_vae=json.dumps(about), delay=str(graph.delay))
         with (self._folder / WEIGHTS).open("ab") as file:
             for value in model.graph.initializers.values():
                 if value.const_value.nbytes >= INLINE_BYTES:
@@ -164,13 +164,15 @@ def _name_sizes(model: Any, ports: tuple[Port, ...]) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what exporters tell their own developers."""
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    """Without what exporters tell their own developers, some of which takes most of the time."""
+    logs = [logging.getLogger(name) for name in ("torch.onnx", "torch.__trace")]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        log.setLevel(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
