@@ -25,7 +25,7 @@ from temporal_vae.export.graphs import Graph, Graphs, Port, Size
 ROOT = Path(__file__).parent.parent
 Run = Callable[[str, list[Tensor]], list[Tensor]]
 """Runs a graph by its name."""
-SLIM = {"channel_multipliers": (1,)}
+SLIM: dict[str, Any] = {"channel_multipliers": (1,)}
 
 
 def wan(**options: Any) -> TemporalVAE:
@@ -47,6 +47,7 @@ MODELS: dict[str, Callable[[], TemporalVAE]] = {
     ),
     "time_conv_out": lambda: awake(time_conv_out=True, temporal_attention_reach=0, **SLIM),
     "wan": wan,
+    "wan, a latent a frame": lambda: wan(channel_multipliers=(1, 1), temporal_downsample=(False,)),
     "wan22": lambda: wan(level_shortcuts=True, patch_size=2),
 }
 
@@ -211,7 +212,9 @@ def in_onnx_runtime(folder: Path) -> Run:
 
     def run(name: str, inputs: list[Tensor]) -> list[Tensor]:
         session = onnxruntime.InferenceSession(folder / f"{name}.onnx")
-        given = {p.name: x.numpy() for p, x in zip(session.get_inputs(), inputs, strict=True)}
+        given = {
+            p.name: x.detach().numpy() for p, x in zip(session.get_inputs(), inputs, strict=True)
+        }
         return [torch.from_numpy(y) for y in session.run(None, given)]
 
     return run
@@ -225,7 +228,7 @@ def in_openvino(folder: Path) -> Run:
 
     def run(name: str, inputs: list[Tensor]) -> list[Tensor]:
         model = openvino.Core().compile_model(folder / f"{name}.onnx", "CPU", exact)
-        found = model([x.numpy() for x in inputs])
+        found = model([x.detach().numpy() for x in inputs])
         return [torch.from_numpy(np.array(found[port])) for port in model.outputs]
 
     return run
@@ -263,7 +266,7 @@ def test_onnx_is_the_model(name: str, tmp_path: Path) -> None:
 def assert_the_example_streams(model: TemporalVAE, graphs: Path, folder: Path) -> None:
     """Where torch and this library cannot be imported."""
     latent = model.encode(clip_for(model), False)
-    np.save(folder / "latents.npy", latent.numpy())
+    np.save(folder / "latents.npy", latent.detach().numpy())
     words = [str(graphs), str(folder / "latents.npy"), str(folder / "frames.npy")]
     code = (
         "import runpy, sys; sys.modules['torch'] = sys.modules['temporal_vae'] = None; "

@@ -43,9 +43,11 @@ def fold_frames(x: Tensor) -> Tensor:
 
 def unfold_frames(y: Tensor, batch: int) -> Tensor:
     """(B*T, C, H, W) -> (B, C, T, H, W), channels-last; a view if it was."""
+    clip: Tensor
     if is_exporting():
-        return y.unflatten(0, (batch, -1)).transpose(1, 2)
-    clip: Tensor = y.movedim(1, -1).contiguous().unflatten(0, (batch, -1)).movedim(-1, 1)
+        clip = y.unflatten(0, (batch, -1)).transpose(1, 2)
+    else:
+        clip = y.movedim(1, -1).contiguous().unflatten(0, (batch, -1)).movedim(-1, 1)
     return clip
 
 
@@ -58,7 +60,9 @@ def fold_pixels(x: Tensor) -> Tensor:
 
 def unfold_pixels(y: Tensor, size: torch.Size) -> Tensor:
     """(B, C, T, P) -> (B, C, T, H, W), channels-last; a view if it was."""
+    clip: Tensor
     if is_exporting():
-        return y.unflatten(3, size)
-    clip: Tensor = y.movedim(1, -1).contiguous().unflatten(2, size).movedim(-1, 1)
+        clip = y.unflatten(3, size)
+    else:
+        clip = y.movedim(1, -1).contiguous().unflatten(2, size).movedim(-1, 1)
     return clip

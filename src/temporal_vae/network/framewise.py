@@ -40,7 +40,9 @@ def queries(tokens: Tensor, frames: int, dim: int) -> Sequence[Tensor]:
     """The pixels of frames, along a dimension, in parts that attend to all of them one by one."""
     if torch.compiler.is_exporting():  # a graph has no loop over pieces whose number varies
         return (tokens,)
-    return tokens.split(max(LEAST_QUERIES, ATTENTION_SCORES // (frames * tokens.shape[dim])), dim)
+    at_a_time = max(LEAST_QUERIES, ATTENTION_SCORES // (frames * tokens.shape[dim]))
+    parts: tuple[Tensor, ...] = tokens.split(at_a_time, dim)
+    return parts
 
 
 class Framewise(Layer):

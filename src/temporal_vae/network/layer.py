@@ -111,7 +111,7 @@ class PastInGraph(Past):
         """Whether the graph is for the first piece of streams."""
         return self._least == 0
 
-    def later(self, frames: int) -> Past:
+    def later(self, frames: int) -> PastInGraph:
         """As seen by a layer whose input is delayed by so many frames."""
         return PastInGraph(self.counts - frames, self.begins, self._length)
 
