@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from temporal_vae import export, geometry, losses, metadata, parameters
+from temporal_vae import geometry, losses, metadata, parameters
 from temporal_vae.checkpoints import pretrained, records
 from temporal_vae.config import NormScope, TemporalOptions, TemporalVAEConfig, VAEConfig
+from temporal_vae.export.graphs import reconstruction
 from temporal_vae.files import atomic
 from temporal_vae.inputs import (
     Bytes,
@@ -1067,9 +1068,8 @@ class TemporalVAE(Switches):
         """`predict` as a graph of torch operations, by `torch.export`.
 
         Batch, frames, height and width may vary, H and W in multiples of `downsample_factor` from
-        two of them on. The graph keeps no loop over pieces, so it takes more memory than the model;
-        masked channels are part of it. The weights are the model's own: a step of training shows in
-        both, and outside of `torch.no_grad` a graph records its way back to them.
+        two of them on. No loop over pieces is in it, so it takes more memory than the model; masked
+        channels are. The weights are the model's own: a step of training shows in both.
 
         Args:
             example: pixels (B, C, T, H, W), or an image (B, C, H, W), of which rank the graph will
@@ -1086,7 +1086,7 @@ class TemporalVAE(Switches):
         """
         self._door.pixels(example, "example")
         encoder, decoder = self.encoder.ready(), self.decoder.ready()
-        return export.export(encoder, decoder, self._settings.active, example)
+        return reconstruction(encoder, decoder, self._settings.active, example)
 
     def get_metadata(self) -> ModelMetadata:
         """What this model is: configuration, parameters by part, reach and delay, dtype, device.

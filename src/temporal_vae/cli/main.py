@@ -24,6 +24,7 @@ from temporal_vae.cli import (
     comparing,
     dataset,
     evaluation,
+    exporting,
     inputs,
     options,
     serving,
@@ -352,6 +353,25 @@ def serve(page: serving.ServeOptions, model: options.RunOptions) -> None:
     serving.check_installed()
     allocator.settle("auto")
     serving.serve(page, model)
+
+
+@command.command()
+@with_groups
+def export(
+    model: Annotated[str, typer.Argument(
+        metavar="MODEL", help="A built-in name, the folder or .safetensors file of a saved model, "
+        "or owner/name on the Hugging Face Hub.",
+    )],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
+    settings: exporting.ExportOptions,
+) -> None:  # fmt: skip
+    """Write a model as graphs for other programs: encode, decode and the steps of streams.
+
+    Examples:
+      tvae export tiny graphs/
+      tvae export my-model/ packages/ --format pt2
+    """
+    exporting.export(model, target, settings)
 
 
 @command.command()

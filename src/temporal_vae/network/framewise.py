@@ -6,6 +6,7 @@ frame (H*W).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, ClassVar, cast
 
@@ -33,6 +34,15 @@ from temporal_vae.network.primitives import (
 # Pairs of query and key at a time: some kernels hold a number for each.
 ATTENTION_SCORES = 2**26
 LEAST_QUERIES = 1024
+
+
+def queries(tokens: Tensor, frames: int, dim: int) -> Sequence[Tensor]:
+    """The pixels of frames, along a dimension, in parts that attend to all of them one by one."""
+    if torch.compiler.is_exporting():  # a graph has no loop over pieces whose number varies
+        return (tokens,)
+    at_a_time = max(LEAST_QUERIES, ATTENTION_SCORES // (frames * tokens.shape[dim]))
+    parts: tuple[Tensor, ...] = tokens.split(at_a_time, dim)
+    return parts
 
 
 class Framewise(Layer):
@@ -141,12 +151,7 @@ class SpatialAttention(Framewise):
     def frames(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
         tokens = norm(self.group_norm, x).flatten(2).transpose(1, 2)  # (N, P, C)
         keys, values = self.to_k(tokens), self.to_v(tokens)
-        if torch.compiler.is_exporting():  # a graph has no loop over pieces whose number varies
-            queries: tuple[Tensor, ...] = (tokens,)
-        else:
-            at_a_time = max(LEAST_QUERIES, ATTENTION_SCORES // (len(x) * tokens.shape[1]))
-            queries = tokens.split(at_a_time, 1)
-        mixed = [self._attend(part, keys, values) for part in queries]
+        mixed = [self._attend(part, keys, values) for part in queries(tokens, x.shape[0], 1)]
         together = torch.cat(mixed, 1) if len(mixed) > 1 else mixed[0]
         y: Tensor = together.transpose(1, 2).unflatten(2, x.shape[2:])
         return join(y, x, self.to_out, self.to_out[0])

@@ -30,6 +30,8 @@ State = tuple[Tensor, ...]
 """Memory of a layer between the pieces of a clip: the count of frames it has taken, (B,), and its
 tails, each (B, C, frames, H, W). `()` before the first piece."""
 Cut = Literal["frames", "pixels", "rows"]
+LONG_AGO = 2**31
+"""Frames that a stream has taken where only that is known: more than any reach."""
 
 
 Ports = dict[str, tuple[str, ...]]
@@ -46,9 +48,8 @@ class Tail(NamedTuple):
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Its height and width for an input of these."""
-        if self.scale == 1:  # as they are: in a graph they may be symbols
-            return height, width
-        return int(height * self.scale), int(width * self.scale)
+        times, parts = self.scale.as_integer_ratio()  # in a graph they may be symbols
+        return height * times // parts, width * times // parts
 
 
 class Past:
@@ -74,6 +75,59 @@ class Past:
         """As seen by a layer whose input is delayed by so many frames."""
         least = None if self._least is None else max(0, self._least - frames)
         return Past((self.counts - frames).clamp(min=0), least)
+
+    def outside(self, ago: int, frames: int) -> Tensor:
+        """Which of so many frames, from `ago` before the piece on, are not of the clip: (B, n)."""
+        return self._index(ago, frames) < 0
+
+    def within(self, x: Tensor, ago: int = 0) -> Tensor:
+        """Frames (B, C, n, H, W) from `ago` before the piece on, zero where not of the clip."""
+        return x  # a layer has only frames of the clip
+
+    def _index(self, ago: int, frames: int) -> Tensor:
+        place = torch.arange(frames, device=self.counts.device) - ago
+        return place + self.counts[:, None]
+
+
+class PastInGraph(Past):
+    """The same for one graph that serves every step of a stream.
+
+    It gives a frame for each that it takes. Where a layer looks ahead, there are frames before the
+    first of the clip among them, and behind its last: they are zero wherever a layer reads them.
+    """
+
+    def __init__(self, counts: Tensor, begins: bool, length: Tensor | None = None):
+        """`counts`: where in the clip the piece begins, negative before it, (B,).
+
+        `begins`: whether the graph is for the first piece of streams. `length`: frames of the
+        clips, (B,); None where no layer looks ahead.
+        """
+        # where frames make latents they are whole ones: the first frame, and pairs behind it
+        super().__init__(counts, 0 if begins else LONG_AGO + 1)
+        self._length = length
+
+    @property
+    def begins(self) -> bool:
+        """Whether the graph is for the first piece of streams."""
+        return self._least == 0
+
+    def later(self, frames: int) -> PastInGraph:
+        """As seen by a layer whose input is delayed by so many frames."""
+        return PastInGraph(self.counts - frames, self.begins, self._length)
+
+    def outside(self, ago: int, frames: int) -> Tensor:
+        """See `Past`."""
+        index = self._index(ago, frames)
+        if self._length is None:
+            return index < 0
+        return (index < 0) | (index >= self._length[:, None])
+
+    def within(self, x: Tensor, ago: int = 0) -> Tensor:
+        """See `Past`."""
+        if self._length is None:
+            return x
+        outside = self.outside(ago, x.shape[2])
+        return x.masked_fill(outside[:, None, :, None, None], 0.0)
 
 
 class Layer(nn.Module):

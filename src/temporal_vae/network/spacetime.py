@@ -23,14 +23,14 @@ from typing import ClassVar, NamedTuple, Self, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_exporting
 
 from temporal_vae.geometry import rows_read, spans
-from temporal_vae.network.folds import channels_last, fold_frames, unfold_frames
+from temporal_vae.network.folds import channels_last, fold_frames, joined, unfold_frames
 from temporal_vae.network.framewise import (
-    ATTENTION_SCORES,
-    LEAST_QUERIES,
     Framewise,
     NormSiLU,
+    queries,
 )
 from temporal_vae.network.kernels import work
 from temporal_vae.network.kernels.attention import attention
@@ -136,6 +136,8 @@ class CausalConv(Scaled, nn.Conv3d):
         With neither, what comes before the first result is in x.
         """
         x, bias = self.scales.enter(x, self), self.scales.shift(self.bias)
+        if is_exporting():
+            return F.conv3d(x, self.weight, bias, self.stride, self.padding)
         before = None if tail is None else self.scales.enter(tail, None).to(x.dtype)
         step, (b, _, n, h, w) = int(self.stride[0]), x.shape
         known = zeros if before is None else before.shape[2]
@@ -162,7 +164,7 @@ class CausalConv(Scaled, nn.Conv3d):
             read = fold_frames(u.between(first, last + 1, step))
             part = conv2d(read, self.weight[:, :, k], bias, padding=int(self.padding[1]))
             work.count(part, self.weight[0, :, k].numel())
-            clip, bias = unfold_frames(part, len(u.x)), None
+            clip, bias = unfold_frames(part, u.x.shape[0]), None
             if y is None:
                 y = clip
             elif values_only(y, clip):
@@ -176,12 +178,21 @@ class CausalConv(Scaled, nn.Conv3d):
 def _over(conv: nn.Module, x: Tensor) -> Tensor:
     """A convolution of a clip from its first frame on."""
     own = cast(CausalConv, bare(conv))
-    if own is conv:
+    if _knows_tails(conv):
         y: Tensor = conv(x, own.past)
         return y
-    b, c, _, h, w = x.shape  # an adapter around it takes frames as they are
+    b, c, _, h, w = x.shape
     y = conv(_joined(x.new_zeros(b, own.past, h, w, c).movedim(-1, 1), x))
     return y
+
+
+def _knows_tails(conv: nn.Module) -> bool:
+    """Whether a convolution takes what stands before a piece apart from it.
+
+    An adapter around it takes frames as they are, and so does a graph, which does not go by the
+    number of frames.
+    """
+    return bare(conv) is conv and not is_exporting()
 
 
 def _on(conv: nn.Module, x: Tensor, tail: Tensor, past: Past) -> tuple[Tensor, Tensor]:
@@ -189,19 +200,20 @@ def _on(conv: nn.Module, x: Tensor, tail: Tensor, past: Past) -> tuple[Tensor, T
     kept = _last(tail, x)  # before the convolution: in float16 x is scaled there
     if past.begins:
         return _over(conv, x), kept
-    y: Tensor = conv(x, 0, tail) if bare(conv) is conv else conv(_joined(tail, x))
+    y: Tensor = conv(x, 0, tail) if _knows_tails(conv) else conv(_joined(tail, x))
     return y, kept
 
 
 def _joined(tail: Tensor, x: Tensor) -> Tensor:
-    """Frames behind a tail (B, C, n, H, W), in one memory order whatever sizes there are."""
-    both: Tensor = torch.cat([tail.to(x.dtype).movedim(1, -1), x.movedim(1, -1)], 1)
-    return both.movedim(-1, 1)
+    """Frames behind a tail (B, C, n, H, W)."""
+    return joined(tail.to(x.dtype), x)
 
 
 def _last(tail: Tensor, x: Tensor) -> Tensor:
     """The last frames of a tail and what comes behind, as many as the tail has, as its own."""
     kept = tail.shape[2]
+    if is_exporting():
+        return _joined(tail, x).narrow(2, x.shape[2], kept)
     if x.shape[2] < kept:
         return _joined(tail[:, :, x.shape[2] :], x).to(tail.dtype)
     # a view would keep all of x
@@ -331,8 +343,7 @@ class FrameAttention(Framewise):
     def frames(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
         tokens = self.to_qkv(norm(self.norm, x)).movedim(1, -1).flatten(1, 2).unsqueeze(1)
         q, k, v = tokens.chunk(3, -1)  # (N, 1, P, C)
-        at_a_time = max(LEAST_QUERIES, ATTENTION_SCORES // (len(x) * k.shape[2]))
-        mixed = [attention(part, k, v) for part in q.split(at_a_time, 2)]
+        mixed = [attention(part, k, v) for part in queries(q, x.shape[0], 2)]
         together = torch.cat(mixed, 2) if len(mixed) > 1 else mixed[0]
         y = together.squeeze(1).unflatten(1, x.shape[2:]).movedim(-1, 1)
         return join(self.proj(y), x, self.proj)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from temporal_vae.config import TemporalVAEConfig
-from temporal_vae.network.folds import fold_pixels, unfold_pixels
+from temporal_vae.network.folds import fold_pixels, joined, unfold_pixels
 from temporal_vae.network.kernels.attention import attention
 from temporal_vae.network.kernels.plain import values_only
 from temporal_vae.network.layer import Layer, Past, Ports, State, Tail
@@ -53,7 +53,10 @@ def _zeros(x: Tensor, frames: int) -> Tensor:
 
 def _tail(x: Tensor, frames: int, like: Tensor) -> Tensor:
     """The last frames of (B, C, T, ...), in memory of their own: a view would keep all of x."""
-    kept = x[:, :, x.shape[2] - frames :].clone(memory_format=torch.preserve_format)
+    kept = x[:, :, x.shape[2] - frames :]
+    if torch.compiler.is_exporting():
+        return kept
+    kept = kept.clone(memory_format=torch.preserve_format)
     return kept.to(like.dtype)  # autocast may have widened it
 
 
@@ -65,7 +68,7 @@ def _between(before: Tensor, x: Tensor, zeros: int, silu: bool) -> Tensor:
     """
     if not values_only(x, before) or x.dtype != before.dtype:
         x = F.silu(x) if silu else x
-        return torch.cat([before.to(x.dtype), x, _zeros(x, zeros)], 2)
+        return joined(before.to(x.dtype), x, _zeros(x, zeros))
     first, (b, c, n, h, w) = before.shape[2], x.shape
     u = x.new_empty(b, first + n + zeros, h, w, c).movedim(-1, 1)
     u[:, :, :first] = before
@@ -126,7 +129,7 @@ class OverTime(Timewise):
         return (Tail(self.width, self.past + self.future),)
 
     def step(self, x: Tensor, past: Past, tails: State, last: bool) -> tuple[Tensor, State]:
-        y, tail = _step(self.conv, tails[0], x, past, last, silu=False)
+        y, tail = _step(self.conv, tails[0], past.within(x), past, last, silu=False)
         return y, (tail,)
 
 
@@ -185,9 +188,10 @@ class TemporalBlock(Timewise):
         first, second = tails
         seen = torch.cat([first, x], 2)
         unborn = max(0, self._window - past.least)
-        u, zeros = self.norm1(seen[:, :, unborn:]), _zeros(x, unborn)
-        h, _ = _step(self.conv1, zeros, u, past, last, silu=True)
-        y, kept = _step(self.conv2, second, self.norm2(h), past.later(self._ahead), last, silu=True)
+        u = past.within(self.norm1(seen[:, :, unborn:]), self._window)
+        h, _ = _step(self.conv1, _zeros(x, unborn), u, past, last, silu=True)
+        later = past.later(self._ahead)
+        y, kept = _step(self.conv2, second, later.within(self.norm2(h)), later, last, silu=True)
         late = seen[:, :, unborn : unborn + y.shape[2]]
         return self._blend(y, late), (_tail(seen, self._window, first), kept)
 
@@ -226,10 +230,7 @@ class TemporalAttention(Timewise):
     def compute(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
         u = fold_pixels(self.norm(x))
         q, k, v = (self._project(u, to) for to in (self.to_q, self.to_k, self.to_v))
-        if torch.compiler.is_exporting():
-            y = self._mix_at_once(q, k, v)
-        else:
-            y = self._mix(q, k, v, self.past, None)
+        y = self._mix(q, k, v, self.past, None)
         return unfold_pixels(join(y, fold_pixels(x)), x.shape[3:])
 
     def tails(self) -> tuple[Tail, ...]:
@@ -257,39 +258,45 @@ class TemporalAttention(Timewise):
         if not ready.shape[2]:
             return ready, kept
         q = self._project(self.norm(ready), self.to_q)
-        # frame 0 of the keys stands `seen - counts` frames before the first of the clip
-        return join(self._mix(q, k, v, -early, seen - past.counts), ready), kept
+        hidden = past.outside(seen, k.shape[2])
+        return join(self._mix(q, k, v, -early, hidden), ready), kept
 
     def _project(self, u: Tensor, to: nn.Module) -> Tensor:
         """A linear layer on the channels of (B, C, T, P)."""
         y: Tensor = to(u.movedim(1, -1))
         return y.movedim(-1, 1)
 
-    def _mix(self, q: Tensor, k: Tensor, v: Tensor, shift: int, unborn: Tensor | None) -> Tensor:
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, shift: int, hidden: Tensor | None) -> Tensor:
         """Attention of queries (B, C, Q, P) to keys and values (B, C, K, P), sample by sample.
 
-        Query i sees key j where `j - i + shift` is in [0, past + future], but none of a sample's
-        first `unborn` keys (B,), which stand for frames before the clip.
+        Query i sees key j where `j - i + shift` is in [0, past + future], but none of the `hidden`
+        ones (B, K), which stand for frames outside of the clip, unless it is itself one of them.
         """
+        if torch.compiler.is_exporting():
+            return self._mix_at_once(q, k, v, shift, hidden)
         pixels = max(1, ATTENTION_BATCH // self.heads)
         samples = []
         for b in range(len(q)):
-            hidden = None if unborn is None else unborn[b]
+            its = None if hidden is None else hidden[b]
             parts = zip(*(x[b].split(pixels, 2) for x in (q, k, v)), strict=True)
-            mixed = [self._attend(qs, ks, vs, shift, hidden) for qs, ks, vs in parts]
+            mixed = [self._attend(qs, ks, vs, shift, its) for qs, ks, vs in parts]
             samples.append(self.to_out(torch.cat(mixed, 1)))  # (Q, P, C)
         y: Tensor = torch.stack(samples)
         return y.movedim(-1, 1)
 
-    def _mix_at_once(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """`_mix` of a whole clip (B, C, T, P) without loops, for a graph that serves any shape."""
-        frames, size = q.shape[2], (q.shape[0], q.shape[3])
+    def _mix_at_once(
+        self, q: Tensor, k: Tensor, v: Tensor, shift: int, hidden: Tensor | None
+    ) -> Tensor:
+        """`_mix` without loops, for a graph that serves any shape."""
+        batch, heads = q.shape[0], self.heads
         q, k, v = (
-            x.unflatten(1, (self.heads, -1)).permute(0, 4, 1, 3, 2).flatten(0, 1) for x in (q, k, v)
-        )  # (B * P, heads, T, C / heads)
-        bias = self._bias(0, frames, slice(0, frames), self.past, None)
-        y = attention(q, k, v, bias)
-        mixed: Tensor = self.to_out(y.unflatten(0, size).permute(0, 3, 1, 2, 4).flatten(3))
+            x.unflatten(1, (heads, -1)).permute(0, 1, 4, 3, 2).flatten(0, 1) for x in (q, k, v)
+        )  # (B * heads, P, frames, C / heads)
+        hidden = None if hidden is None else hidden[:, None, None]
+        bias = self._bias(0, q.shape[2], slice(0, k.shape[2]), shift, hidden)
+        bias = bias.expand(batch, -1, -1, -1).flatten(0, 1).unsqueeze(1)
+        y = attention(q, k, v, bias).unflatten(0, (batch, heads))
+        mixed: Tensor = self.to_out(y.permute(0, 3, 2, 1, 4).flatten(3))
         return mixed.movedim(-1, 1)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, shift: int, hidden: Tensor | None) -> Tensor:
@@ -302,20 +309,24 @@ class TemporalAttention(Timewise):
         for start in range(0, queries, QUERY_FRAMES):
             stop = min(start + QUERY_FRAMES, queries)
             band = slice(max(0, start - shift), min(keys, stop - shift + width))
-            bias = self._bias(start, stop, band, shift, hidden)
+            bias = self._bias(start, stop, band, shift, hidden).unsqueeze(0)
             out.append(attention(q[:, :, start:stop], k[:, :, band], v[:, :, band], bias))
         return torch.cat(out, 2).permute(2, 0, 1, 3).flatten(2)
 
     def _bias(
         self, start: int, stop: int, band: slice, shift: int, hidden: Tensor | None
     ) -> Tensor:
-        """(1, heads, queries, keys): the learned bias of each distance, -inf out of reach."""
+        """(..., heads, queries, keys): the learned bias of each distance, -inf out of reach.
+
+        `hidden` of all keys, (..., K), with the batch before it if there is one.
+        """
         device, width = self.distance_bias.device, self.past + self.future
         queries = torch.arange(start, stop, device=device)[:, None]
         keys = torch.arange(band.start, band.stop, device=device)[None, :]
         index = keys - queries + shift
         out_of_reach = (index < 0) | (index > width)
         if hidden is not None:
-            out_of_reach = out_of_reach | (keys < hidden.to(device))
+            itself = index == self.past
+            out_of_reach = out_of_reach | (hidden[..., band].to(device) & ~itself)
         bias = self.distance_bias[:, index.clamp(0, width)]
-        return bias.masked_fill(out_of_reach, -math.inf).unsqueeze(0)
+        return bias.masked_fill(out_of_reach, -math.inf)

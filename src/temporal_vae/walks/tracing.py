@@ -17,14 +17,10 @@ from torch.utils._pytree import tree_leaves
 from temporal_vae.network.autoencoder import Line
 from temporal_vae.network.kernels.doubled import counted_for_cpu
 from temporal_vae.network.kernels.norm import Moments
-from temporal_vae.network.layer import Layer, Past, Shape
+from temporal_vae.network.layer import LONG_AGO, Layer, Past, Shape
 from temporal_vae.network.primitives import own_norm
 from temporal_vae.walks import gradients
 from temporal_vae.walks.norm_sums import with_known
-
-LONG_AGO = 2**31
-"""Frames that a stream has taken when it is traced: more than any reach."""
-
 
 Traced = TypeVar("Traced", bound=Tensor | Moments)
 

@@ -1,0 +1,1 @@
+"""The network as graphs that need no Python: of `torch.export`, and of ONNX."""
