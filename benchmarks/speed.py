@@ -158,7 +158,7 @@ def exported(pair: Pair, verb: str, frames: int, x: Tensor, file: Path) -> None:
 
 def onnxruntime(file: Path, x: Tensor) -> Callable[[], Any]:
     """A graph in ONNX Runtime, with as many threads as torch has."""
-    import onnxruntime as ort  # type: ignore[import-untyped]
+    import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -169,7 +169,7 @@ def onnxruntime(file: Path, x: Tensor) -> Callable[[], Any]:
 
 def openvino(file: Path, x: Tensor) -> Callable[[], Any]:
     """A graph in OpenVINO, with a precision for a hint."""
-    import openvino as ov  # type: ignore[import-untyped]
+    import openvino as ov
 
     hint = "f32" if x.dtype == torch.float32 else "bf16"
     config = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
