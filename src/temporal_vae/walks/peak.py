@@ -198,6 +198,7 @@ class PiecewisePeak(Peak):
                     moment,
                 ]  # fmt: skip
             worst = max(worst, parts, key=lambda parts: sum(size for _, size in parts))
+            self._largest = max(self._largest, ("a piece", state + moment[1]), key=lambda x: x[1])
         parts = [("the result", result), ("between whole frames and bands", between), *worst]
         return [(name, size) for name, size in parts if size]
 
