@@ -35,17 +35,13 @@ Job = tuple[Entry, Collection[str]]
 Row = dict[str, Any]
 """Of the manifest."""
 Encode = Callable[[Clip], Row]
-"""Makes latents of a clip, or says that its video is broken. Raises `Lost` as its frames do."""
+"""Makes latents of a clip, or says that its video is broken."""
 Left = Callable[[Entry | Passed, str], Row]
 """Says why there is nothing of a video, or of a part of it."""
 Event = tuple[Entry, Row | None]
 """A row, or None once nothing more comes of a video."""
 Events = Generator[Event, None, None]
 """Closed, it ends whatever is under way."""
-
-
-class Lost(Exception):
-    """The process that decoded a clip has ended, which says nothing about the video."""
 
 
 @dataclass(eq=False, slots=True)
@@ -59,7 +55,8 @@ class _Attempt:
     whole: bool = False
     """Whether all of it is decoded."""
     over: bool = False
-    """Nothing more is heard of it: all of it came, or the process that decoded it has ended."""
+    """Nothing more is heard of it: all of it came, or the process that decoded it has ended, which
+    says nothing about the video."""
 
 
 @dataclass(eq=False)
@@ -171,8 +168,6 @@ class Pipeline:
             arriving.clip.frames = arriving.frames()
             try:
                 self.events.put((arriving.attempt, self._encode(arriving.clip)))
-            except Lost:
-                pass
             except BaseException as error:  # whatever it is, it is raised again by `next`
                 self.events.put(error)
             finally:
@@ -229,7 +224,7 @@ class _Lane:
             attempt.over = True
             self._dispose()
             if arriving is not None:
-                arriving.put(Lost())
+                arriving.put(VideoError("the process that decodes it has ended"))
                 self._announce(arriving)
             return self._pipeline.closed
 
