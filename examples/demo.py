@@ -33,6 +33,7 @@ from temporal_vae.evaluation.pictures import Panel, Section, poster, time_slice
 from temporal_vae.files.atomic import atomic_path
 from temporal_vae.video import (
     Uint8Frames,
+    VideoError,
     VideoReader,
     VideoWriter,
     read_clip,
@@ -211,7 +212,10 @@ def main() -> None:
     picture = folder / "comparison.png"
     source, credit = options.clip or find_film(), CREDIT if options.clip is None else ""
 
-    cut_clip(source, START if options.clip is None else 0, original)
+    try:
+        cut_clip(source, START if options.clip is None else 0, original)
+    except (VideoError, OSError) as error:
+        raise SystemExit(f"demo: {error}") from None
     tiny, single = (TemporalVAE.from_pretrained(name).float() for name in ("tiny", "tiny-frames"))
     with step(1, "a video to latents and back"), Meter("reconstructing") as meter:
         reconstructing.reconstruct(original, reconstruction, tiny, progress=meter)

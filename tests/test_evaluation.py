@@ -10,6 +10,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -453,9 +454,34 @@ def test_what_is_not_a_number_is_counted_and_never_averaged_away(tmp_path: Path)
         lambda: VideoReader(path), Halved(), clips.PROTOCOLS["quick"], lambda: None, makes
     )
     both = [clips_result(name, model) for name, model in (("a", result), ("b", fine))]
+    noisy_alone = [Halved(), Halved([2])]  # a pass for itself, one for its noise
+    codec: Any = type("Codec", (Halved,), {
+        "__call__": lambda _, frames: noisy_alone[0](frames),
+        "perturbed": lambda _, frames, shares: noisy_alone[1].perturbed(frames, shares),
+    })()  # fmt: skip
+    protocol = replace(clips.PROTOCOLS["quick"], shares=(0.4,))
+    under_noise = clips.measure_clip(
+        lambda: VideoReader(path), codec, protocol, lambda: None, makes
+    )
+    assert under_noise.bad_values == 0 and math.isnan(under_noise.values["psnr/noise 0.4"])
+    assert under_noise.diagnosis[-1].startswith("noise 0.4: not a number: 1 values in 1 frames")
     stored = Evaluation({}, ("m",), both).to_json()
     assert stored["mean"]["m"]["psnr"] == {"mean": None, "low": None, "high": None, "clips": 2}
     json.dumps(stored, allow_nan=False)
+
+
+def test_a_number_that_is_none_is_seen_where_nothing_is_found_again() -> None:
+    frames = [moving(1, 48, 64)[0]] * 2
+    frames[1] = frames[1].copy()
+    frames[1][20:28, 20:28] = 255 - frames[1][20:28, 20:28]  # was not there before
+    measure = measures.WarpError()
+    for index, frame in enumerate(frames):
+        original = torch.from_numpy(frame.copy()).permute(2, 0, 1).float()
+        ours = original + 1
+        if index:
+            ours[:, 24, 24] = torch.nan
+        measure.add(measures.Pair(original, ours))
+    assert math.isnan(measure.found().values["warp_error"])
 
 
 def clips_result(name: str, model: Any) -> Any:
@@ -632,6 +658,25 @@ def test_reconstruct_measures_and_shows_its_result(
     assert read_clip(folder / "side.mkv").shape[2] == 96
     done = run("reconstruct", a, "-", "--model", small_model, "--metrics")
     assert done.returncode == 1
+
+
+def test_a_comparison_replaces_no_video_that_is_compared_or_there(
+    folder: Path, run: Run, small_model: Path
+) -> None:
+    a, b = folder / "clips" / "0.mkv", folder / "clips" / "1.mkv"
+    kept = a.read_bytes(), b.read_bytes()
+    new = folder / "new.mkv"
+    for words, says in (
+        (("compare", a, b, a), "one of the videos that are compared"),
+        (("compare", a, a, b), "give --overwrite"),
+        (("compare", a, b, b, "--overwrite"), "one of the videos that are compared"),
+        (("reconstruct", a, new, "--model", small_model, "--compare", a), "are compared"),
+        (("reconstruct", a, new, "--model", small_model, "--compare", new), "are compared"),
+        (("reconstruct", a, new, "--model", small_model, "--compare", b), "give --overwrite"),
+    ):
+        done = run(*words)
+        assert done.returncode == 1 and says in done.stderr, done.stderr
+    assert (a.read_bytes(), b.read_bytes()) == kept and not new.exists()
 
 
 def test_heavy_packages_are_imported_when_they_are_needed() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,18 +39,36 @@ class ResultOptions(OptionGroup):
         None, "OUT", "Write a video of source, reconstruction and their difference as well; for "
         "several inputs, into this folder.")  # fmt: skip
 
-    def check(self, job: inputs.Job) -> None:
-        """Raise `ValueError` where a pipe would have to be read again."""
-        if (self.metrics or self.compare) and PIPE in map(str, job):
+    def check(self, jobs: Sequence[inputs.Job], overwrite: bool) -> None:
+        """Raise `ValueError` where a pipe would have to be read again, or a file be lost."""
+        if (self.metrics or self.compare) and PIPE in map(str, jobs[0]):
             raise ValueError("--metrics and --compare read both files again: - cannot be")
+        if self.compare is not None:
+            used = [path for job in jobs for path in job]
+            outs = [self._comparison(out, len(jobs) > 1) for _, out in jobs]
+            _refuse_loss(outs, used, overwrite)
 
     def look(self, source: Path, target: Path, selected: Options, several: bool) -> Rows:
         """Do what was asked for; gives rows to print of what was measured."""
         if self.compare is not None:
-            out = self.compare / target.name if several else self.compare
+            out = self._comparison(target, several)
             out.parent.mkdir(parents=True, exist_ok=True)
             compare(source, target, out, CompareOptions(), selected, overwrite=True)
         return _measured(source, target, selected) if self.metrics else {}
+
+    def _comparison(self, target: Path, several: bool) -> Path:
+        assert self.compare is not None
+        return self.compare / target.name if several else self.compare
+
+
+def _refuse_loss(outs: Sequence[Path], used: Sequence[Path], overwrite: bool) -> None:
+    """Raise `ValueError` for a comparison in the place of what is compared, or of another file."""
+    places = {path.resolve() for path in used}
+    for out in outs:
+        if out.resolve() in places:
+            raise ValueError(f"{out} is one of the videos that are compared: name another file")
+        if out.exists() and not overwrite:
+            raise ValueError(f"{out} exists: give --overwrite to replace it")
 
 
 def compare(
@@ -60,6 +79,7 @@ def compare(
     """Write the comparison of two videos; `selected` is of the first one, or `of_both`."""
     from temporal_vae.evaluation import compare as comparing
 
+    _refuse_loss([target], [first, second], overwrite)
     labels = settings.label_a or first.name, settings.label_b or second.name
     layout = comparing.Layout(labels, settings.wipe, settings.gain)
     with (

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from temporal_vae.evaluation.results import Evaluation, ModelOnClip
     from temporal_vae.evaluation.shown import Pictures, ShownClip
 
-FAILURES = (VideoError, ValueError, OSError)
+FAILURES = (VideoError, ValueError, OSError, RuntimeError)
 PREFIXES = ("pca", "video", "diffusers", "frames")
 
 

@@ -116,7 +116,7 @@ def reconstruct(
                  messages)  # fmt: skip
     inputs.refuse_terminal(*jobs[0])
     _check_output(jobs[0][1], output, folder)
-    result.check(jobs[0])
+    result.check(jobs, output.overwrite)
     allocator.settle(model.memory)
     from temporal_vae.convert import reconstruct as reconstructing
     from temporal_vae.convert.ahead import ReadAhead
@@ -460,16 +460,12 @@ def main() -> None:
     except (VideoError, ValueError, OSError) as error:
         _fail(str(error))
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
+        from temporal_vae.walks.budget import is_out_of_memory
+
+        if not is_out_of_memory(error):
             raise
         _fail("out of memory: give --memory a bound, or take --dtype bfloat16")
     sys.exit(status)
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def _fail(message: str, status: int = 1) -> NoReturn:

@@ -175,16 +175,16 @@ def measure_clip(
         repeated(_images(reader), codec, recorders, tick)
     seconds = time.monotonic() - start
     result = recorders[0].found()
-    for number, recorder in enumerate(recorders[1:], 2):
-        _include(result, recorder, f"round {number}")
+    further = {f"round {number}": recorder for number, recorder in enumerate(recorders[1:], 2)}
     if protocol.shares and codec.can_be_perturbed:
         noisy = [Recorder(SHORT) for _ in protocol.shares]
         with opening() as reader:
             _perturb(_images(reader), codec, protocol.shares, noisy, tick)
-        for share, recorder in zip(protocol.shares, noisy, strict=True):
-            _include(result, recorder, f"noise {share:g}")
+        names = (f"noise {share:g}" for share in protocol.shares)
+        further |= dict(zip(names, noisy, strict=True))
+    bad = [line for what, recorder in further.items() for line in _include(result, recorder, what)]
     spent = (seconds - sum(each.seconds for each in recorders)) / rounds
-    return replace(result, seconds=max(0.0, spent), diagnosis=tuple(diagnose(result)))
+    return replace(result, seconds=max(0.0, spent), diagnosis=(*diagnose(result), *bad))
 
 
 def repeated(
@@ -235,12 +235,13 @@ def _perturb(
             tick()
 
 
-def _include(result: ModelOnClip, recorder: Recorder, what: str) -> None:
-    """Put what a further decode gave under names of its own; NaN in it stays NaN."""
+def _include(result: ModelOnClip, recorder: Recorder, what: str) -> list[str]:
+    """Put what a further decode gave under names of its own; a line for numbers that are none."""
     found = recorder.found()
     for name in ("psnr", "flicker"):
         if name in found.values:
             result.values[f"{name}/{what}"] = found.values[name]
+    return [f"{what}: {next(diagnose(found))}"] if found.bad_values else []
 
 
 def _images(reader: VideoReader) -> Frames:

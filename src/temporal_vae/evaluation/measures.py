@@ -254,13 +254,15 @@ class WarpError:
             for x in (last_error, last_image)
         )
         seen = inside & (np.abs(image - before).max(2) < VISIBLE)
-        self._squares.append(float(np.square(error - moved)[seen].sum(dtype=np.float64)))
+        square = float(np.square(error - moved)[seen].sum(dtype=np.float64))
+        whole = np.isfinite(error).all()  # also where nothing is found again
+        self._squares.append(square if whole else math.nan)
         self._pixels.append(3 * int(seen.sum()))
 
     def found(self) -> Found:
         """Over the clip, and by frame."""
         if sum(self._pixels) == 0:
-            raise NotMeasuredError("no pixel of a frame is found again in the next one")
+            raise NotMeasuredError("no pixel of a frame is found again in a next one")
         value = math.sqrt(sum(self._squares[1:]) / sum(self._pixels[1:]))
         by_frame = [
             math.sqrt(square / count) if count else math.nan

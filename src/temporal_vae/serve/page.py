@@ -14,6 +14,7 @@ from typing import Any
 
 from temporal_vae.serve.upload import Limits, Model, Reconstructed, Runs
 from temporal_vae.video import VideoError
+from temporal_vae.walks.budget import is_out_of_memory
 
 KEPT_SECONDS = 3600
 """Uploads and results are kept so long, and then removed."""
@@ -161,8 +162,13 @@ def _on_click(gradio: Any, runs: Runs, work: Path) -> Callable[..., Iterator[lis
                 if upload is None or not Path(upload).is_file():
                     raise ValueError("choose a clip or a photo first: none is here, or no longer")
                 made = runs.run(Path(upload), Path(folder), model, memory, tell)
-            except (VideoError, ValueError, OSError, MemoryError) as error:
-                text = " ".join(str(error).replace(f"{Path(upload or '').parent}/", "").split())
+            except (VideoError, ValueError, OSError, MemoryError, RuntimeError) as error:
+                said = str(error)
+                if is_out_of_memory(error):
+                    said = "out of memory: choose a smaller bound of memory, or a smaller upload"
+                elif isinstance(error, RuntimeError):
+                    raise
+                text = " ".join(said.replace(f"{Path(upload or '').parent}/", "").split())
                 yield _said(gradio, f"<p role=alert>{escape(text)}</p>", None)
             else:
                 yield _said(gradio, "<p role=status>Done.</p>", made)  # copied before it goes on

@@ -135,3 +135,9 @@ def affordable(memory: int | str, device: torch.device) -> Budget:
     usable = free * 7 // 8  # for the caches of kernels, and others on the machine
     unit = 1 << max(0, usable.bit_length() - 4)  # rounded, so that the next call finds its plan
     return max(1, usable // unit * unit)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, by Python's or torch's ways to say so."""
+    out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return out_of_memory or "allocate memory" in str(error)
