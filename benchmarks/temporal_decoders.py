@@ -113,12 +113,13 @@ def compared(seeds: list[dict[str, Rows]]) -> None:
     """Print what each kind of decoder has over frame by frame, and causal over temporal."""
     for ours, theirs in (("temporal", "frame by frame"), ("causal", "frame by frame"),
                          ("causal", "temporal")):  # fmt: skip
-        print(f"\n{ours} against {theirs}\n{'noise':>5}  PSNR, dB                flicker, ratio")
+        print(f"\n{ours} against {theirs}; behind each interval what the seeds gave")
         for index, share in enumerate(SHARES):
             pairs = [(rows[ours][index], rows[theirs][index]) for rows in seeds]
-            gain = Mean.of([a[0] - b[0] for a, b in pairs])
-            ratio = Mean.of([a[2] / b[2] for a, b in pairs])
-            print(f"{share:5.1f}  {gain.text(2):24}{ratio.text(3)}")
+            gains, ratios = [a[0] - b[0] for a, b in pairs], [a[2] / b[2] for a, b in pairs]
+            each = " ".join(f"{gain:+.2f}" for gain in gains), " ".join(f"{r:.3f}" for r in ratios)
+            gain, ratio = Mean.of(gains).text(2), Mean.of(ratios).text(3)
+            print(f"{share:5.1f}  dB {gain}: {each[0]}   flicker {ratio}: {each[1]}")
 
 
 def main() -> None:
@@ -134,13 +135,17 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=128)
     options = parser.parse_args()
     seeds = [one_seed(seed, options) for seed in range(options.seeds)]
+    clips = len(list(options.clips.glob("*.mp4")))
     print(
         f"\n{datetime.date.today()}  {options.seeds} seeds; {options.first} steps of an image "
         f"autoencoder, then {options.steps} of each decoder;\nfirst {options.frames} frames of "
-        f"every clip, {options.width} wide\n\n{'decoder':16}{'noise':>6}{'PSNR':>8}{'flicker':>9}"
-        f"{'added':>8}   means over seeds"
+        f"{clips} clips, {options.width} wide\n\n{'decoder':16}{'noise':>6}{'PSNR':>8}"
+        f"{'flicker':>9}{'added':>8}   means over seeds"
     )
     for name in ARMS:
+        model = TemporalVAE.from_pretrained(options.out / f"0-{name.replace(' ', '-')}" / "model")
+        count = sum(p.numel() for p in model.decoder.parameters())
+        print(f"{name}: {count:,} parameters")
         of = [rows[name] for rows in seeds]
         for index, share in enumerate(SHARES):
             psnr, flicker, clean = (
