@@ -276,7 +276,12 @@ CASES = [(habit, kind) for habit in BOTH for kind in STOCK] + [
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize(
-    ("habit", "kind"), CASES, ids=[f"{habit.__name__}-{kind}" for habit, kind in CASES]
+    ("habit", "kind"),
+    [
+        pytest.param(*case, marks=pytest.mark.slow if case[0] is compiled_decode else ())
+        for case in CASES
+    ],
+    ids=[f"{habit.__name__}-{kind}" for habit, kind in CASES],
 )
 def test_a_habit_gives_what_stock_gives(habit: Callable[[Any], Tensor], kind: str) -> None:
     stock, ours = pair(kind)
@@ -416,6 +421,7 @@ def test_a_hook_that_a_walk_would_not_call_is_refused() -> None:
     model.decode(z, plan=plan)
 
 
+@pytest.mark.slow
 def test_gradients_of_latents_within_a_budget_are_those_without() -> None:
     _, ours = pair("svd")
     expected = gradient_of_latents(ours)

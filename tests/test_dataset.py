@@ -281,6 +281,7 @@ def test_kills_change_nothing(videos: Path, made: Path, tmp_path: Path, model: T
     assert_kills_change_nothing(videos, made, tmp_path / "out", model, 6)
 
 
+@pytest.mark.slow
 def test_kills_change_nothing_in_shards(videos: Path, tmp_path: Path, model: TemporalVAE) -> None:
     options: dict[str, Any] = {"layout": "webdataset", "shard_clips": 2}
     run(videos, tmp_path / "made", model, **options)

@@ -468,10 +468,11 @@ def killed_and_run_again(
     length, cut = time.monotonic() - begin, 0
     for number in range(kills):
         run = start("out", "--skip-existing")
-        while number % 2 and run.poll() is None and not partials(folder / "out"):
+        midst = number % 2 == 0
+        while midst and run.poll() is None and not partials(folder / "out"):
             time.sleep(0.01)
-        if number != 1:  # that one is killed as soon as there is something to leave behind
-            time.sleep(chance.random() * (0.5 if number % 2 else length))
+        if number:  # the first one is killed as soon as there is something to leave behind
+            time.sleep(chance.random() * (0.5 if midst else length))
         run.send_signal(signal.SIGKILL)
         run.communicate()
         cut += bool(partials(folder / "out"))

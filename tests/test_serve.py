@@ -72,6 +72,7 @@ def server(
         [sys.executable, "-W", "ignore", "-c", WATCHED, *words.split(), "--model", "tiny",
          "--model", str(small_model)],
         stderr=subprocess.PIPE, text=True, env=os.environ | {"TMPDIR": str(folder)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's `&` ignores it
     )  # fmt: skip
     assert process.stderr is not None
     said = process.stderr.readline()
@@ -234,7 +235,6 @@ def test_more_uploads_than_may_wait_are_sent_away(
     tabs[2].tab.wait_for_selector(":text('currently busy')")
     for each in tabs:
         each.context.close()
-    assert any(file.endswith(".part.safetensors") for file in server.files())
 
 
 # Without a browser -----------------------------------------------------------------------------
