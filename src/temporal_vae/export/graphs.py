@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +46,10 @@ class Size(NamedTuple):
         return self.times * TRACED[self.name] + self.plus
 
     @property
-    def dim(self) -> Dim:
+    def dim(self) -> Any:
         """The same for `torch.export`."""
+        if self.name in ("frames", "latents") and self.times == 1 and not self.plus:
+            return Dim.DYNAMIC  # where torch would rather see no 1, a name would be an error
         dim = Dim(self.name, min=1)
         dim = dim if self.times == 1 else self.times * dim
         return dim + self.plus if self.plus else dim
@@ -69,7 +71,7 @@ class Port:
         sizes = [axis.traced if isinstance(axis, Size) else axis for axis in self.shape]
         return torch.zeros(sizes, dtype=self.dtype)
 
-    def dims(self) -> dict[int, Dim]:
+    def dims(self) -> dict[int, Any]:
         """The axes that vary, for `torch.export`."""
         return {at: axis.dim for at, axis in enumerate(self.shape) if isinstance(axis, Size)}
 
