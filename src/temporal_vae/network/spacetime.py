@@ -272,6 +272,13 @@ class IntoSpacetime(OverSpacetime):
         return x.clone() if isinstance(conv, Scaled) and conv.scales.after != 1.0 else x
 
 
+class Unchanged(Framewise):
+    """What is left of a layer whose residual branch is left out."""
+
+    def frames(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
+        return x
+
+
 class RMSNormSiLU(NormSiLU):
     """The norm of each position, then SiLU: the end of the residual stream."""
 
@@ -457,9 +464,7 @@ class SpacetimeUpsample(Spacetime):
             self.past, self.rate = PAST, Fraction(2)
 
     def compute(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
-        if self.time_conv is not None:
-            x = self._from_the_first(x)
-        return _by_frames(self.resample, x, self.scale, self._out)
+        return _by_frames(self.resample, self.more_frames(x), self.scale, self._out)
 
     def channels(self, channels: int) -> int:
         return self._out
@@ -481,10 +486,13 @@ class SpacetimeUpsample(Spacetime):
         if self.time_conv is not None:
             begins = past.least == 0
             kept = (_last(tails[0], x[:, :, int(begins) :]),)  # the first frame reads as zeros
-            x = self._from_the_first(x) if begins else self._doubled(_joined(tails[0], x), 0)
+            x = self.more_frames(x) if begins else self._doubled(_joined(tails[0], x), 0)
         return _by_frames(self.resample, x, self.scale, self._out), kept
 
-    def _from_the_first(self, x: Tensor) -> Tensor:
+    def more_frames(self, x: Tensor) -> Tensor:
+        """A clip with its frames doubled, the first one apart; as it is without `time`."""
+        if self.time_conv is None:
+            return x
         rest = x[:, :, 1:]
         return _joined(x[:, :, :1], self._doubled(rest, PAST)) if rest.shape[2] else x
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 
@@ -10,6 +11,12 @@ from torch import nn
 
 from temporal_vae.config import TemporalVAEConfig, VAEConfig, WanVAEConfig
 from temporal_vae.model import TemporalVAE
+from temporal_vae.network.spacetime import (
+    CausalResidualBlock,
+    FrameAttention,
+    OverSpacetime,
+    Unchanged,
+)
 from temporal_vae.training import recipe
 from temporal_vae.training.optimizers import trained_parts
 from temporal_vae.training.recipe import Recipe
@@ -57,6 +64,8 @@ def refuse_misfit(model: TemporalVAE, stages: Sequence[Recipe]) -> None:
                 "model.temporal = false leaves temporal layers out, and this model's see time and "
                 "space at once: to train it on pictures, give batches of frames = 1"
             )
+        if not stage.model.branches:
+            _refuse_branches(model, stage.model)
         for kind in stage.data.batch:
             model.latent_frames(kind.frames)
             if kind.crop % model.downsample_factor:
@@ -71,6 +80,19 @@ def refuse_misfit(model: TemporalVAE, stages: Sequence[Recipe]) -> None:
                 f"nothing in [loss] reaches what is trained ({', '.join(stage.model.train)}): give "
                 f"a term a weight, of {', '.join(terms)}"
             )
+
+
+def _refuse_branches(model: TemporalVAE, spec: recipe.Model) -> None:
+    if not isinstance(model.config, WanVAEConfig):
+        raise ValueError(
+            "model.branches = false leaves residual branches out, which is known for models of "
+            "Wan's kind alone: leave it away, or take model.preset = 'tiny-wan'"
+        )
+    if spec.init is not None:
+        raise ValueError(
+            "model.branches = false is for new weights, whose residual branches begin at zero; "
+            f"model.init = {spec.init!r} has trained ones: leave one of both away"
+        )
 
 
 def _changed(config: VAEConfig, changes: recipe.Table) -> VAEConfig:
@@ -112,4 +134,16 @@ def image_twin(model: TemporalVAE) -> TemporalVAE:
         path, _, leaf = name.rpartition(".")
         owner: nn.Module = twin.get_submodule(path)
         setattr(owner, leaf, parameters[name])
+    return twin
+
+
+def without_branches(model: TemporalVAE) -> TemporalVAE:
+    """A model that shares the parameters of `model`, and computes no residual branch."""
+    twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    for parent in list(twin.modules()):
+        for name, block in list(parent.named_children()):
+            if isinstance(block, CausalResidualBlock) and block.conv_shortcut is not None:
+                setattr(parent, name, OverSpacetime(block.conv_shortcut))
+            elif isinstance(block, CausalResidualBlock | FrameAttention):
+                setattr(parent, name, Unchanged())
     return twin

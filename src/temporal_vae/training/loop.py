@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,8 +29,14 @@ from temporal_vae.network.kernels.dtypes import fastest, slowness
 from temporal_vae.training import optimizers as how
 from temporal_vae.training import parallel
 from temporal_vae.training.adversary import Adversary
-from temporal_vae.training.build import build_model, image_twin, refuse_misfit
+from temporal_vae.training.build import (
+    build_model,
+    image_twin,
+    refuse_misfit,
+    without_branches,
+)
 from temporal_vae.training.data import Batches, Samples, Share, in_order
+from temporal_vae.training.linear_start import silence_branches, start_linear
 from temporal_vae.training.page import write_page
 from temporal_vae.training.parallel import Strategy
 from temporal_vae.training.recipe import Recipe, Table, plain_table
@@ -41,6 +47,8 @@ from temporal_vae.training.step import Pass, Terms, cells_of
 from temporal_vae.training.tensorboard import Events
 from temporal_vae.training.validation import HeldOut, flat_scores
 
+FITTED = 40
+"""Clips that a linear start is fitted to."""
 SCALE_BATCHES = 8
 """Batches on which the scale of the latents is measured."""
 
@@ -133,6 +141,10 @@ class Training:
                 self.say(f"{len(anew)} weights in time begin anew, such as {anew[0]}")
             self.index, self.batch = self._stage_at(self.look_at_clock()), self._batches_before()
             refuse_misfit(self.model, self.stages)
+            if self.recipe.model.start == "linear":
+                self._start_linear()
+            elif not all(stage.model.branches for stage in self.stages):
+                silence_branches(self.model)
             self._enter_stage()
             return
         tensors, state = self.run.load(step)
@@ -153,6 +165,15 @@ class Training:
                 "note: these are not the clips that the run has seen so far: its batches are others"
             )
 
+    def _start_linear(self) -> None:
+        """Fit a new model to a first batch of the stages' longest clips, the same in all runs."""
+        kinds = [kind for stage in self.stages for kind in stage.data.batch]
+        kind = max(kinds, key=lambda kind: (kind.frames, kind.crop))
+        self.say(f"fitting a linear start to {FITTED} clips")
+        data = replace(self.recipe.data, batch=(replace(kind, samples=FITTED, chance=1.0),))
+        clips = Batches(self.inputs.clips, data, self.recipe.seed)[0]
+        start_linear(self.model, clips.pixels())
+
     def _batches_before(self) -> int:
         """Batches that the steps of earlier runs have taken."""
         before = (self._stage_at(step / (self.recipe.steps or 1)) for step in range(self.step))
@@ -169,6 +190,7 @@ class Training:
         self.stage, self.stage_step = self.stages[self.index], stage_step
         self.model.to(self.device)
         network = self.model if self.stage.model.temporal else image_twin(self.model)
+        network = network if self.stage.model.branches else without_branches(network)
         network.disable_gradient_checkpointing()
         if self.stage.model.gradient_checkpointing:
             network.enable_gradient_checkpointing()
@@ -194,7 +216,10 @@ class Training:
         if self.stage.loss.adversarial:
             raise ValueError("a critic needs the decoder's last layer whole: train it by ddp")
         if network is not self.model:
-            raise ValueError("fsdp trains a model whole: without model.temporal = false, or by ddp")
+            raise ValueError(
+                "fsdp trains a model whole: leave model.temporal = false or "
+                "model.branches = false away, or train by ddp"
+            )
         if not self._is_spread:
             parallel.spread(network)
         self._is_spread = True

@@ -76,6 +76,9 @@ class Model:
     """A model to begin with: a built-in name, a folder, a file, owner/name. None: new weights."""
     preset: Literal["default", "tiny", "svd", "tiny-wan"] = "default"
     """The layout of new weights."""
+    start: Literal["random", "linear"] = "random"
+    """How new weights begin: drawn, or, in Wan 2.1's layout, as a linear autoencoder fitted to
+    clips in closed form (see `linear_start`), which saves hours."""
     config: Table = field(default_factory=dict)
     """Fields of the model's configuration that differ from the preset's, or from `init`'s layout:
     `init`'s weights are then taken as far as the layouts agree (see `build.build_model`)."""
@@ -85,12 +88,21 @@ class Model:
     temporal: bool = True
     """Whether temporal layers are computed. Without, the model is trained as an image VAE, which is
     what it is at birth; its temporal layers stay as they are."""
+    branches: bool = True
+    """Whether residual branches are computed. Without, a new model of Wan's kind is trained as what
+    lies between them, at a twelfth of the time; its branches begin at zero, so that what follows
+    goes on from there."""
     gradient_checkpointing: bool = False
     """Compute every layer again for its gradients: less memory, about a third more time."""
     memory: str | None = None
     """What the decoder's gradients may take, such as "6GiB"; see `TemporalVAE.plan`."""
 
     def __post_init__(self) -> None:
+        if self.start == "linear" and self.init is not None:
+            raise ValueError(
+                f"model.start = 'linear' is for new weights, and model.init = {self.init!r} has "
+                "some already: leave one of both away"
+            )
         if not self.train:
             raise ValueError(f"model.train names nothing to train: there are {', '.join(PARTS)}")
         for name in self.train:
