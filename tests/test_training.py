@@ -41,6 +41,10 @@ SMALL = {"base_channels": 8, "channel_multipliers": [1, 2], "blocks_per_level": 
 WAN: dict[str, Any] = SMALL | {
     "temporal_downsample": [True]
 }  # two frames make a latent, but for the first
+WAN_LINE: dict[str, Any] = {
+    "base_channels": 8, "channel_multipliers": [1, 2, 3], "latent_channels": 4,
+    "temporal_downsample": [False, True], "blocks_per_level": 1,
+}  # wide enough to begin as a linear autoencoder  # fmt: skip
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 
@@ -614,6 +618,10 @@ def test_a_run_from_python_alone_goes_on(tmp_path: Path, clips: Path) -> None:
         ({"model": {"preset": "tiny-wan", "config": WAN},
           "data": {"batch": [{"frames": 4, "crop": 16}]}}, "take 3 frames or 5"),
         ({"model": {"preset": "tiny-wan", "config": WAN, "temporal": False}}, "frames = 1"),
+        ({"model": {"preset": "tiny-wan", "config": WAN, "start": "linear"}}, "is known for"),
+        ({"model": {"config": SMALL, "start": "linear"}}, "is known for"),
+        ({"model": {"config": SMALL, "branches": False}}, "Wan's kind alone"),
+        ({"model": {"init": "tiny", "start": "linear"}}, "leave one of both away"),
         ({"loss": {"log_mse": 0.0, "colour": 0.0, "kl": 1.0}, "model": {"train": ["decoder"]}},
          "nothing in"),
     ],
@@ -861,7 +869,7 @@ def test_every_recipe_trains_through_the_command(
     model.save_pretrained(tmp_path / "init")
     words = ["--init", str(tmp_path / "init")]
     if "preset" in its["model"]:
-        small = WAN if its["model"]["preset"] == "tiny-wan" else SMALL
+        small = WAN_LINE if its["model"]["preset"] == "tiny-wan" else SMALL
         words, its["model"]["config"] = [], its["model"].get("config", {}) | small
     if "teacher" in its["loss"]:
         its["loss"]["teacher"] = str(tmp_path / "init")

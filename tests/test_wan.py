@@ -614,6 +614,9 @@ def test_frames_and_latents() -> None:
             model.latent_frames(wrong)
         with pytest.raises(ValueError, match="at least one"):
             model.video_frames(wrong)
+    for number in (model.latent_frames, model.video_frames):
+        with pytest.raises(ValueError, match=r"must be a whole number, got 5\.0"):
+            number(5.0)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("frames", [2, 3, 4, 16])
@@ -647,6 +650,8 @@ def test_latents_are_scaled_by_channel() -> None:
     scaled = model.scale_latent(z)
     assert difference(scaled, (z - mean) / std) < 1e-12
     assert difference(model.unscale_latent(scaled), z) < 1e-12
+    with pytest.raises(ValueError, match="layout must be"):
+        model.scale_latent(z, layout="TBCHW")  # type: ignore[arg-type]
     other = model.scale_latent(z.transpose(1, 2), layout="BTCHW").transpose(1, 2)
     assert torch.equal(other, scaled) and torch.equal(
         model.scale_latent(z[:, :, 0]), scaled[:, :, 0]

@@ -45,7 +45,7 @@ def latent_frames(frames: int, per_latent: int) -> int:
 
     Raises `ValueError` naming the nearest numbers of frames for one that does not fit.
     """
-    latents, left = divmod(frames - 1, per_latent)
+    latents, left = divmod(_whole(frames, "frames") - 1, per_latent)
     if frames < 1:
         raise ValueError(f"a clip has at least one frame, got {frames}")
     if left:
@@ -57,12 +57,19 @@ def latent_frames(frames: int, per_latent: int) -> int:
     return latents + 1
 
 
+def _whole(number: int, what: str) -> int:
+    """The number, unless it is a fraction; sizes in a graph are symbols."""
+    if isinstance(number, float):
+        raise ValueError(f"{what} must be a whole number, got {number!r}")
+    return number
+
+
 def video_frames(latents: int, per_latent: int, begins: bool = True) -> int:
     """Frames of so many latents along time, at the beginning of a clip or behind that.
 
     Raises `ValueError` for less than one.
     """
-    if latents < 1:
+    if _whole(latents, "latents") < 1:
         raise ValueError(f"a clip has at least one latent, got {latents}")
     return latents * per_latent - (per_latent - 1) * begins
 

@@ -68,8 +68,7 @@ class Door(NamedTuple):
         return self.latents(check_piece(latents, "latents"), "latents")
 
     def _clip(self, x: Tensor, channels: int, name: str, layout: Layout) -> Tensor:
-        if layout not in ("BCTHW", "BTCHW"):
-            raise ValueError(f"layout must be 'BCTHW' or 'BTCHW', got {layout!r}")
+        check_layout(layout)
         if not isinstance(x, Tensor):
             raise ValueError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
         shape = tuple(x.shape)
@@ -212,8 +211,15 @@ def given(scale: float | None, shift: float | None) -> dict[str, float]:
     return {name: value for name, value in values.items() if value is not None}
 
 
+def check_layout(layout: str) -> None:
+    """Raise `ValueError` for another layout than those that the public face takes."""
+    if layout not in ("BCTHW", "BTCHW"):
+        raise ValueError(f"layout must be 'BCTHW' or 'BTCHW', got {layout!r}")
+
+
 def channel_axis(x: Tensor, layout: Layout) -> int:
-    """Where the channels of a video or an image stand."""
+    """Where the channels of a video or an image stand. Raises `ValueError` for no layout."""
+    check_layout(layout)
     return 2 if layout == "BTCHW" and x.ndim == 5 else 1
 
 

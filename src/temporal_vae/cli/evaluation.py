@@ -150,7 +150,8 @@ class _Run:
         each = info.expected_frames
         fps = float(info.fps)
         shown = None if self.pictures is None else self.pictures.of(str(file), fps, each)
-        progress = _Progress(meter, each and each * self.protocol.decodes * len(self.codecs))
+        passes = sum(1 if _is_video(name) else self.protocol.decodes for name in self.codecs)
+        progress = _Progress(meter, each and each * passes)
         found = {}
         for name, codec in self.codecs.items():
             try:
@@ -210,9 +211,7 @@ def evaluate(
         title = f"evaluating {file.name} ({index + 1} of {len(files)})"
         with Meter(title, settings.quiet) as meter:
             run.measure(file, meter)
-        if (
-            settings.json is not None
-        ):  # after each clip, so that an end of any kind keeps the others
+        if settings.json is not None:  # after each clip, so that any end keeps the others
             with atomic_path(settings.json) as part:
                 part.write_text(json.dumps(result.to_json(), indent=1, allow_nan=False) + "\n")
         if run.pictures is not None:
@@ -228,6 +227,11 @@ def _kind(name: str) -> tuple[str, str]:
     return (kind, rest) if colon and kind in PREFIXES else ("", name)
 
 
+def _is_video(name: str) -> bool:
+    """Whether a model is a video of its reconstruction, which is read once whatever is measured."""
+    return _kind(name)[0] == "video"
+
+
 def _with_alone(names: Sequence[str]) -> list[str]:
     """The models, and each of ours frame by frame."""
     alone = [f"frames:{name}" for name in names if not _kind(name)[0]]
@@ -236,8 +240,9 @@ def _with_alone(names: Sequence[str]) -> list[str]:
 
 def _cost(protocol: Protocol, clips: int, names: Sequence[str]) -> str:
     """What a protocol of more than one decode takes."""
+    models = sum(not _is_video(name) for name in names)
     return (
-        f"{protocol.name} decodes each frame {protocol.decodes} times with each of {len(names)} "
+        f"{protocol.name} decodes each frame {protocol.decodes} times with each of {models} "
         f"models: once, {protocol.rounds - 1} rounds more, {len(protocol.shares)} shares of noise; "
         f"{clips} clips take about {protocol.decodes} times as long as with --protocol standard"
     )
@@ -296,7 +301,7 @@ def show(result: Evaluation, tell: Callable[[str], None]) -> None:
     means = result.mean
     columns = [name for name in SHOWN if any(name in values for values in means.values())]
     table = Table(box=None)
-    table.add_column("model")
+    table.add_column("model", overflow="fold")
     for name in columns:
         table.add_column(SHOWN[name].title, justify="right")
     for model, values in means.items():

@@ -282,7 +282,7 @@ def _clip(clip: ClipResult, kept: ShownClip, index: int, result: Evaluation) -> 
     return (
         f'<section class="clip" id="clip-{index}" aria-labelledby="name-{index}">'
         f'<h2 id="name-{index}">{escape(clip.name)}</h2><p class="note">{facts}{less}.</p>\n'
-        f"{_faults(clip)}"
+        f"{_faults(clip, count)}"
         f'<div class="watch">{_player(clip.name, names, kept, count)}'
         f'<div class="beside">{legend(names)}{"".join(charts[:2])}</div></div>\n'
         f"{_side_by_side(names, kept)}"
@@ -293,10 +293,14 @@ def _clip(clip: ClipResult, kept: ShownClip, index: int, result: Evaluation) -> 
     )
 
 
-def _faults(clip: ClipResult) -> str:
-    """The lines of the diagnosis; numbers of frames go to the frame."""
+def _faults(clip: ClipResult, count: int) -> str:
+    """The lines of the diagnosis; a frame's number goes to the frame, if the player has it."""
+
+    def linked(found: re.Match[str]) -> str:
+        return found.expand(_BUTTON) if int(found[1]) < count else found[0]
+
     lines = [
-        f"<li><b>{escape(model)}</b>: {_FRAME.sub(_BUTTON, escape(line))}</li>"
+        f"<li><b>{escape(model)}</b>: {_FRAME.sub(linked, escape(line))}</li>"
         for model, found in clip.models.items()
         for line in found.diagnosis
     ]

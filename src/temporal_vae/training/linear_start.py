@@ -70,8 +70,8 @@ def start_linear(model: TemporalVAE, clips: Tensor) -> None:
 
 def _refuse_unknown(config: object) -> None:
     if isinstance(config, WanVAEConfig) and not config.level_shortcuts and config.patch_size == 1:
-        room = config.widths[-1] - config.widths[-2]
-        if room > config.latent_channels and config.temporal_downsample[1:] == (True, True):
+        wider = config.widths[-1] - config.widths[-2]
+        if wider > config.latent_channels and config.widths[1] // 2 > 2 * config.input_channels:
             return
     raise ValueError(
         "model.start = 'linear' is known for Wan 2.1's layout whose last level is wider than the "
@@ -242,8 +242,10 @@ def _end_with_signs(conv: nn.Conv2d, clips: Tensor) -> None:
 def _fit(conv: Conv, x: Tensor, known: int, target: Tensor) -> int:
     """Set the first outputs by least squares, from the known channels of x; how many they are.
 
-    x (N, C, T, H, W) -> target (N, C', T, H, W): as many frames, with zeros before the first.
+    x (N, C, T, H, W) -> target (N, C', T, H, W): as many frames, with zeros before the first. Of
+    a target with more channels than there are outputs, the first are taken.
     """
+    target = target[:, : conv.out_channels]
     size = conv.kernel_size if len(conv.kernel_size) == 3 else (1, *conv.kernel_size)
     generator = torch.Generator().manual_seed(0)
     products = sums = torch.zeros((), dtype=torch.float64)
