@@ -435,7 +435,7 @@ def _has(table: Mapping[str, Any], names: Sequence[str]) -> bool:
 
 
 IN_STAGES = {"name", "share", "model", "data", "optimizer", "loss", "critic"}
-OF_MODEL = {"train", "temporal", "gradient_checkpointing", "memory"}
+OF_MODEL = {"train", "temporal", "branches", "gradient_checkpointing", "memory"}
 
 
 def _refuse_in_stage(table: Mapping[str, Any], where: str) -> None:
