@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_verbs import mounted
 from test_video import noise, smooth, write
 
@@ -24,8 +25,9 @@ from temporal_vae import LatentFile, TemporalVAE, read_latents
 from temporal_vae.convert.encode import Encoding, encode
 from temporal_vae.dataset import local
 from temporal_vae.dataset.encode import DatasetOptions, encode_dataset
-from temporal_vae.dataset.entries import quoted
-from temporal_vae.dataset.manifest import COLUMNS
+from temporal_vae.dataset.entries import entries_of, quoted
+from temporal_vae.dataset.latents import LatentDataset
+from temporal_vae.dataset.manifest import COLUMNS, State
 from temporal_vae.files.safetensors import SUFFIX
 
 pyarrow = pytest.importorskip("pyarrow", reason="pyarrow, of the extra dataset, is not installed")
@@ -361,3 +363,80 @@ def test_a_full_disk_leaves_what_a_next_run_goes_on_with(
         subprocess.run(["mount", "-o", "remount,size=10m", str(disk)], check=True)
         assert run("encode-dataset", videos, out, *words).returncode == 2
         assert contents(out).keys() == contents(made).keys()
+
+
+# Found by readers --------------------------------------------------------------------------------
+
+
+def test_a_changed_video_leaves_the_shards_of_the_others(
+    model: TemporalVAE, tmp_path: Path
+) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    for index, name in enumerate("abc"):
+        write(source / f"{name}.mkv", smooth(3 + index, 32, 32))
+    options: dict[str, Any] = {"layout": "webdataset", "shard_clips": 1}
+    assert run(source, out, model, **options) == {"ok": 3}
+    before = LatentDataset(out)[2]["latents"]
+    write(source / "a.mkv", noise(3, 32, 32))
+    assert run(source, out, model, **options) == {"ok": 3}
+    found = {row["name"]: row["shard"] for row in rows(out)}
+    assert len(set(found.values())) == 3
+    assert torch.equal(LatentDataset(out)[2]["latents"], before)
+    last = out / found["c.mkv"]
+    last.write_bytes(last.read_bytes()[:1024])  # cut short: it is made again
+    assert run(source, out, model, **options) == {"ok": 3}
+    assert torch.equal(LatentDataset(out)[2]["latents"], before)
+
+
+def test_a_lost_clip_is_made_again_though_the_run_that_saw_it_was_stopped(
+    videos: Path, made: Path, model: TemporalVAE, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(made, out)
+    (out / f"1.mkv{SUFFIX}").unlink()
+    settings = json.loads(
+        sqlite3.connect(out / ".tvae" / "clips.sqlite").execute("select settings from run")
+        .fetchone()[0]
+    )  # fmt: skip
+    state = State(out, settings)
+    [entry] = [entry for entry in entries_of(videos) if entry.name == "1.mkv"]
+    assert state.begin(entry) == set()  # and the process is gone
+    state.close()
+    assert run(videos, out, model) == {"ok": 6, "failed": 1}
+    assert contents(out) == contents(made)
+
+
+def test_trying_again_keeps_the_clips_that_are_there(model: TemporalVAE, tmp_path: Path) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    write(source / "a.mkv", smooth(4, 32, 32))
+    (source / "b.mkv").write_bytes(b"no video")
+    assert run(source, out, model) == {"ok": 1, "failed": 1}
+    stamp = (out / f"a.mkv{SUFFIX}").stat().st_mtime_ns
+    assert run(source, out, model, retry_failed=True) == {"ok": 1, "failed": 1}
+    assert run(source, out, model) == {"ok": 1, "failed": 1}
+    assert (out / f"a.mkv{SUFFIX}").stat().st_mtime_ns == stamp
+
+
+def test_odd_rows_of_a_manifest_fail_alone(model: TemporalVAE, tmp_path: Path) -> None:
+    write(tmp_path / "a.mkv", smooth(4, 32, 32))
+    os.mkfifo(tmp_path / "pipe.mkv")
+    table = [
+        {"path": "a.mkv", "caption": "one"}, {"path": "a.mkv", "caption": "two"},
+        {"path": "\ud800.mp4"}, {"path": "a.mkv", "frames": 2.0, "start": float("nan")},
+        {"path": "a.mkv", "frames": 2.5}, {"path": "pipe.mkv"}, {"path": "."},
+        {"path": "a.mkv", "start": "0." + "0" * 300, "caption": "\ud83d"},
+        {"path": "a.mkv", "start": "1e99999"},
+    ]  # fmt: skip
+    listed = tmp_path / "list.jsonl"
+    listed.write_text("".join(json.dumps(row) + "\n" for row in table))
+    assert run(listed, tmp_path / "out", model) == {"ok": 4, "failed": 5}
+    found = rows(tmp_path / "out")
+    assert len({row["name"] for row in found}) == len(table)
+    captions = [row["caption"] for row in found if row["status"] == "ok"]
+    assert sorted(filter(None, captions)) == ["?", "one", "two"]
+    assert run(listed, tmp_path / "out", model) == {"ok": 4, "failed": 5}
+    wide = tmp_path / "wide.csv"
+    wide.write_text(f"path,caption\na.mkv,{'x' * 200_000}\n")
+    assert run(wide, tmp_path / "wide", model) == {"ok": 1}

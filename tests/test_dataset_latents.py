@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load, load_file
 from test_dataset import run
-from test_video import noise, write
+from test_video import noise, smooth, write
 from torch.utils.data import DataLoader
 
 from temporal_vae import EqualShapes, LatentDataset, LatentFile, TemporalVAE, read_latents
@@ -239,3 +239,30 @@ def test_names_of_other_layouts_do_not_collide(tmp_path: Path, model: TemporalVA
     ]  # fmt: skip
     assert export_cogvideo(tmp_path / "out", tmp_path / "c") == 6
     assert len(set((tmp_path / "c" / "videos.txt").read_text().splitlines())) == 6
+
+
+def test_parts_of_a_video_do_not_collide_in_other_layouts(
+    model: TemporalVAE, tmp_path: Path
+) -> None:
+    write(tmp_path / "a.mkv", smooth(6, 32, 32))
+    (tmp_path / "list.csv").write_text("path,start,frames\na.mkv,0,2\na.mkv,0.08,2\n")
+    out = tmp_path / "out"
+    run(tmp_path / "list.csv", out, model)
+    assert export_musubi(out, tmp_path / "musubi") == 2
+    assert len(list((tmp_path / "musubi").glob("*.safetensors"))) == 2
+    assert export_cogvideo(out, tmp_path / "cog") == 2
+    assert len(list((tmp_path / "cog").rglob("*.safetensors"))) == 2
+    assert len(set((tmp_path / "cog" / "videos.txt").read_text().split())) == 2
+    with pytest.raises(ValueError, match="resolution='3x8x8'"):
+        export_cogvideo(out, tmp_path / "cog", resolution="3x8x8")
+
+
+def test_an_order_is_kept_before_the_first_batch(folder: Path) -> None:
+    batches = EqualShapes(LatentDataset(folder), 1)
+    assert batches.state_dict(0) == {"epoch": 0, "batches": 0}
+    order = list(batches)
+    other = EqualShapes(LatentDataset(folder), 1)
+    other.load_state_dict({"epoch": 0, "batches": 0})
+    assert other.state_dict(0) == {"epoch": 0, "batches": 0}
+    assert list(other) == order
+    assert other.state_dict(1) == {"epoch": 0, "batches": 1}

@@ -171,6 +171,26 @@ def test_the_bundled_causal_model_gives_each_frame_at_once_from_the_past_alone()
     assert difference(swapped.detach(), whole[:, :, 2:]) > 0.005  # awake: the past is seen
 
 
+def test_the_bundled_model_of_wans_kind_streams_and_is_above_a_matrix(real_clip: Path) -> None:
+    """Its linear counterpart has as many numbers a frame, of single frames."""
+    vae = TemporalVAE.from_pretrained("tiny-wan").float().requires_grad_(False)
+    frames = read_clip(real_clip, frames=9, width=192, multiple=8)
+    video = to_pixels(frames)
+    latent = vae.encode(video, sample_mode=False)
+    assert latent.shape[2] == vae.latent_frames(9) == 3
+    scaled = vae.scale_latent(latent).transpose(0, 1).flatten(1)
+    assert 0.3 < float(scaled.std(1).mean()) < 2
+    whole = vae.decode(latent)
+    stream = vae.decode_stream()
+    pieces = [stream.push(latent[:, :, t : t + 1]) for t in range(3)]
+    assert [0 if piece is None else piece.shape[2] for piece in pieces] == [1, 4, 4]
+    assert difference(torch.cat([p for p in pieces if p is not None], 2), whole) < 1e-4
+    swapped = vae.decode(latent[:, :, [0, 0, 2]])[:, :, 5:]
+    assert difference(swapped, whole[:, :, 5:]) > 0.005  # awake: the past is seen
+    made = to_bytes(whole.clamp(-1, 1))
+    assert metrics.psnr(frames, made) > metrics.psnr(frames, LinearBaseline.bundled()(frames)) + 1
+
+
 def test_latents_have_unit_variance_after_scaling(tiny: TemporalVAE, real_clip: Path) -> None:
     frames = read_clip(real_clip, frames=4, width=256, multiple=8)
     latent = tiny.encode_video_for_diffusion(to_pixels(frames), sample_mode=False)

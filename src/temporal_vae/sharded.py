@@ -20,7 +20,7 @@ All processes call the same functions in the same order. If one of them ends, th
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -119,7 +119,9 @@ def _walk(vae: TemporalVAE, x: Tensor, operation: Operation, memory: Budget, han
     except ValueError as error:
         problem = error
     _stop_together(group, x, problem)
-    assert plan is not None and plan.bounds is not None
+    assert plan is not None
+    if plan.bounds is None:  # one process, and no bound
+        return cast(Tensor, runner.line(operation)(x))
     walk = sharded.walk_rows if by_rows else sharded.walk
     return walk(runner.line(operation), x, plan.bounds, group)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -88,14 +89,17 @@ def clips_of(entry: Entry, cutting: Cutting, done: Collection[str] = ()) -> Iter
     given = {"start": entry.start, "frames": entry.frames}
     ranged = {name: value for name, value in given.items() if value is not None}
     options = cast(Options, {**cutting.options, **ranged})
-    with entry.source.file() as path:
-        try:
+    path = str(entry.source)
+    try:
+        with entry.source.file() as path:
+            if os.path.exists(path) and not os.path.isfile(path):
+                raise VideoError(f"{path} is no file")
             sha256 = sha256_of(path)
             video = _Video(entry, path, sha256, options, cutting)
             yield from video.clips(frozenset(done))
-        except (VideoError, OSError, ValueError) as error:  # a copy's name tells nobody anything
-            words = str(error) or type(error).__name__
-            raise VideoError(words.replace(path, str(entry.source))) from error
+    except (VideoError, OSError, ValueError) as error:  # a copy's name tells nobody anything
+        words = str(error) or type(error).__name__
+        raise VideoError(words.replace(path, str(entry.source))) from error
 
 
 @dataclass(slots=True)

@@ -22,6 +22,8 @@ PATHS = ("path", "file", "video", "source")
 CAPTIONS = ("caption", "text", "prompt")
 OURS = "~"
 """Stands in names before what is added to tell equal ones apart; see `quoted`."""
+LONGEST_PART = 40
+"""Characters of what tells parts of a video apart in their names."""
 LONGEST = 180
 """Bytes of a folder's or file's name; systems take 255, of which suffixes and ranges need some."""
 
@@ -100,6 +102,14 @@ def _of_tar(file: Path, folder: str) -> Iterator[dict[str, Any]]:
 
 
 def _of_rows(rows: Iterable[Mapping[str, Any]], folder: Path) -> Iterator[dict[str, Any]]:
+    seen: Counter[str] = Counter()
+    for found in _each_row(rows, folder):
+        seen[found["name"]] += 1
+        again = f"{OURS}{seen[found['name']]}" if seen[found["name"]] > 1 else ""
+        yield found | {"name": f"{found['name']}{again}"}
+
+
+def _each_row(rows: Iterable[Mapping[str, Any]], folder: Path) -> Iterator[dict[str, Any]]:
     for number, row in enumerate(rows):
         path = _first(row, PATHS)
         if path is None:
@@ -107,16 +117,27 @@ def _of_rows(rows: Iterable[Mapping[str, Any]], folder: Path) -> Iterator[dict[s
             wrong = f"row {number} of the manifest has no column {', '.join(PATHS)} with a path"
             yield {"name": name, "source": Source(name), "wrong": wrong}
             continue
-        values = {"name": quoted(path), "source": Source(os.fspath(folder / path))}
+        name = f"{OURS}row-{number}"
+        values: dict[str, Any] = {"name": name, "source": Source(name)}
         try:
-            yield values | _range(row, quoted(path)) | {"caption": _first(row, CAPTIONS)}
-        except (ValueError, ZeroDivisionError) as error:
-            yield values | {"wrong": f"row {number} of the manifest: {error}"}
+            name = quoted(path)
+            values = {"name": name, "source": Source(os.fspath(folder / path))}
+            yield values | _range(row, name) | {"caption": _first(row, CAPTIONS)}
+        except (ValueError, ZeroDivisionError, OverflowError) as error:
+            yield values | {"wrong": f"row {number} of the manifest: {_plain(str(error))}"}
 
 
 def _first(row: Mapping[str, Any], names: Iterable[str]) -> str | None:
-    """The first of these columns that holds something, as text."""
-    return next((str(row[name]) for name in names if row.get(name) not in (None, "")), None)
+    """The first of these columns that holds something, as text; pandas' NaN is nothing."""
+    values = (row.get(name) for name in names)
+    held = (value for value in values if value not in (None, "") and value == value)
+    found = next((str(value) for value in held), None)
+    return found if found is None or set(names) & {*PATHS} else _plain(found)
+
+
+def _plain(text: str) -> str:
+    """Text that UTF-8 can hold: halves of a pair of surrogates become question marks."""
+    return text.encode(errors="replace").decode()
 
 
 def _range(row: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -125,16 +146,30 @@ def _range(row: Mapping[str, Any], name: str) -> dict[str, Any]:
     if start is None and frames is None:
         return {}
     found = {"start": None if start is None else Fraction(start),
-             "frames": None if frames is None else int(frames)}  # fmt: skip
+             "frames": None if frames is None else _whole_number(frames)}  # fmt: skip
     if (found["start"] or 0) < 0 or (found["frames"] or 1) < 1:
         raise ValueError(f"start must be 0 or more, frames 1 or more, got {start} and {frames}")
     part = f"{found['start'] or 0}+{found['frames'] or 'all'}".replace("/", "_")
+    if len(part) > LONGEST_PART:
+        part = hashlib.sha256(part.encode()).hexdigest()[:16]
     return {**found, "name": f"{name}{OURS}{part}"}
 
 
+def _whole_number(text: str) -> int:
+    """A number of frames; pandas writes 49.0 in a column with gaps."""
+    number = Fraction(text)
+    if number.denominator != 1:
+        raise ValueError(f"frames must be a whole number, got {text}")
+    return int(number)
+
+
 def _csv(file: Path) -> Iterator[Mapping[str, Any]]:
+    csv.field_size_limit(2**31 - 1)
     with file.open(newline="", encoding="utf-8-sig") as lines:
-        yield from csv.DictReader(lines)
+        try:
+            yield from csv.DictReader(lines)
+        except csv.Error as error:
+            raise ValueError(f"{file}: {error}") from error
 
 
 def _jsonl(file: Path) -> Iterator[Mapping[str, Any]]:

@@ -54,8 +54,13 @@ def _clips(folder: Path) -> list[_Clip]:
     sharing = Counter(stem for _, stem in set(zip(videos, stems, strict=True)))
     plain = [stem if sharing[stem] == 1 else video.replace("/", "%2F")
              for video, stem in zip(videos, stems, strict=True)]  # fmt: skip
+    # parts that begin at one frame, of a video's own start each, and long names cut to one
+    equal = Counter((stem, row["first"]) for stem, row in zip(plain, rows, strict=True))
     return [
-        _Clip(stem, *(row[column] for column in columns[1:]))
+        _Clip(
+            stem if equal[stem, row["first"]] == 1 else row["name"].replace("/", "%2F"),
+            *(row[column] for column in columns[1:]),
+        )
         for stem, row in zip(plain, rows, strict=True)
     ]
 
@@ -120,7 +125,7 @@ def export_cogvideo(
     clips, root = _clips(Path(folder)), Path(target)
     sizes = [f"{clip.frames}x{clip.height}x{clip.width}" for clip in clips]
     found = Counter(sizes)
-    if len(found) > 1 and resolution not in found:
+    if resolution not in found and (len(found) > 1 or resolution is not None):
         told = ", ".join(f"{size} ({count} clips)" for size, count in found.most_common(8))
         raise ValueError(
             f"CogVideo trains clips of one FRAMESxHEIGHTxWIDTH, got resolution={resolution!r}, and "

@@ -123,6 +123,7 @@ class EqualShapes(Sampler[list[int]]):
         self._buckets, self._size, self._seed = dataset.buckets(), batch_size, seed
         self._shuffle, self._rank, self._world = shuffle, rank, world
         self.epoch, self._skip = 0, 0
+        self._current: int | None = None
         if not len(self):
             most = max(map(len, self._buckets.values()), default=0)
             raise ValueError(
@@ -137,7 +138,7 @@ class EqualShapes(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         batches, skip = self.batches(self.epoch), self._skip
-        self.epoch, self._skip = self.epoch + 1, 0
+        self._current, self.epoch, self._skip = self.epoch, self.epoch + 1, 0
         yield from batches[skip:]
 
     def batches(self, epoch: int) -> list[list[int]]:
@@ -154,8 +155,10 @@ class EqualShapes(Sampler[list[int]]):
 
     def state_dict(self, batches: int) -> dict[str, int]:
         """Where a training is that took so many batches of the epoch that is being iterated."""
-        return {"epoch": self.epoch - 1, "batches": batches}
+        if self._current is None:  # none is, yet
+            return {"epoch": self.epoch, "batches": self._skip + batches}
+        return {"epoch": self._current, "batches": batches}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """The next iteration goes on from there."""
-        self.epoch, self._skip = state["epoch"], state["batches"]
+        self.epoch, self._skip, self._current = state["epoch"], state["batches"], None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -75,6 +76,13 @@ class State:
             self._base.executescript(_TABLES)
             self._check(json.loads(json.dumps(settings)))
 
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """All changes inside are made, or none, whatever ends the process."""
+        with _clear_errors(), self._base:
+            self._base.execute("begin immediate")
+            yield
+
     def close(self) -> None:
         """Let go of the database."""
         with suppress(sqlite3.Error):
@@ -100,7 +108,7 @@ class State:
         A video whose file is another one by now begins anew.
         """
         stamp = entry.stamp()
-        with _clear_errors():
+        with self._whole():
             found = self._base.execute(
                 "select stamp, done, number from sources where name = ?", (entry.name,)
             ).fetchone()
@@ -116,22 +124,26 @@ class State:
     def _there(self, entry: Entry, done: int, number: int) -> set[str] | None:
         """Clips whose files are as they were written; what lacks its file is to be done again."""
         there, lost = set(), []
-        for name, status, size, shard in self._base.execute(
-            "select name, status, bytes, shard from clips where source = ?", (entry.name,)
+        for name, status, size, shard, offset in self._base.execute(
+            "select name, status, bytes, shard, offset from clips where source = ?", (entry.name,)
         ):
-            is_there = status != "ok" or self._is_there(name, size, shard)
+            is_there = status != "ok" or self._is_there(name, size, shard, offset)
             there.add(name) if is_there else lost.append((name,))
         if number != entry.number:
             for table, column in (("sources", "name"), ("clips", "source")):
                 self._base.execute(
                     f"update {table} set number = ? where {column} = ?", (entry.number, entry.name)
                 )
-        self._base.executemany("delete from clips where name = ?", lost)
+        if lost:
+            self._base.executemany("delete from clips where name = ?", lost)
+            self._base.execute("update sources set done = 0 where name = ?", (entry.name,))
         return None if done and not lost else there
 
-    def _is_there(self, name: str, size: int, shard: str | None) -> bool:
+    def _is_there(self, name: str, size: int, shard: str | None, offset: int | None) -> bool:
         if shard is not None:
-            return (self._folder / shard).exists()
+            with suppress(OSError):
+                return os.stat(self._folder / shard).st_size >= (offset or 0) + size
+            return False
         for folder in (self._folder, self._folder / ROOM / "clips"):
             with suppress(OSError):
                 return os.stat(folder / f"{name}{SUFFIX}").st_size == size
@@ -148,13 +160,13 @@ class State:
         self._base.execute("delete from sources where name = ?", (source,))
 
     def forget_failed(self) -> None:
-        """Begin the videos anew of which something failed."""
-        with _clear_errors():
-            failed = self._base.execute(
-                "select distinct source from clips where status = 'failed'"
-            ).fetchall()
-            for (source,) in failed:
-                self._forget(source)
+        """Begin anew what failed; clips of the same videos that are there stay."""
+        with self._whole():
+            self._base.execute(
+                "update sources set done = 0 where name in "
+                "(select source from clips where status = 'failed')"
+            )
+            self._base.execute("delete from clips where status = 'failed'")
 
     def add(self, entry: Entry, row: Mapping[str, Any]) -> None:
         """Keep a row."""
@@ -184,16 +196,16 @@ class State:
             ).fetchall()  # fmt: skip
         return [(name, json.loads(row)) for name, row in found]
 
-    def shards(self) -> int:
-        """How many shards there are."""
+    def next_shard(self) -> str:
+        """A name behind those of all shards that clips lie in."""
         with _clear_errors():
-            found = self._base.execute("select count(distinct shard) from clips").fetchone()
-        return int(found[0])
+            (last,) = self._base.execute("select max(shard) from clips").fetchone()
+        number = 0 if last is None else int(re.findall(r"\d+", last)[-1]) + 1
+        return f"shard-{number:06d}.tar"
 
     def pack(self, shard: str, offsets: Mapping[str, int]) -> None:
         """Say that clips lie in a shard, by their names from which byte on; all of them or none."""
-        with _clear_errors(), self._base:
-            self._base.execute("begin")
+        with self._whole():
             self._base.executemany(
                 "update clips set shard = ?, offset = ? where name = ?",
                 [(shard, offset, name) for name, offset in offsets.items()],

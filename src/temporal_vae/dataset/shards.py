@@ -23,7 +23,7 @@ def pack_shards(state: State, folder: Path, each: int, before: int | None, last:
         clips = state.unpacked(before, each)
         if not clips or (len(clips) < each and not last):
             return
-        name = f"shard-{state.shards():06d}.tar"
+        name = state.next_shard()
         offsets: dict[str, int] = {}
         files = [folder / ROOM / "clips" / f"{clip}{SUFFIX}" for clip, _ in clips]
         with atomic_path(folder / name) as path, tarfile.open(path, "w") as tar:
