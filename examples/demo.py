@@ -42,7 +42,7 @@ from temporal_vae.video import (
 
 FILM = "bigbuckbunny.mp4"
 CREDIT = "Big Buck Bunny (c) Blender Foundation, CC BY 3.0, peach.blender.org"
-START, FRAMES, WIDTH = 50, 12, 256
+START, FRAMES, WIDTH = 50, 10, 256
 NOISE = 0.4
 """Of the latents' deviation, in section 1."""
 TILE, OVERLAP, CLIP = 10, 2, 4
