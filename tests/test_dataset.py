@@ -321,6 +321,24 @@ def test_a_process_that_decodes_and_dies_each_time_fails_its_video_only(
     assert run(videos, out, model, retry_failed=True) == {"ok": 6, "failed": 1}
 
 
+def test_what_a_process_says_that_decodes_is_data_and_runs_nothing(
+    videos: Path, model: TemporalVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file may take over the process that libav reads it in; it gets no further."""
+    script = tmp_path / "decoder.py"
+    script.write_text(
+        "import os, pickle, pathlib, sys\n"
+        "class Runs:\n"
+        "    def __reduce__(self):\n"
+        f"        return pathlib.Path.touch, (pathlib.Path({str(tmp_path / 'ran')!r}),)\n"
+        "sys.stdin.buffer.read(16)\n"
+        "sys.stdout.buffer.write(pickle.dumps(Runs()))\n"
+    )
+    monkeypatch.setattr(local, "COMMAND", (sys.executable, str(script)))
+    assert run(videos, tmp_path / "out", model) == {"failed": 7}
+    assert not (tmp_path / "ran").exists()
+
+
 def test_what_changed_or_is_gone_is_made_again(
     videos: Path, model: TemporalVAE, tmp_path: Path
 ) -> None:
@@ -405,6 +423,44 @@ def test_a_lost_clip_is_made_again_though_the_run_that_saw_it_was_stopped(
     state.close()
     assert run(videos, out, model) == {"ok": 6, "failed": 1}
     assert contents(out) == contents(made)
+
+
+@pytest.mark.parametrize("what", ["begin", "forget_failed"])
+def test_changes_of_the_state_that_belong_together_are_made_together(
+    videos: Path, made: Path, tmp_path: Path, what: str
+) -> None:
+    """A process that is killed between two of them leaves what was there before the first."""
+    out = tmp_path / "out"
+    shutil.copytree(made, out)
+    file = out / ".tvae" / "clips.sqlite"
+    settings = json.loads(sqlite3.connect(file).execute("select settings from run").fetchone()[0])
+    state, count = State(out, settings), 0
+    before = [sqlite3.connect(file).execute(f"select * from {t} order by name").fetchall()
+              for t in ("clips", "sources")]  # fmt: skip
+
+    def killed(statement: str) -> None:
+        nonlocal count
+        count += statement.lower().startswith(("delete", "update", "insert"))
+        if count == 2:
+            os._exit(9)
+
+    changed = tmp_path / "in"
+    shutil.copytree(videos, changed)
+    write(changed / "1.mkv", noise(4, 32, 32))
+    if os.fork() == 0:
+        state = State(out, settings)
+        state._base.set_trace_callback(killed)
+        if what == "forget_failed":
+            state.forget_failed()
+        else:
+            [entry] = [entry for entry in entries_of(changed) if entry.name == "1.mkv"]
+            state.begin(entry)
+        os._exit(0)
+    assert os.WEXITSTATUS(os.wait()[1]) == 9
+    after = [sqlite3.connect(file).execute(f"select * from {t} order by name").fetchall()
+             for t in ("clips", "sources")]  # fmt: skip
+    assert after == before
+    state.close()
 
 
 def test_trying_again_keeps_the_clips_that_are_there(model: TemporalVAE, tmp_path: Path) -> None:

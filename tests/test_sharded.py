@@ -108,3 +108,24 @@ def shared(plan: Plan) -> int:
     """Bytes of a plan without those that are there whatever the size."""
     fixed = ("the kernels' own", "gaps")
     return plan.peak_bytes - sum(size for part, size in plan.parts if part in fixed)
+
+
+def test_a_group_of_one_process_walks_as_one(tmp_path: Path) -> None:
+    """As `torchrun --nproc-per-node 1` starts it, with a bound of memory and without."""
+    script = tmp_path / "one.py"
+    script.write_text(
+        "import sys, torch, torch.distributed as dist\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from conftest import awake, difference\n"
+        "from temporal_vae import sharded\n"
+        f"dist.init_process_group('gloo', init_method='file://{tmp_path}/meet', rank=0, "
+        "world_size=1)\n"
+        "vae = awake().requires_grad_(False)\n"
+        "z, x = torch.randn(1, 4, 3, 2, 2).double(), torch.randn(1, 3, 3, 16, 16).double()\n"
+        "for memory in (None, 'least'):\n"
+        "    assert difference(sharded.decode(vae, z, memory=memory), vae.decode(z)) < 1e-10\n"
+        "    mean = sharded.encode(vae, x, memory=memory).mean\n"
+        "    assert difference(mean, vae.encode(x, sample_mode=False)) < 1e-10\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

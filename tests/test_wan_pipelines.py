@@ -275,7 +275,7 @@ def test_pictures_are_the_stock_ones(name: str, monkeypatch: pytest.MonkeyPatch)
     done = upgrade(pipe, "least")
     assert difference(run(pipe), expected) < TOLERANCE
     assert any(line is done.vae.decoder for line in walked)
-    encodes = name not in ("text", "text, Wan 2.2", "QwenImage")
+    encodes = name not in ("text", "text, Wan 2.2", "image, Wan 2.2", "QwenImage")
     assert any(line is done.vae.encoder for line in walked) == encodes
     done.module.memory = None
     assert difference(run(pipe), expected) < TOLERANCE

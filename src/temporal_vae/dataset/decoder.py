@@ -1,20 +1,20 @@
 """A process that decodes videos for another one: `python -m temporal_vae.dataset.decoder`.
 
 It takes a `Cutting`, then entries one after the other, from standard input, and gives messages on
-standard output, both as pickles between the two processes. It imports no torch. It ends when its
+standard output, both as `messages`. It imports no torch. It ends when its
 input ends, that is when the other process does, in whatever way.
 """
 
 from __future__ import annotations
 
 import os
-import pickle
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from temporal_vae.dataset.clips import Cutting, Passed, clips_of
 from temporal_vae.dataset.entries import Entry
+from temporal_vae.dataset.messages import receive, send
 from temporal_vae.video import Frame, VideoError
 
 PIECE_BYTES = 2**22
@@ -57,11 +57,11 @@ def main() -> None:
     jobs, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not come between the messages
     try:
-        cutting: Cutting = pickle.load(jobs)
+        cutting: Cutting = receive(jobs)
         while True:
-            entry, done = pickle.load(jobs)
+            entry, done = receive(jobs)
             for message in messages(entry, cutting, done):
-                pickle.dump(message, answers, pickle.HIGHEST_PROTOCOL)
+                send(message, answers)
             answers.flush()
     except (EOFError, BrokenPipeError):  # the other process has ended
         os._exit(0)  # without waiting for threads that decode

@@ -67,7 +67,7 @@ def entries_of(place: Path) -> Iterator[Entry]:
     elif place.suffix == TAR:
         found = _of_tar(place, "")
     elif place.suffix in _TABLES:
-        found = _of_rows(_TABLES[place.suffix](place), place.parent)
+        found = _told_apart(_of_rows(_TABLES[place.suffix](place), place.parent))
     else:
         raise ValueError(
             f"{place} must be a folder of videos, a .tar file of them, or a manifest "
@@ -90,39 +90,36 @@ def _of_folder(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _of_tar(file: Path, folder: str) -> Iterator[dict[str, Any]]:
+    yield from _told_apart(
+        {"name": f"{folder}{quoted(source.member or '')}", "source": source}
+        for source in members(file)
+    )
+
+
+def _told_apart(found: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The same, where a name that was there before gets the number of times that it came."""
     seen: Counter[str] = Counter()
-    for source in members(file):
-        name = quoted(source.member or "")
+    for values in found:
+        name = values["name"]
         seen[name] += 1
-        again = f"{OURS}{seen[name]}" if seen[name] > 1 else ""
-        yield {"name": f"{folder}{name}{again}", "source": source}
+        yield values | {"name": f"{name}{OURS}{seen[name]}"} if seen[name] > 1 else values
 
 
 # Manifests ---------------------------------------------------------------------------------------
 
 
 def _of_rows(rows: Iterable[Mapping[str, Any]], folder: Path) -> Iterator[dict[str, Any]]:
-    seen: Counter[str] = Counter()
-    for found in _each_row(rows, folder):
-        seen[found["name"]] += 1
-        again = f"{OURS}{seen[found['name']]}" if seen[found["name"]] > 1 else ""
-        yield found | {"name": f"{found['name']}{again}"}
-
-
-def _each_row(rows: Iterable[Mapping[str, Any]], folder: Path) -> Iterator[dict[str, Any]]:
     for number, row in enumerate(rows):
-        path = _first(row, PATHS)
-        if path is None:
-            name = f"{OURS}row-{number}"
-            wrong = f"row {number} of the manifest has no column {', '.join(PATHS)} with a path"
-            yield {"name": name, "source": Source(name), "wrong": wrong}
-            continue
         name = f"{OURS}row-{number}"
         values: dict[str, Any] = {"name": name, "source": Source(name)}
         try:
-            name = quoted(path)
+            path = _first(row, PATHS)
+            if path is None:
+                raise ValueError(f"it has no column {', '.join(PATHS)} with a path")
+            name, caption = quoted(path), _first(row, CAPTIONS)
             values = {"name": name, "source": Source(os.fspath(folder / path))}
-            yield values | _range(row, name) | {"caption": _first(row, CAPTIONS)}
+            told = {"caption": caption and _plain(caption)}
+            yield values | _range(row, name) | told
         except (ValueError, ZeroDivisionError, OverflowError) as error:
             yield values | {"wrong": f"row {number} of the manifest: {_plain(str(error))}"}
 
@@ -131,8 +128,7 @@ def _first(row: Mapping[str, Any], names: Iterable[str]) -> str | None:
     """The first of these columns that holds something, as text; pandas' NaN is nothing."""
     values = (row.get(name) for name in names)
     held = (value for value in values if value not in (None, "") and value == value)
-    found = next((str(value) for value in held), None)
-    return found if found is None or set(names) & {*PATHS} else _plain(found)
+    return next((str(value) for value in held), None)
 
 
 def _plain(text: str) -> str:

@@ -7,7 +7,6 @@ other one computes.
 
 from __future__ import annotations
 
-import pickle
 import subprocess
 import sys
 import threading
@@ -20,6 +19,7 @@ from typing import Any
 
 from temporal_vae.dataset.clips import Clip, Cutting, Passed
 from temporal_vae.dataset.entries import Entry
+from temporal_vae.dataset.messages import receive, send
 from temporal_vae.video import Frame, VideoError
 
 PIECES_AHEAD = 32
@@ -211,16 +211,16 @@ class _Lane:
         try:
             process = self._started()
             assert process.stdin is not None and process.stdout is not None
-            pickle.dump(job, process.stdin)
+            send(job, process.stdin)
             process.stdin.flush()
             while True:
-                kind, value = pickle.load(process.stdout)
+                kind, value = receive(process.stdout)
                 if kind == "done":
                     attempt.whole = True
                     self._pipeline.events.put((attempt, None))
                     return True
                 arriving = self._took(kind, value, attempt, arriving)
-        except (EOFError, OSError, pickle.UnpicklingError):
+        except (EOFError, OSError, ValueError):
             attempt.over = True
             self._dispose()
             if arriving is not None:
@@ -265,5 +265,5 @@ class _Lane:
                 COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
             )
             assert self._process.stdin is not None
-            pickle.dump(self._pipeline.cutting, self._process.stdin)
+            send(self._pipeline.cutting, self._process.stdin)
         return self._process

@@ -8,7 +8,6 @@ same paths. Rows come back to the one process that keeps the state.
 from __future__ import annotations
 
 import logging
-import pickle
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 
 from temporal_vae.dataset.entries import Entry
 from temporal_vae.dataset.local import Events, Job, Pipeline, Row
+from temporal_vae.dataset.messages import packed, unpacked
 
 WINDOW = 8192
 """Videos that Ray is given at a time, so that no list of all of them is in memory."""
@@ -47,7 +47,7 @@ class Worker:
 
     def __call__(self, batch: Batch) -> Batch:
         """All that comes of a video: rows, or an error that ends the run."""
-        [job] = map(pickle.loads, batch["job"])
+        [job] = map(unpacked, batch["job"])
         entry: Entry = job[0]
         came = self._came.setdefault(entry.number, SimpleQueue())
         self._pipeline.todo.put(job)
@@ -57,7 +57,7 @@ class Worker:
             if isinstance(row, OSError):
                 break
         del self._came[entry.number]
-        return {"came": [pickle.dumps((entry, rows))]}
+        return {"came": [packed((entry, rows))]}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +100,7 @@ class Cluster:
 
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         data.DataContext.get_current().enable_progress_bars = False
-        items = [{"job": pickle.dumps(job)} for job in window]
+        items = [{"job": packed(job)} for job in window]
         done = data.from_items(items, override_num_blocks=len(items)).map_batches(
             Worker, batch_size=1, fn_constructor_args=(make,),
             compute=data.ActorPoolStrategy(
@@ -110,4 +110,4 @@ class Cluster:
             **({"num_gpus": 1} if self.gpu else {"num_cpus": 1}),
         )  # fmt: skip
         for row in done.iter_rows():
-            yield pickle.loads(row["came"])
+            yield unpacked(row["came"])

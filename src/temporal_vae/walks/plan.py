@@ -30,14 +30,13 @@ from temporal_vae.walks.stages import Bounds
 
 MARGIN = 0.06
 """Share of the count that is added for what it does not see: sums, slices, copies in kernels."""
-WHOLE_IN_PIECES = 2.0
-"""Times the margin for a whole walk of layers that see time and space together: the results of the
-convolutions that are added up come and go beside what stays. Wan's layout at a third of its width,
-21 frames of 240x416: 5 % above the count with the margin alone."""
-GAPS_BYTES = 160 * 2**20
+GAPS_BYTES = 256 * 2**20
 """Added for the gaps that the system's allocator leaves between the blocks of pieces: as much as
 the pieces take, and so much at the most, as large blocks are mapped each on their own. They differ
-from run to run by most of it."""
+from run to run by most of it. Layers that see time and space together make their results in parts,
+so a whole walk of them leaves gaps, too. Of Wan's layout at a third of its width, 21 frames of
+240x416: 150 MiB of 950, and 240 of 500 in bands, that are not there where every block is mapped on
+its own, which takes a third more time."""
 KERNELS_BYTES = 32 * 2**20
 """What kernels and their threads keep for themselves, however small the walk."""
 GRADIENT_GAPS = 1.0
@@ -181,14 +180,13 @@ class Planner:
         parts = list(found.parts)
         if (rest := found.after - sum(size for _, size in parts)) > 0:
             parts.append(("what is made of the result", rest))
-        together = bounds is None and stages.in_pieces(list(self._line.layers()))
-        share = MARGIN * (WHOLE_IN_PIECES if together else 1)
-        margin = math.ceil(share * sum(size for _, size in parts))
         gaps = 0
-        if bounds is not None:
+        if bounds is not None or stages.in_pieces(list(self._line.layers())):
             weights = request.gradients or 0
             gaps = min(GAPS_BYTES, found.workspace) + int(GRADIENT_GAPS * weights)
-        parts += [("margin", margin), ("gaps", gaps), ("the kernels' own", KERNELS_BYTES)]
+        parts.append(("gaps", gaps))
+        margin = math.ceil(MARGIN * sum(size for _, size in parts))
+        parts += [("margin", margin), ("the kernels' own", KERNELS_BYTES)]
         parts = [(name, size) for name, size in parts if size]
         walked = None if bounds is None else replace(bounds, workspace=found.workspace)
         plan = Plan(
