@@ -174,7 +174,7 @@ def test_the_table_of_memory_is_what_plans_say() -> None:
     budgets = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patched:  # as it is outside of tests, see conftest
         patched.setattr(plan, "KERNELS_BYTES", 32 * 2**20)
-        patched.setattr(plan, "GAPS_BYTES", 160 * 2**20)
+        patched.setattr(plan, "GAPS_BYTES", 256 * 2**20)
         plan.planner.cache_clear()
         spec.loader.exec_module(budgets)
         cells = [
