@@ -124,7 +124,7 @@ def test_vmaf_is_the_package_own() -> None:
     luma = torch.tensor([0.2126, 0.7152, 0.0722]).view(3, 1, 1)
     with torch.no_grad():
         own = vmaf.VMAF(clip_score=True)(*((tensors(x) * luma).sum(1)[:, None] for x in (a, b)))
-    assert found(perceptual.Vmaf(), a, b)["vmaf"] == pytest.approx(float(own.mean()), rel=1e-5)
+    assert found(perceptual.Vmaf(), a, b)["vmaf"] == pytest.approx(float(own.mean()), rel=3e-6)
 
 
 def test_warp_error_is_flicker_along_the_motion() -> None:
@@ -271,9 +271,7 @@ def test_metrics_order_distortions_of_equal_psnr() -> None:
         jods = {n: found(perceptual.Cvvdp(30.0), clip, x)["cvvdp"] for n, x in made.items()}
     except measures.NotMeasuredError as error:
         pytest.skip(str(error))
-    # gain and noise are within 0.02 of each other, as are blur and static noise
-    assert jods["flicker"] < 7.5 < min(jods["blur"], jods["static noise"])
-    assert max(jods["blur"], jods["static noise"]) < min(jods["gain"], jods["noise"])
+    assert sorted(made, key=jods.__getitem__) == ["flicker", "static noise", "blur", "noise", "gain"]
 
 
 # Codecs ----------------------------------------------------------------------------------------
