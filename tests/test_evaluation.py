@@ -271,7 +271,13 @@ def test_metrics_order_distortions_of_equal_psnr() -> None:
         jods = {n: found(perceptual.Cvvdp(30.0), clip, x)["cvvdp"] for n, x in made.items()}
     except measures.NotMeasuredError as error:
         pytest.skip(str(error))
-    assert sorted(made, key=jods.__getitem__) == ["flicker", "static noise", "blur", "noise", "gain"]
+    assert sorted(made, key=jods.__getitem__) == [
+        "flicker",
+        "static noise",
+        "blur",
+        "noise",
+        "gain",
+    ]
 
 
 # Codecs ----------------------------------------------------------------------------------------

@@ -448,6 +448,9 @@ BOUNDS = {
     "all": Bounds(pieces=9),
     "bands": Bounds(pieces=1, rows=32),
     "odd bands": Bounds(pieces=2, rows=17),
+    "rows kept": Bounds(pieces=1, rows=16, keep_rows=True),
+    "odd rows kept": Bounds(pieces=2, rows=5, keep_rows=True),
+    "a row at a time": Bounds(pieces=1, rows=1, keep_rows=True),
     "one band": Bounds(pieces=3, rows=1000),
 }
 

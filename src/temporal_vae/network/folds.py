@@ -26,11 +26,12 @@ def channels_last(x: Tensor) -> Tensor:
     return x if is_exporting() else x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
-def joined(*parts: Tensor) -> Tensor:
-    """Frames (B, C, n, H, W) that follow one another, in one memory order whatever their sizes."""
+def joined(*parts: Tensor, axis: int = 2) -> Tensor:
+    """Frames (B, C, n, H, W), or rows, that follow one another, in one memory order whatever their
+    sizes."""
     if is_exporting():
-        return torch.cat([part for part in parts if part.shape[2]], 2)
-    both: Tensor = torch.cat([part.movedim(1, -1) for part in parts], 1)
+        return torch.cat([part for part in parts if part.shape[axis]], axis)
+    both: Tensor = torch.cat([part.movedim(1, -1) for part in parts], axis - 1)
     return both.movedim(-1, 1)
 
 

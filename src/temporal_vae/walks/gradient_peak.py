@@ -18,7 +18,7 @@ from temporal_vae.network.layer import Layer, Shape
 from temporal_vae.walks import stages
 from temporal_vae.walks.peak import Part, PlanRequest
 from temporal_vae.walks.stages import Bounds
-from temporal_vae.walks.tracing import tracer
+from temporal_vae.walks.tracing import Tracer
 
 
 class _Moment(NamedTuple):
@@ -35,9 +35,9 @@ class GradientPeak:
 
     state = after = 0
 
-    def __init__(self, line: Line, request: PlanRequest, bounds: Bounds | None):
+    def __init__(self, line: Line, request: PlanRequest, bounds: Bounds | None, counter: Tracer):
         self._layers, self._request = list(line.layers()), request
-        self._tracer = tracer(request.dtype, request.device)
+        self._tracer = counter
         self.workspace = 0
         self.parts: list[Part] = [("the gradients of the weights", request.gradients or 0)]
         if bounds is None:

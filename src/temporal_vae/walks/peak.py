@@ -14,7 +14,7 @@ from temporal_vae.network.autoencoder import Line
 from temporal_vae.network.layer import Layer, Shape
 from temporal_vae.walks import piecewise, stages
 from temporal_vae.walks.stages import Bounds
-from temporal_vae.walks.tracing import tracer
+from temporal_vae.walks.tracing import Results, Tracer
 
 Operation = Literal["encode", "decode"]
 Offload = str | os.PathLike[str] | None
@@ -47,9 +47,11 @@ class Peak:
     one state of a stream, and `after` what there is when the layers are done.
     """
 
-    def __init__(self, line: Line, request: PlanRequest, bounds: Bounds | None):
+    def __init__(
+        self, line: Line, request: PlanRequest, bounds: Bounds | None, counter: Tracer | Results
+    ):
         self.layers, self.bounds, self.request = list(line.layers()), bounds, request
-        self.tracer = tracer(request.dtype, request.device)
+        self.tracer = counter
         self.size, self.stream = request.dtype.itemsize, request.stream
         self.state = self._held = 0
         self._replaces = not request.keep_state
@@ -182,11 +184,12 @@ class PiecewisePeak(Peak):
         assert self.bounds is not None
         result = self._bytes(stages.shape_after(self.layers, self.request.shape, not self.stream))
         worst, between = list[Part](), 0
-        for section, shape, levels, remembers in self._sections(self.bounds):
+        for section, shape, band, remembers in self._sections(self.bounds):
             between = max(between, self._between(section))
-            state, own, moment = self._section(section, shape, levels, remembers)
+            state, own, moment = self._section(section, shape, band, remembers)
             around = self._around(section)
             parts = [
+                ("rows for the next band", self._kept(section)),
                 ("with rows around", around),
                 ("what layers remember of a piece", state),
                 moment,
@@ -207,13 +210,13 @@ class PiecewisePeak(Peak):
 
     def _sections(
         self, bounds: Bounds
-    ) -> Iterable[tuple[piecewise.Section, Shape, list[Span], bool]]:
+    ) -> Iterable[tuple[piecewise.Section, Shape, piecewise.Band, bool]]:
         if not self.stream:
             return piecewise.largest_pieces(self.layers, self.request.shape, bounds)
         assert bounds.pieces is not None
         section, (b, c, t, h, w) = piecewise.Section(self.layers, None), self.request.shape
         frames = min(t, bounds.pieces * section.frames_each)
-        return [(section, (b, c, frames, h, w), section.levels((0, 0), h), True)]
+        return [(section, (b, c, frames, h, w), section.bands(h)[0], True)]
 
     def _between(self, section: piecewise.Section) -> int:
         """What the clip takes behind a section, unless it is the last."""
@@ -226,27 +229,45 @@ class PiecewisePeak(Peak):
         """What several processes hold beside their parts: these with rows that bands read."""
         if self.request.ranks == 1 or section.rows is None:
             return 0
+        return self._bytes(self._before(section))
+
+    def _kept(self, section: piecewise.Section) -> int:
+        """The rows that layers keep for the next band, of all frames."""
+        if not section.keeps:
+            return 0
+        (*_, height, _), *inside = stages.shapes_in(section.layers, self._before(section))
+        bands = section.bands(height)
+        most = (max(band[index].keeps for band in bands) for index in range(1, len(inside)))
+        shapes = ((*shape[:3], rows, shape[4]) for shape, rows in zip(inside, most, strict=False))
+        return sum(map(self._bytes, shapes))
+
+    def _before(self, section: piecewise.Section) -> Shape:
+        """What a section gets."""
         before = self.layers[: self.layers.index(section.layers[0])]
-        return self._bytes(stages.shape_after(before, (1, *self.request.shape[1:])))
+        return stages.shape_after(before, (1, *self.request.shape[1:]))
 
     def _section(
-        self, section: piecewise.Section, shape: Shape, levels: list[Span], remembers: bool
+        self, section: piecewise.Section, shape: Shape, band: piecewise.Band, remembers: bool
     ) -> tuple[int, int, Part]:
         """(bytes of the tails of all layers, of the largest, and the worst moment beside them)."""
         state, largest, moment = 0, 0, ("", 0)
         given = self._bytes(shape)  # with the rows that were read in vain
         joined = self.request.ranks > 1 and section.rows is None  # with other rows, at each layer
-        for layer, (first, stop) in zip(section.layers, levels[1:], strict=True):
+        for index, (layer, part) in enumerate(zip(section.layers, band, strict=True)):
             stream = remembers and bool(layer.tails())
             if joined:
                 given, shape = given + self._bytes(shape), _with_halo(shape, layer)
+            elif section.keeps and index:  # new rows, and those joined with the ones kept
+                joint = (*shape[:3], part.count, shape[4])
+                moment = max(moment, ("", given + self._bytes(joint)), key=lambda part: part[1])
+                given, shape = self._bytes(joint), joint
             own = layer.tail_numbers(shape) * self.size if stream else 0
             state, largest = state + own, max(largest, own)
             peak = given + self.tracer.whole(layer, shape, stream)
             rows = f"{shape[2]} frames of {shape[3]} rows in {type(layer).__name__}"
             moment = max(moment, (rows, peak), key=lambda part: part[1])
             b, c, t, _, w = after = layer.output_shape(shape, begins=not remembers)
-            given, shape = self._bytes(after), (b, c, t, stop - first, w)
+            given, shape = self._bytes(after), (b, c, t, part.gives[1] - part.gives[0], w)
         return state, largest, moment
 
 

@@ -27,6 +27,7 @@ from temporal_vae.walks.budget import Budget, BudgetError, parse_budget
 from temporal_vae.walks.gradient_peak import GradientPeak
 from temporal_vae.walks.peak import Offload, Operation, Part, Peak, PiecewisePeak, PlanRequest
 from temporal_vae.walks.stages import Bounds
+from temporal_vae.walks.tracing import Results, Tracer, tracer
 
 MARGIN = 0.06
 """Share of the count that is added for what it does not see: sums, slices, copies in kernels."""
@@ -139,17 +140,45 @@ class Planner:
 
         Raises `BudgetError` for a budget that cannot be met, naming the smallest that can.
         """
-        limit, plans = parse_budget(budget), list[Plan]()
+        limit = parse_budget(budget)
         with self._lock, _on_shapes_alone():
-            for bounds in self._candidates(limit is not None):
-                plan = self._counted.get(bounds) or self._count(bounds)
-                if limit is None or (limit != "least" and plan.peak_bytes <= limit):
-                    return plan
-                plans.append(plan)
-        least = min(plan.peak_bytes for plan in plans)
+            ways = self._candidates(limit is not None)
+            if limit is None:
+                return self._plan(next(ways))
+            floors = {bounds: self._floor(bounds) for bounds in ways}
+            if limit != "least":
+                for bounds, floor in floors.items():
+                    if floor <= limit and (plan := self._plan(bounds)).peak_bytes <= limit:
+                        return plan
+            plans = self._nearly_least(floors)
         if limit == "least":
-            return next(plan for plan in plans if plan.peak_bytes <= NEARLY_LEAST * least)
-        raise self._too_little(budget, least, plans[0].state_bytes)
+            return plans[0]
+        raise self._too_little(budget, min(plan.peak_bytes for plan in plans), plans[0].state_bytes)
+
+    def _nearly_least(self, floors: dict[Bounds | None, int]) -> list[Plan]:
+        """The plans of about the least memory, fastest first; few others are counted."""
+        plans, least = dict[Bounds | None, Plan](), math.inf
+        for bounds, floor in sorted(floors.items(), key=lambda item: item[1]):
+            if floor > NEARLY_LEAST * least:
+                break
+            plans[bounds] = self._plan(bounds)
+            least = min(least, plans[bounds].peak_bytes)
+        counted = (plans[bounds] for bounds in floors if bounds in plans)
+        return [plan for plan in counted if plan.peak_bytes <= NEARLY_LEAST * least]
+
+    def _plan(self, bounds: Bounds | None) -> Plan:
+        if bounds not in self._counted:
+            request = self._request
+            self._counted[bounds] = self._count(bounds, tracer(request.dtype, request.device))
+        return self._counted[bounds]
+
+    def _floor(self, bounds: Bounds | None) -> int:
+        """Less than the peak of a plan, or as much, found without running its layers."""
+        if bounds in self._counted:
+            return self._counted[bounds].peak_bytes
+        if self._request.gradients is not None:
+            return 0
+        return self._count(bounds, Results(self._request.dtype)).peak_bytes
 
     def _candidates(self, limited: bool) -> Iterator[Bounds | None]:
         if self._request.gradients is None:
@@ -169,14 +198,15 @@ class Planner:
             least,
         )
 
-    def _count(self, bounds: Bounds | None) -> Plan:
+    def _count(self, bounds: Bounds | None, counter: Tracer | Results) -> Plan:
         request = self._request
-        kind: type[Peak | GradientPeak] = Peak
-        if request.gradients is not None:
-            kind = GradientPeak
-        elif bounds is not None and bounds.pieces is not None:
-            kind = PiecewisePeak
-        found = kind(self._line, request, bounds)
+        found: Peak | GradientPeak
+        if isinstance(counter, Tracer) and request.gradients is not None:
+            found = GradientPeak(self._line, request, bounds, counter)
+        else:
+            in_pieces = bounds is not None and bounds.pieces is not None
+            kind = PiecewisePeak if in_pieces else Peak
+            found = kind(self._line, request, bounds, counter)
         parts = list(found.parts)
         if (rest := found.after - sum(size for _, size in parts)) > 0:
             parts.append(("what is made of the result", rest))
@@ -189,15 +219,13 @@ class Planner:
         parts += [("margin", margin), ("the kernels' own", KERNELS_BYTES)]
         parts = [(name, size) for name, size in parts if size]
         walked = None if bounds is None else replace(bounds, workspace=found.workspace)
-        plan = Plan(
+        return Plan(
             operation=request.operation, shape=request.shape, dtype=request.dtype,
             stream=request.stream, keep_state=request.keep_state, bounds=walked,
             gradients=request.gradients is not None, ranks=request.ranks,
             parts=tuple(parts), peak_bytes=sum(size for _, size in parts), state_bytes=found.state,
             device=request.device, network=request.network,
         )  # fmt: skip
-        self._counted[bounds] = plan
-        return plan
 
 
 @lru_cache(maxsize=64)
@@ -289,5 +317,8 @@ def _pieces(layers: list[Layer], request: PlanRequest) -> Iterator[Bounds]:
         yield Bounds(pieces=pieces)
     if not request.stream:  # whose state is that of whole frames
         height = max(shape[3] for shape in stages.shapes_in(layers, request.shape))
-        for rows in (rows for rows in BAND_ROWS if rows < height):
-            yield Bounds(pieces=1, rows=rows)
+        cut = [
+            Bounds(pieces=1, rows=rows, keep_rows=keep)
+            for rows in BAND_ROWS if rows < height for keep in (True, False)
+        ]  # fmt: skip
+        yield from sorted(cut, key=partial(piecewise.operations, layers, request.shape))

@@ -289,7 +289,7 @@ def walk_rows(line: Line, x: Tensor, bounds: Bounds, group: Group) -> Tensor:
     with torch.no_grad():
         for sample, result in zip(x.split(1), out.split(1), strict=True):
             clip, share = sample, _Rows(list(accumulate(rows, initial=0)), group)
-            for section in sections(layers, bounds.rows):
+            for section in sections(layers, bounds):
                 target = result
                 if section.layers[-1] is not layers[-1]:
                     shape = shape_after(section.layers, tuple(clip.shape))
@@ -317,7 +317,7 @@ class _Rows:
             bounded.join(self._pieces(section.layers, clip, cut), target)
         else:
             own = after[self._group.rank], after[self._group.rank + 1]
-            needs = [section.levels(rows, self._edges[-1])[0] for rows in pairwise(after)]
+            needs = [section.reads(rows, self._edges[-1]) for rows in pairwise(after)]
             clip, top = self._with_rows(clip, self._edges, needs)
             fill(section, clip, target, bounds, Part(self._edges[-1], top, own))
         return _Rows(after, self._group)

@@ -45,6 +45,9 @@ class Bounds:
     pieces: int | None = None
     """Latents of a piece in time, for lines of layers that see time and space together; then `rows`
     are those of a band that goes through the layers with all pieces; see `piecewise`."""
+    keep_rows: bool = False
+    """Whether layers in the bands of `pieces` keep the rows that the next band reads again, of all
+    frames, or they are computed again."""
     fused: bool = False
     """Bands go through the widest activation without storing it, computing parts of it again."""
     offload: str | os.PathLike[str] | None = None
@@ -70,7 +73,8 @@ class Bounds:
         """The sizes of pieces in words, a line each."""
         if self.pieces is not None:
             rows = "" if self.rows is None else f", in bands of {self.rows} rows, one after another"
-            return [f"  {self.pieces} latents in time at a time{rows}"]
+            edges = ", what two of them read kept" if self.keep_rows else ""
+            return [f"  {self.pieces} latents in time at a time{rows}{edges}"]
         pieces = f"{self.frames} frames" if self.rows is None else (
             f"bands of {self.rows} rows of a frame"
         )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
@@ -164,6 +165,23 @@ class Tracer:
     def _empty(self, shape: Shape) -> Tensor:
         b, c, t, h, w = shape
         return torch.empty((b, t, h, w, c), dtype=self.dtype, device="meta").movedim(-1, 1)
+
+
+class Results:
+    """What layers give, in place of what is alive while they run: never more, and found at once."""
+
+    def __init__(self, dtype: torch.dtype):
+        self._size = dtype.itemsize
+
+    def whole(self, layer: Layer, shape: Shape, stream: bool) -> int:
+        """Bytes of what a layer gives of all it gets at once."""
+        return math.prod(layer.output_shape(shape, begins=not stream)) * self._size
+
+    def passes(
+        self, stage: Sequence[Layer], piece: Shape, crops: Sequence[Shape], stream: bool
+    ) -> list[int]:
+        """As `Tracer.passes`, of the last pass over a piece that is cut after each layer."""
+        return [self.whole(stage[-1], crops[-1], stream)]
 
 
 def _kind(layer: Layer) -> tuple[Any, ...]:
