@@ -97,6 +97,7 @@ def rates(options: argparse.Namespace, folder: Path) -> None:
         for engine in options.engines:
             found = encoded(folder / "clips", folder / f"{engine}{repeat}", engine)
             seen.setdefault(engine, []).append(found[:2])
+        print({name: [round(number, 3) for number in each[-1]] for name, each in seen.items()})
     rate = {name: statistics.median(r for r, _ in each) for name, each in seen.items()}
     for name, each in seen.items():
         start = statistics.median(s for _, s in each)

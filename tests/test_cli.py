@@ -235,7 +235,7 @@ def test_progress_knows_what_is_left(
         done = [told[0] for told in seen]
         assert done == sorted(done) and done[-1] == frames
         assert all(total == frames for _, total, _ in seen)
-        assert len({d for d in done if 0 < d < 1}) > 5, "nothing moves inside a frame"
+        assert len({d for d in done if 0 < d < frames}) > 5, "nothing moves inside a piece"
         assert max(b - a for a, b in pairwise(done)) < 0.5 * frames
         kinds = ["bounded walk", "whole walk"] if frames == 1 else ["bounded walk"]
         assert any(kind in seen[-1][2] for kind in (kinds if memory else ["whole walk"]))

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import awake, thinned
+from conftest import awake, difference, thinned
+from safetensors.torch import load_file
 from test_bounded import SVD_LIKE
 from test_cli import COMMAND, assert_one_line_error, times, tvae
 from test_video import noise, smooth, write
@@ -36,7 +37,7 @@ from temporal_vae import (
 )
 from temporal_vae.cli import report
 from temporal_vae.cli.inputs import plan_jobs
-from temporal_vae.convert import chunks, ends
+from temporal_vae.convert import chunks, ends, memory
 from temporal_vae.convert import decode as decoding
 from temporal_vae.convert import encode as encoding
 from temporal_vae.convert import reconstruct as reconstructing
@@ -641,6 +642,44 @@ def peak_growth(tmp_path: Path, model: Path, frames: tuple[int, int], side: int)
         most["encode"].append(peak(source, latents, str(model), verb="encode"))
         most["decode"].append(peak(latents, target, str(model), verb="decode"))
     return {verb: long - short for verb, (short, long) in most.items()}
+
+
+@pytest.mark.parametrize("options", [{}, {"causal_mode": True}], ids=str)
+def test_short_videos_are_walked_whole(
+    tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a budget, which streams them; the latents and the picture are the same."""
+    model, source = awake(torch.float64, **options), write(tmp_path / "in.mkv", smooth(9, 24, 40))
+    record, pieces = model.latent_record(), list[int]()
+    encode = TemporalVAE.encode
+
+    def noted(self: TemporalVAE, clip: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
+        pieces.append(clip.shape[2])
+        return encode(self, clip, *rest, **more)
+
+    found = []
+    for at_once, seed, limit in (
+        (0, None, None), (9 * 24 * 40, None, None), (9 * 24 * 40 - 1, None, None),
+        (10**9, None, "1GiB"), (0, 5, None), (10**9, 5, None),
+    ):  # fmt: skip
+        monkeypatch.setattr(memory, "WHOLE_PIXELS", at_once)
+        how = encoding.Encoding(sample=seed is not None, seed=seed, memory=limit)
+        with monkeypatch.context() as patch:
+            patch.setattr(TemporalVAE, "encode", noted)
+            done = encoding.encode(
+                source, tmp_path / "a.safetensors", model, record, how, overwrite=True
+            )
+        decoding.decode(
+            tmp_path / "a.safetensors", tmp_path / "a.mkv", model, record, overwrite=True
+        )
+        latents = load_file(tmp_path / "a.safetensors")
+        found.append((latents, read_clip(tmp_path / "a.mkv"), done.info.clip_frames))
+    assert pieces == [9], "of those with a sample, the one that is walked whole"
+    for kept, picture, clip_frames in found[1:4]:
+        assert clip_frames is None and kept.keys() == found[0][0].keys()
+        assert all(difference(kept[name], found[0][0][name]) < 1e-6 for name in kept)
+        assert np.array_equal(picture, found[0][1])
+    assert all(difference(found[4][0][name], found[5][0][name]) < 1e-6 for name in found[4][0])
 
 
 @torch.no_grad()

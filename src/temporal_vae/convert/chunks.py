@@ -57,10 +57,10 @@ class Walk(Generic[T]):
         return [self.stamps.popleft() for _ in range(min(frames, len(self.stamps)))]
 
 
-def counted(frames: Iterator[Frame]) -> tuple[Iterator[Frame], int | None]:
-    """The same frames, and their number if there is only one: then they are an image."""
-    first = list(islice(frames, 2))
-    return chain(first, frames), 1 if len(first) == 1 else None
+def counted(frames: Iterator[Frame], most: int) -> tuple[Iterator[Frame], int | None]:
+    """The same frames, and their number if there are no more than `most`, which are read ahead."""
+    first = list(islice(frames, most + 1))
+    return chain(first, frames), len(first) if 0 < len(first) <= most else None
 
 
 def encode_walk(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from temporal_vae.convert import chunks, ends
 from temporal_vae.convert import origin as origins
-from temporal_vae.convert.memory import PiecePlanner
+from temporal_vae.convert.memory import PiecePlanner, frames_at_once
 from temporal_vae.files.atomic import atomic_path
 from temporal_vae.geometry import Padding
 from temporal_vae.latents import LatentInfo, LatentWriter, ModelRecord, check_target, record_fields
@@ -114,7 +114,8 @@ def encode(
             path, _latent_info(reader, model, record, how, length, generator, made)
         ) as writer,
     ):
-        frames, known = chunks.counted(ends.timed(reader))
+        at_once = frames_at_once(reader.info.expected_frames, reader.size, limit)
+        frames, known = chunks.counted(ends.timed(reader), at_once)
         planner = PiecePlanner(
             model, ("encode",), reader.size, limit, length, known, reader.info.bit_depth
         )

@@ -23,6 +23,8 @@ PIECE_FRAMES = 8
 PIECE_PIXELS = PIECE_FRAMES * 640 * 360
 """A stream without a budget takes in so many frames at a time, or as few as have so many pixels, at
 least one."""
+WHOLE_PIXELS = PIECE_PIXELS
+"""Without a budget videos of no more pixels are walked whole: a stream takes time at its ends."""
 SHORT_CLIPS = (16, 4, 1)
 """Frames of clips that are proposed where memory is too little, or a few more that fill latents."""
 PLANNED_PIECES = (32, 16, 8, 4, 2)
@@ -34,6 +36,13 @@ CODEC_BYTES_A_PIXEL = 1.5
 """Bytes for each pixel of a frame that an encoder of videos holds."""
 LOOKED_AHEAD = 60
 """Frames that an encoder of videos holds at a time, to look ahead."""
+
+
+def frames_at_once(expected: float | None, size: tuple[int, int], limit: Limit) -> int:
+    """How many frames to read ahead, to know whether there are more: one if a video is longer, or
+    does not say how long it is. `expected`: what it says."""
+    most = WHOLE_PIXELS // (size[0] * size[1])
+    return most if limit is None and expected is not None and 1 < expected <= most else 1
 
 
 class Overhead(NamedTuple):
@@ -92,7 +101,7 @@ class PiecePlanner:
     Frames have a `size` of (height, width), padded to whole latent cells. With `clip_frames` each
     piece is a clip of its own, of so many frames or fewer; otherwise the video is one clip that
     streams, in pieces of a length that is chosen here. A video of one frame is an image: a clip
-    that remembers nothing.
+    that remembers nothing; so is one of few enough that a piece takes all, without a limit.
     """
 
     model: TemporalVAE
@@ -108,8 +117,10 @@ class PiecePlanner:
 
     def __post_init__(self) -> None:
         self.size = Padding.to_cells(*self.size, self.model.downsample_factor).padded
-        if self.frames == 1:
-            self.clip_frames = 1
+        streams = self.clip_frames is None and self.limit is None
+        pixels = (self.frames or math.inf) * self.size[0] * self.size[1]
+        if self.frames == 1 or (streams and pixels <= WHOLE_PIXELS):
+            self.clip_frames = self.frames
 
     def lengths(self) -> Iterator[int]:
         """Frames of piece after piece; the last one of a video may have fewer.

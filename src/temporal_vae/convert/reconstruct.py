@@ -9,7 +9,7 @@ from typing import Literal
 
 from temporal_vae.convert import chunks, ends
 from temporal_vae.convert import origin as origins
-from temporal_vae.convert.memory import PiecePlanner
+from temporal_vae.convert.memory import PiecePlanner, frames_at_once
 from temporal_vae.latents import ModelRecord
 from temporal_vae.model import TemporalVAE
 from temporal_vae.video import Format, Options, VideoError, choose, tag_notes
@@ -84,7 +84,8 @@ def reconstruct(
     ):
         (height, width), ratio = reader.size, reader.sample_aspect_ratio
         info = replace(reader.info, height=height, width=width, sample_aspect_ratio=ratio)
-        frames, known = chunks.counted(ends.timed(reader))
+        at_once = frames_at_once(reader.info.expected_frames, reader.size, limit)
+        frames, known = chunks.counted(ends.timed(reader), at_once)
         planner = PiecePlanner(
             model, ("encode", "decode"), reader.size, limit, length, known, info.bit_depth
         )

@@ -8,6 +8,8 @@ same paths. Rows come back to the one process that keeps the state.
 from __future__ import annotations
 
 import logging
+import math
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -29,7 +31,11 @@ Batch = dict[str, Any]
 class Worker:
     """A process of the cluster. Ray calls it in several threads, with a video each."""
 
-    def __init__(self, make: Callable[[], Pipeline]):
+    def __init__(self, make: Callable[[], Pipeline], share: int):
+        """`share`: how many such processes are on a machine, which all want its cores."""
+        import torch
+
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // share))  # Ray sets one for each
         self._pipeline = make()
         self._came: dict[int, SimpleQueue[Row | OSError | None]] = {}
         self._pipeline.start()
@@ -96,13 +102,15 @@ class Cluster:
         self, window: list[Job], make: Callable[[], Pipeline]
     ) -> Iterator[tuple[Entry, list[Row | OSError]]]:
         """Videos, and what came of each, as soon as it did."""
-        from ray import data
+        from ray import data, nodes
 
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         data.DataContext.get_current().enable_progress_bars = False
+        machines = sum(node["Alive"] and "CPU" in node["Resources"] for node in nodes())
+        share = math.ceil(self.processes / max(1, machines))
         items = [{"job": packed(job)} for job in window]
         done = data.from_items(items, override_num_blocks=len(items)).map_batches(
-            Worker, batch_size=1, fn_constructor_args=(make,),
+            Worker, batch_size=1, fn_constructor_args=(make, share),
             compute=data.ActorPoolStrategy(
                 size=self.processes, max_tasks_in_flight_per_actor=2 * self.ahead,
                 max_concurrent_calls_per_actor=self.ahead, enable_true_multi_threading=True,

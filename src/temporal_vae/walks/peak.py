@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from temporal_vae.geometry import Span, rows_read, spans
+from temporal_vae.geometry import rows_read, spans
 from temporal_vae.network.autoencoder import Line
 from temporal_vae.network.layer import Layer, Shape
 from temporal_vae.walks import piecewise, stages
@@ -258,7 +258,7 @@ class PiecewisePeak(Peak):
             if joined:
                 given, shape = given + self._bytes(shape), _with_halo(shape, layer)
             elif section.keeps and index:  # new rows, and those joined with the ones kept
-                joint = (*shape[:3], part.count, shape[4])
+                joint = (*shape[:3], part.height, shape[4])
                 moment = max(moment, ("", given + self._bytes(joint)), key=lambda part: part[1])
                 given, shape = self._bytes(joint), joint
             own = layer.tail_numbers(shape) * self.size if stream else 0

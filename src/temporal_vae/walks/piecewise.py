@@ -49,7 +49,7 @@ class Rows(NamedTuple):
     """How many of the last rows that it reads it keeps for the next band."""
 
     @property
-    def count(self) -> int:
+    def height(self) -> int:
         """Of its input."""
         return self.reads[1] - self.reads[0]
 
@@ -131,7 +131,7 @@ class Section:
             tops = zip(band, following, strict=True)
             found.insert(0, [rows._replace(keeps=rows.reads[1] - top) for rows, top in tops])
             following = [
-                rows.reads[0] if rows.count else top
+                rows.reads[0] if rows.height else top
                 for rows, top in zip(band, following, strict=True)
             ]
         return found
@@ -163,7 +163,7 @@ def operations(layers: Sequence[Layer], shape: Shape, bounds: Bounds) -> int:
     for section in sections(layers, bounds):
         bands = section.bands(now[3])
         for index, layer in enumerate(section.layers):
-            each = (band[index].count for band in bands)
+            each = (band[index].height for band in bands)
             count += sum(layer.operations((*now[:3], rows, now[4])) for rows in each if rows)
             now = layer.output_shape(now)
     return count
@@ -279,7 +279,7 @@ def _pass(
     del x
     for index, (layer, rows) in enumerate(zip(section.layers, band, strict=True)):
         place = next(places) if layer.tails() else None
-        if not rows.count:  # all that it has to give was given
+        if not rows.height:  # all that it has to give was given
             y = None
             continue
         if kept is not None and section.keeps and index:
@@ -302,7 +302,7 @@ def _with_kept(kept: Kept, index: int, y: Tensor | None, rows: Rows) -> Tensor:
     """The rows that a layer reads: those it kept of the last band, and new ones behind them."""
     known = kept.pop(index, None)
     if known is not None:
-        again = rows.count - (0 if y is None else y.shape[3])
+        again = rows.height - (0 if y is None else y.shape[3])
         known = known[:, :, :, known.shape[3] - again :]
         y = known if y is None else joined(known, y, axis=3)
     assert y is not None
@@ -321,8 +321,8 @@ def largest_pieces(
     for section in sections(layers, bounds):
         cut = section.pieces(now[2], bounds.pieces)
         most = max(stop - start for start, stop in cut)
-        band = max(section.bands(now[3]), key=lambda band: sum(rows.count for rows in band))
-        yield section, (1, now[1], most, band[0].count, now[4]), band, len(cut) > 1
+        band = max(section.bands(now[3]), key=lambda band: sum(rows.height for rows in band))
+        yield section, (1, now[1], most, band[0].height, now[4]), band, len(cut) > 1
         now = shape_after(section.layers, now)
 
 

@@ -413,9 +413,10 @@ class Runner:
         return once(plan) if donated else self._retried(plan, once)
 
     def finish(
-        self, operation: Operation, state: Held | None, plan: Plan | None
+        self, operation: Operation, state: Held | None, plan: Plan | None, frames: int = 1
     ) -> Iterator[Tensor]:
-        """What an ended stream still owes, not masked, a few frames at a time."""
+        """What an ended stream still owes, not masked, a few frames at a time: as many as a plan
+        is for, or without one as are given here."""
         donated = isinstance(state, list)
         first = next((memory for memory in state or () if memory), None)
         if first is not None:
@@ -426,10 +427,10 @@ class Runner:
             plan = self.plan_for(operation, frame, plan, stream=True, donated=donated)
 
         def walk(plan: Plan | None) -> Iterator[Tensor]:
-            frames, bounds = (1, None) if plan is None else (plan.shape[2], plan.bounds)
+            at_once, bounds = (frames, None) if plan is None else (plan.shape[2], plan.bounds)
             if bounds is not None and bounds.pieces is not None:  # which owe nothing
                 bounds = None
-            return streamed.finish(self.line(operation), state, bounds, frames)
+            return streamed.finish(self.line(operation), state, bounds, at_once)
 
         return walk(plan) if donated else self._retried_pieces(plan, walk)
 
@@ -490,9 +491,9 @@ class Steps:
         y, state = self.runner.step(self.operation, self.take(piece), state, self.plan)
         return (None if y is None else self.give(y)), state
 
-    def flush(self, state: Held | None) -> Iterator[Tensor]:
-        """What an ended stream still owes, in pieces."""
-        return map(self.give, self.runner.finish(self.operation, state, self.plan))
+    def flush(self, state: Held | None, frames: int = 1) -> Iterator[Tensor]:
+        """What an ended stream still owes, in pieces; without a plan of so many frames."""
+        return map(self.give, self.runner.finish(self.operation, state, self.plan, frames))
 
     def finish(self, state: Held | None) -> Tensor | None:
         """What an ended stream still owes; None if it owes nothing."""
@@ -524,6 +525,7 @@ class Stream:
 
     def __init__(self, steps: Steps):
         self._steps, self._ended = steps, False
+        self._largest = 1  # piece so far: the end of the clip takes no more memory
         self._keeps = steps.plan is None or steps.plan.keep_state
         self.state: State = () if self._keeps else steps.first_state()
 
@@ -538,6 +540,7 @@ class Stream:
             self._steps.check(piece)
             self._ended = True  # until the step has made another state
         given, self.state = self._steps.step(piece, self._donated())
+        self._largest = max(self._largest, piece.shape[2])
         self._ended = False
         return given
 
@@ -545,7 +548,7 @@ class Stream:
         """End the clip; give what is still owed, or None. Raises `ValueError` after the end."""
         self._refuse_after_end()
         self._ended = not self._keeps
-        owed = list(self._steps.flush(self._donated()))
+        owed = list(self._steps.flush(self._donated(), self._largest))
         self._ended = True
         return torch.cat(owed, 2) if owed else None
 
@@ -553,7 +556,7 @@ class Stream:
         """`finish`, in pieces: the further a model looks ahead, the more it still owes."""
         self._refuse_after_end()
         self._ended = True
-        return self._steps.flush(self._donated())
+        return self._steps.flush(self._donated(), self._largest)
 
     def pull(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
         """Push all pieces and finish; gives what there is, as soon as it is."""
