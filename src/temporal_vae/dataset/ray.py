@@ -84,7 +84,12 @@ class Cluster:
 
         begun = not ray.is_initialized()
         if begun:
-            ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR)
+            alone = (
+                {} if self.address else {"include_dashboard": False}
+            )  # which takes a core a while
+            ray.init(
+                address=self.address, log_to_driver=False, logging_level=logging.ERROR, **alone
+            )
         try:
             jobs = iter(jobs)
             while window := list(islice(jobs, WINDOW)):
