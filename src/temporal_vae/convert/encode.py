@@ -114,7 +114,7 @@ def encode(
             path, _latent_info(reader, model, record, how, length, generator, made)
         ) as writer,
     ):
-        at_once = frames_at_once(reader.info.expected_frames, reader.size, limit)
+        at_once = frames_at_once(reader.info.path, reader.size, limit)
         frames, known = chunks.counted(ends.timed(reader), at_once)
         planner = PiecePlanner(
             model, ("encode",), reader.size, limit, length, known, reader.info.bit_depth

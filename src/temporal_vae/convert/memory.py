@@ -13,6 +13,7 @@ import torch
 
 from temporal_vae.geometry import Padding, latents_for, video_frames
 from temporal_vae.model import TemporalVAE
+from temporal_vae.video import PIPE
 from temporal_vae.walks import budget, stages
 from temporal_vae.walks import plan as planning
 from temporal_vae.walks.budget import BudgetError, Limit, in_words
@@ -38,11 +39,10 @@ LOOKED_AHEAD = 60
 """Frames that an encoder of videos holds at a time, to look ahead."""
 
 
-def frames_at_once(expected: float | None, size: tuple[int, int], limit: Limit) -> int:
-    """How many frames to read ahead, to know whether there are more: one if a video is longer, or
-    does not say how long it is. `expected`: what it says."""
-    most = WHOLE_PIXELS // (size[0] * size[1])
-    return most if limit is None and expected is not None and 1 < expected <= most else 1
+def frames_at_once(path: str, size: tuple[int, int], limit: Limit) -> int:
+    """How many frames of a video to read ahead, to know whether there are more: one of a pipe,
+    which may be slow."""
+    return 1 if path == PIPE or limit is not None else max(1, WHOLE_PIXELS // (size[0] * size[1]))
 
 
 class Overhead(NamedTuple):

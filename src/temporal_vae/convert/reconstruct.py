@@ -84,7 +84,7 @@ def reconstruct(
     ):
         (height, width), ratio = reader.size, reader.sample_aspect_ratio
         info = replace(reader.info, height=height, width=width, sample_aspect_ratio=ratio)
-        at_once = frames_at_once(reader.info.expected_frames, reader.size, limit)
+        at_once = frames_at_once(reader.info.path, reader.size, limit)
         frames, known = chunks.counted(ends.timed(reader), at_once)
         planner = PiecePlanner(
             model, ("encode", "decode"), reader.size, limit, length, known, info.bit_depth

@@ -320,5 +320,6 @@ def _pieces(layers: list[Layer], request: PlanRequest) -> Iterator[Bounds]:
         cut = [
             Bounds(pieces=1, rows=rows, keep_rows=keep)
             for rows in BAND_ROWS if rows < height for keep in (True, False)
+            if keep or rows > BAND_ROWS[-1]  # which would compute nearly all of it over and over
         ]  # fmt: skip
         yield from sorted(cut, key=partial(piecewise.operations, layers, request.shape))
