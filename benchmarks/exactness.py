@@ -1,6 +1,6 @@
 """What saving memory costs in quality: ours beside the ways of diffusers, on the same weights.
 
-    python benchmarks/exactness.py [--frames 14] [--size 128] [--clips FOLDER]
+    python benchmarks/exactness.py [--frames 14] [--size 128] [--clips FOLDER [--wan 448]]
 
 First the SVD preset with random weights, whose temporal layers are awake, in float32: the distance
 of each way from the whole decode, as PSNR over the range of its pixels (the higher the nearer).
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import math
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -123,19 +124,54 @@ def real_clips(folder: Path, frames: int, every: int) -> None:
             print(f"  {name:24}costs {mean['whole'] - value:8.4f} dB")
 
 
+@torch.no_grad()
+def wans_kind(folder: Path, frames: int, every: int, width: int) -> None:
+    """The bundled model of Wan's layout in diffusers' own class, with its own tiles of 256/192."""
+    from diffusers import AutoencoderKLWan
+
+    model = TemporalVAE.from_pretrained("tiny-wan")
+    with tempfile.TemporaryDirectory() as place:
+        model.save_pretrained(place, format="diffusers")
+        stock = AutoencoderKLWan.from_pretrained(place)
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".mp4", ".mkv"))[::every]
+    lost: dict[str, list[float]] = {}
+    for path in files:
+        clip = to_pixels(pad_frames(read_clip(path, frames, width), model.downsample_factor))
+        z = model.encode(clip, sample_mode=False)
+        whole = psnr(model.decode(z).clamp(-1, 1), clip, 2)
+        least = model.plan(z.shape, "decode", budget="least")
+        pictures = {"ours, least memory": model.decode(z, plan=least)}
+        stock.disable_tiling()
+        pictures["diffusers, whole"] = stock.decode(z, return_dict=False)[0]
+        stock.enable_tiling()
+        pictures["diffusers, decoded in tiles"] = stock.decode(z, return_dict=False)[0]
+        tiles = stock.encode(clip).latent_dist.mode()
+        both = stock.decode(tiles, return_dict=False)[0]
+        pictures["diffusers, both in tiles"] = both
+        for name, picture in pictures.items():
+            lost.setdefault(name, []).append(whole - psnr(picture.clamp(-1, 1), clip, 2))
+        print(f"  {path.stem}: {whole:.3f} dB", flush=True)
+    print(f"tiny-wan, {len(files)} clips of {frames} frames, {width} wide")
+    for name, values in lost.items():
+        print(f"  {name:28}costs {sum(values) / len(values):8.4f} dB, at most {max(values):.4f}")
+
+
 def main() -> None:
-    """Print both tables."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--frames", type=int, default=14)
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--clips", type=Path)
     parser.add_argument("--every", type=int, default=1, help="take every n-th clip")
+    parser.add_argument("--wan", type=int, metavar="WIDTH", help="tiny-wan on the clips, so wide")
     parser.add_argument("--only-clips", action="store_true", help="leave out the random weights")
     options = parser.parse_args()
     print(f"{datetime.date.today()}  torch {torch.__version__}, float32")
     if not options.only_clips:
         random_weights(options.frames, options.size)
-    if options.clips:
+    if options.clips and options.wan:
+        wans_kind(options.clips, 1 + options.frames // 4 * 4, options.every, options.wan)
+    elif options.clips:
         real_clips(options.clips, options.frames, options.every)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from temporal_vae import TemporalVAE, WanVAEConfig, sharded
 from temporal_vae.walks.sharded import Group, walk
 from temporal_vae.walks.stages import shapes_in
+from temporal_vae.walks.tracing import LiveBytes
 
 SVD: dict[str, Any] = {
     "temporal_norm": "clip", "clip_frames": 7, "temporal_attention_reach": 0,
@@ -103,6 +104,8 @@ def refusals(vae: TemporalVAE) -> dict[str, str]:
         "one wrong": message(lambda: sharded.decode(vae, wrong)),
         "budget": message(lambda: sharded.decode(vae, latent, memory=1000 if rank else None)),
         "nothing": message(lambda: sharded.part(vae, latent[:, :, :2])),
+        "a frame": message(lambda: sharded.gather(vae, latent[0] if rank == 1 else latent)),
+        "numbers": message(lambda: sharded.gather(vae, wrong)),
         "empty": message(lambda: sharded.decode(vae, latent[:, :, : 2 - rank])),
         "gradients": message(lambda: sharded.decode(vae.requires_grad_(True), latent)),
     }
@@ -126,6 +129,26 @@ def sent() -> list[int]:
     return [group.sent, 2 * sum(crossing)]
 
 
+def held() -> dict[str, float]:
+    """What this process has alive for its part, as a share of its plan."""
+    size, rank, found = dist.get_world_size(), dist.get_rank(), dict[str, float]()
+    for name, kind, shape, memory in (
+        ("bands", "Wan 2.1", (1, 4, 3, 8 * size, 3), "least"),
+        ("one frame", "Wan 2.1", (1, 4, 1, 8 * size, 3), None),
+        ("whole beside bands", "Wan 2.1", (1, 4, 3, 8 * size, 3), "least" if rank else None),
+        ("many frames", "default", (1, 4, 24 * size, 4, 4), "least"),
+    ):  # fmt: skip
+        vae = MODELS[kind]().requires_grad_(False)
+        plan = vae.plan(shape, "decode", budget=memory, ranks=size)
+        own = sharded.part(vae, torch.zeros(shape, dtype=vae.dtype))
+        with LiveBytes() as alive:
+            for there in (own, *vae.parameters()):
+                alive.leave_out(there)
+            sharded.decode(vae, own, memory=memory)
+        found[name] = alive.most / plan.peak_bytes
+    return found
+
+
 def work(results: dict[str, Any]) -> None:
     for name, cases in CASES.items():
         results[name] = [errors(MODELS[name](), sizes, memory) for memory, sizes in cases]
@@ -133,6 +156,7 @@ def work(results: dict[str, Any]) -> None:
     results["float32"] = errors(single, None, None)
     results["bfloat16"] = errors(awake(torch.float32).bfloat16(), None, None)
     results["sent"] = sent()
+    results["held"] = held()
     results["refusals"] = refusals(awake())
 
 

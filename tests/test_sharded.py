@@ -61,15 +61,24 @@ def test_no_more_is_sent_than_pixels_for_frames_and_back(results: Results) -> No
         assert 0.9 * least < sent < 1.1 * least  # pixels do not always share out evenly
 
 
+def test_no_process_has_more_than_its_plan(results: Results) -> None:
+    for of_process in results:
+        for name, share in of_process["held"].items():
+            assert 0.2 < share <= 1, name
+
+
 def test_what_one_process_cannot_do_is_said_in_all(results: Results) -> None:
     said = [each["refusals"] for each in results]
     for each in said:
         assert "parts of different clips" in each["other clips"]
+        assert "parts of different clips" in each["numbers"]
         assert "too few for 3 processes" in each["nothing"]
         assert "needs at least one of the frames" in each["empty"]
         assert "requires_grad_(False)" in each["gradients"]
     assert "torch.float32 on cpu, the model torch.float64" in said[1]["one wrong"]
     assert "another one cannot walk its part" in said[0]["one wrong"]
+    assert "(B, C, T, H, W), got (4, 3, 4, 4)" in said[1]["a frame"]
+    assert "another one" in said[0]["a frame"]
     assert "below the least" in said[1]["budget"] and "another one" in said[0]["budget"]
 
 

@@ -30,6 +30,7 @@ from temporal_vae.network import spacetime
 from temporal_vae.network.spacetime import SpacetimeDownsample, SpacetimeUpsample
 from temporal_vae.walks import piecewise
 from temporal_vae.walks import plan as planning
+from temporal_vae.walks.peak import PlanRequest
 from temporal_vae.walks.plan import Plan
 from temporal_vae.walks.stages import Bounds
 from temporal_vae.walks.tracing import LiveBytes
@@ -523,6 +524,36 @@ def test_plans_hold_and_change_nothing(name: str, operation: Any, frames: int) -
         assert "latents in time" in plan.explain()
     with pytest.raises(ValueError, match="below the least"):
         model.plan(x.shape, operation, budget=1000)
+
+
+UNEVEN = [
+    ("encode", {"channel_multipliers": (4, 2), "level_shortcuts": True}, (2, 3, 1, 10, 6), 3),
+    ("decode", {"channel_multipliers": (4, 1), "decoder_base_channels": 32}, (1, 4, 3, 7, 1), 3),
+    ("encode", {"channel_multipliers": (2, 1), "patch_size": 2}, (1, 3, 3, 36, 20), 8),
+]  # fmt: skip
+"""Layouts whose first band has most rows, and a later one those that take most."""
+
+
+@pytest.mark.parametrize(("operation", "options", "shape", "rows"), UNEVEN)
+@torch.no_grad()
+def test_the_band_that_takes_most_is_counted(
+    operation: Any, options: dict[str, Any], shape: tuple[int, ...], rows: int
+) -> None:
+    config = WanVAEConfig(
+        latent_channels=4, base_channels=8, blocks_per_level=1, temporal_downsample=(False,),
+        **options,
+    )  # fmt: skip
+    model = TemporalVAE.from_config(config).double().requires_grad_(False)
+    bounds = Bounds(pieces=1, rows=rows, keep_rows=True)
+    request = PlanRequest(
+        config.layout, operation, shape, torch.float64, False, (None,), torch.device("cpu")
+    )
+    with planning._on_shapes_alone():
+        plan = planning.Planner(request)._plan(bounds)
+        floor = planning.Planner(request)._floor(bounds)
+    assert floor <= plan.peak_bytes
+    x = torch.zeros(shape, dtype=torch.float64)
+    assert 0.5 * plan.peak_bytes < alive(model, operation, x, plan) <= plan.peak_bytes
 
 
 @torch.no_grad()

@@ -88,8 +88,14 @@ def decode(vae: TemporalVAE, latent: Tensor, *, memory: Budget = None, group: An
 
 
 def gather(vae: TemporalVAE, own: Tensor, group: Any = None, to: int = 0) -> Tensor | None:
-    """The whole of what every process has a part of, on the CPU of process `to`; else None."""
-    mine, axis = Group(group), split_axis(vae)
+    """The whole of what every process has a part of, on the CPU of process `to`; else None.
+
+    Raises `ValueError`, in every process, for parts that do not belong together.
+    """
+    mine, axis, problem = Group(group), split_axis(vae), None
+    if own.ndim != 5:
+        problem = ValueError(f"a part of a clip is (B, C, T, H, W), got {tuple(own.shape)}")
+    _stop_together(mine, own, problem)
     sizes = sharded.agreed(mine, own, axis)
     rest = own.numel() // own.shape[axis]
     here = [rest * size if mine.rank == to else 0 for size in sizes]

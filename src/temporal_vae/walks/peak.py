@@ -140,6 +140,10 @@ class Peak:
         piece = shape
         if layer.cut == "pixels":
             piece = (1, c, t, 1, min(bounds.chunk(layer), h * w))
+        if self.request.ranks > 1:  # all frames of as many pixels as a process has frames, or more
+            everyone = t * self.request.ranks
+            pixels = min(math.ceil(t * max(bounds.chunk(layer), everyone) / everyone), h * w)
+            piece = (1, c, everyone, 1, pixels)
         held = self._bytes(piece)
         if self.stream:
             held += layer.tail_numbers(piece) * self.size
@@ -212,7 +216,9 @@ class PiecewisePeak(Peak):
         self, bounds: Bounds
     ) -> Iterable[tuple[piecewise.Section, Shape, piecewise.Band, bool]]:
         if not self.stream:
-            return piecewise.largest_pieces(self.layers, self.request.shape, bounds)
+            return piecewise.largest_pieces(
+                self.layers, self.request.shape, bounds, self.request.ranks
+            )
         assert bounds.pieces is not None
         section, (b, c, t, h, w) = piecewise.Section(self.layers, None), self.request.shape
         frames = min(t, bounds.pieces * section.frames_each)
@@ -226,17 +232,22 @@ class PiecewisePeak(Peak):
         return self._bytes(stages.shape_after(section.layers, shape))
 
     def _around(self, section: piecewise.Section) -> int:
-        """What several processes hold beside their parts: these with rows that bands read."""
+        """What several processes hold beside their parts: these with the rows around that bands
+        read, and those rows as they are sent and as they come."""
         if self.request.ranks == 1 or section.rows is None:
             return 0
-        return self._bytes(self._before(section))
+        b, c, t, h, w = self._before(section)
+        own, height = int(h * section.scale), (2 * self.request.ranks - 1) * h
+        first = (self.request.ranks - 1) * own
+        top, bottom = section.reads((first, first + own), height)
+        return self._bytes((b, c, t, 3 * (bottom - top) - 2 * h, w))
 
     def _kept(self, section: piecewise.Section) -> int:
         """The rows that layers keep for the next band, of all frames."""
         if not section.keeps:
             return 0
         (*_, height, _), *inside = stages.shapes_in(section.layers, self._before(section))
-        bands = section.bands(height)
+        bands = piecewise.bands_of_part(section, height, self.request.ranks)
         most = (max(band[index].keeps for band in bands) for index in range(1, len(inside)))
         shapes = ((*shape[:3], rows, shape[4]) for shape, rows in zip(inside, most, strict=False))
         return sum(map(self._bytes, shapes))
@@ -255,8 +266,11 @@ class PiecewisePeak(Peak):
         joined = self.request.ranks > 1 and section.rows is None  # with other rows, at each layer
         for index, (layer, part) in enumerate(zip(section.layers, band, strict=True)):
             stream = remembers and bool(layer.tails())
+            if not part.height:  # it has given all
+                given, shape = 0, layer.output_shape((*shape[:3], 0, shape[4]), not remembers)
+                continue
             if joined:
-                given, shape = given + self._bytes(shape), _with_halo(shape, layer)
+                given, shape = self._joined(layer, shape, given)
             elif section.keeps and index:  # new rows, and those joined with the ones kept
                 joint = (*shape[:3], part.height, shape[4])
                 moment = max(moment, ("", given + self._bytes(joint)), key=lambda part: part[1])
@@ -270,10 +284,16 @@ class PiecewisePeak(Peak):
             given, shape = self._bytes(after), (b, c, t, part.gives[1] - part.gives[0], w)
         return state, largest, moment
 
-
-def _with_halo(shape: Shape, layer: Layer) -> Shape:
-    b, c, t, h, w = shape
-    return (b, c, t, h + sum(layer.halo or (0, 0)), w)
+    def _joined(self, layer: Layer, shape: Shape, given: int) -> tuple[int, Shape]:
+        """What a layer of whole frames gets of a part of their rows, and what there is beside it:
+        the part, rows that are sent, and those that come."""
+        b, c, t, h, w = shape
+        if layer.halo is None:  # some whole frames, for rows of all
+            whole = (b, c, math.ceil(t / self.request.ranks), h * self.request.ranks, w)
+            return given + self._bytes(shape) + 2 * self._bytes(whole), whole
+        around = sum(layer.halo)
+        wide = (b, c, t, h + around, w)
+        return given + self._bytes(wide) + 2 * self._bytes((b, c, t, around, w)), wide
 
 
 def _middle_band(stage: list[Layer], shape: Shape, rows: int) -> list[Shape]:

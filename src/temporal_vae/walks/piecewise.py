@@ -312,18 +312,29 @@ def _with_kept(kept: Kept, index: int, y: Tensor | None, rows: Rows) -> Tensor:
 
 
 def largest_pieces(
-    layers: Sequence[Layer], shape: Shape, bounds: Bounds
+    layers: Sequence[Layer], shape: Shape, bounds: Bounds, ranks: int = 1
 ) -> Iterator[tuple[Section, Shape, Band, bool]]:
-    """Each section, the shape of what it gets for its largest piece and band, the rows of its
-    layers, and whether they remember: what a plan counts."""
+    """Each section and kind of band, the shape of what it gets for its largest piece in time, and
+    whether its layers remember: what a plan counts, of one process of `ranks`."""
     assert bounds.pieces is not None
     now: Shape = (1, *shape[1:])
     for section in sections(layers, bounds):
         cut = section.pieces(now[2], bounds.pieces)
         most = max(stop - start for start, stop in cut)
-        band = max(section.bands(now[3]), key=lambda band: sum(rows.height for rows in band))
-        yield section, (1, now[1], most, band[0].height, now[4]), band, len(cut) > 1
+        for band in bands_of_part(section, now[3], ranks):
+            yield section, (1, now[1], most, band[0].height, now[4]), band, len(cut) > 1
         now = shape_after(section.layers, now)
+
+
+def bands_of_part(section: Section, height: int, ranks: int) -> list[Band]:
+    """The bands, of each size once, of a part of a clip that is so high, where there are as many
+    rows above and below as the other processes may have."""
+    if section.rows is None:
+        return section.bands(height)
+    own = int(height * section.scale)
+    part = (ranks - 1) * own, ranks * own
+    found = section.bands((2 * ranks - 1) * height, part)
+    return list({tuple((r.height, r.keeps) for r in band): band for band in found}.values())
 
 
 def _product(numbers: Iterator[Fraction]) -> Fraction:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from temporal_vae.geometry import Span, rows_read, spans
 from temporal_vae.network.autoencoder import Line
-from temporal_vae.network.folds import channels_last
+from temporal_vae.network.folds import channels_last, joined
 from temporal_vae.network.kernels.norm import Moments
 from temporal_vae.network.layer import Layer, State
 from temporal_vae.network.primitives import Norm, own_norm
@@ -101,18 +101,22 @@ class Group:
         return Moments.join([each for each in found if each.count])
 
 
+NO_BOUND = 2**31
+
+
 def agreed(group: Group, x: Tensor, axis: int) -> list[int]:
     """The sizes along an axis of the parts of a clip (B, C, T, H, W) that the processes have.
 
     Raises `ValueError`, in every process, for parts that do not belong together.
     """
-    shapes = [s.tolist() for s in group.of_all(torch.tensor(x.shape, device=x.device))]
+    told = torch.tensor([*x.shape, x.element_size()], device=x.device)
+    shapes = [s.tolist() for s in group.of_all(told)]
     others = {tuple(n for i, n in enumerate(shape) if i != axis) for shape in shapes}
     what = "frames" if axis == 2 else "rows"
     if len(others) > 1:
         raise ValueError(
-            f"the processes have parts of different clips, of {shapes}: all but {what} must be "
-            "the same"
+            f"the processes have parts of different clips, of {[s[:-1] for s in shapes]} numbers, "
+            f"each of {[s[-1] for s in shapes]} bytes: all but {what} must be the same"
         )
     found = [int(shape[axis]) for shape in shapes]
     if min(found) < 1:
@@ -144,12 +148,12 @@ def walk(line: Line, x: Tensor, bounds: Bounds, group: Group) -> Tensor:
 
 def _common(bounds: Bounds, group: Group, x: Tensor) -> Bounds:
     """Bounds whose chunks of pixels, and pieces in time, are those of all processes."""
-    own = [bounds.pixels, *(n or 0 for n in (bounds.channels, bounds.pieces, bounds.rows))]
+    optional = bounds.channels, bounds.pieces, bounds.rows  # None: no bound
+    own = [bounds.pixels, *(n or NO_BOUND for n in optional)]
     everyone = torch.stack(group.of_all(torch.tensor(own, device=x.device)))
-    pixels, channels, pieces, rows = (int(n) for n in everyone.amin(0))
-    return replace(
-        bounds, pixels=pixels, channels=channels or None, pieces=pieces or None, rows=rows or None
-    )
+    pixels, *least = (int(n) for n in everyone.amin(0))
+    channels, pieces, rows = (None if n == NO_BOUND else n for n in least)
+    return replace(bounds, pixels=pixels, channels=channels, pieces=pieces, rows=rows)
 
 
 class _Chunk:
@@ -324,12 +328,15 @@ class _Rows:
 
     def _pieces(self, layers: Sequence[Layer], x: Tensor, cut: list[Span]) -> Iterator[Tensor]:
         """What layers make of a clip (1, C, T, h, W), piece after piece in time."""
-        memories: list[State] = [() for layer in layers if layer.tails()]
+        memories: list[State] | None = None
+        if len(cut) > 1:
+            memories = [() for layer in layers if layer.tails()]
         for start, stop in cut:
             yield self._through(layers, channels_last(x[:, :, start:stop]), memories)
 
-    def _through(self, layers: Sequence[Layer], y: Tensor, memories: list[State]) -> Tensor:
-        """A piece in time (1, C, n, h, W) through layers; each of the memories is replaced."""
+    def _through(self, layers: Sequence[Layer], y: Tensor, memories: list[State] | None) -> Tensor:
+        """A piece in time (1, C, n, h, W) through layers; each of the memories is replaced. Without
+        them it is all there is in time."""
         index, edges = 0, self._edges
         for layer in layers:
             if layer.halo is None:
@@ -342,7 +349,7 @@ class _Rows:
                     rows_read(rows, layer.halo, layer.scale, edges[-1]) for rows in pairwise(after)
                 ]
                 y, top = self._with_rows(y, edges, needs)
-            if layer.tails():
+            if memories is not None and layer.tails():
                 given, memories[index] = layer.stream(y, memories[index], last=False)
                 index += 1
                 assert given is not None  # a layer that sees the past alone holds nothing back
@@ -372,7 +379,7 @@ class _Rows:
             for i, (part, (f, s)) in enumerate(zip(got, wanted, strict=True))
         ]
         top = min([mine[0], *(f for f, s in wanted if s > f)])
-        return channels_last(torch.cat(blocks, 3)), top
+        return joined(*blocks, axis=3), top
 
     def _whole_frames(self, layer: Layer, y: Tensor, edges: list[int]) -> Tensor:
         """A layer that sees the whole of a frame: each process has some frames for it."""
