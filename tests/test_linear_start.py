@@ -11,7 +11,7 @@ from conftest import difference
 
 from temporal_vae import TemporalVAE, WanVAEConfig
 from temporal_vae.evaluation.baseline import LinearBaseline
-from temporal_vae.network.spacetime import CausalResidualBlock
+from temporal_vae.network.spacetime import CausalResidualBlock, FrameAttention
 from temporal_vae.training import linear_start
 from temporal_vae.training.build import without_branches
 from temporal_vae.video import VideoReader, to_pixels
@@ -97,6 +97,7 @@ def test_without_branches_it_computes_the_same_by_the_same_weights(
 ) -> None:
     twin = without_branches(started)
     assert {id(p) for p in twin.parameters()} < {id(p) for p in started.parameters()}
+    assert not any(isinstance(m, CausalResidualBlock | FrameAttention) for m in twin.modules())
     for line in ("encoder", "decoder"):
         given = clips[:1] if line == "encoder" else torch.randn(1, 16, 3, 8, 8)
         with torch.no_grad():
@@ -106,6 +107,22 @@ def test_without_branches_it_computes_the_same_by_the_same_weights(
         started.decoder.conv_in.weight.add_(0.01)
         assert torch.equal(twin.decoder.conv_in.weight, started.decoder.conv_in.weight)
         started.decoder.conv_in.weight.sub_(0.01)
+
+
+def test_time_is_halved_to_the_mean_of_two_frames() -> None:
+    """In the first channels, and their difference can be had back from the others."""
+    conv, x = torch.nn.Conv3d(2, 4, (3, 1, 1), (2, 1, 1)), torch.randn(3, 2, 9, 4, 4)
+    assert conv.bias is not None
+    with torch.no_grad():
+        conv.bias.zero_()
+        linear_start._halve_time(conv, x, torch.ones(2))
+        given = conv(x)
+    first, second = x[:, :, 1::2], x[:, :, 2::2]
+    assert difference(given[:, :2], (first + second) / 2) < 1e-6
+    parts = [part.movedim(1, 0).flatten(1).T.double() for part in (given[:, 2:], first - second)]
+    constant = torch.ones(len(parts[0]), 1, dtype=torch.float64)
+    known = torch.cat([parts[0], constant], 1)
+    assert difference(known @ torch.linalg.lstsq(known, parts[1]).solution, parts[1]) < 1e-5
 
 
 def test_branches_wake_up(started: TemporalVAE, clips: torch.Tensor) -> None:
