@@ -660,7 +660,7 @@ def test_short_videos_are_walked_whole(
     found = []
     for at_once, seed, limit in (
         (0, None, None), (9 * 24 * 40, None, None), (9 * 24 * 40 - 1, None, None),
-        (10**9, None, "1GiB"), (0, 5, None), (10**9, 5, None),
+        (10**9, None, "1GiB"), (9 * 24 * 40 - 1, 5, None), (9 * 24 * 40, 5, None),
     ):  # fmt: skip
         monkeypatch.setattr(memory, "WHOLE_PIXELS", at_once)
         how = encoding.Encoding(sample=seed is not None, seed=seed, memory=limit)
