@@ -18,9 +18,9 @@ from test_bounded import SVD_LIKE
 from torch import Tensor
 from torch._C._dynamo.eval_frame import set_eval_frame
 
-from temporal_vae import TemporalVAE
+from temporal_vae import TemporalVAE, TemporalVAEConfig, WanVAEConfig
 from temporal_vae.walks import plan as planning
-from temporal_vae.walks.budget import parse_budget
+from temporal_vae.walks.budget import BudgetError, parse_budget
 from temporal_vae.walks.peak import PlanRequest
 from temporal_vae.walks.plan import Plan
 from temporal_vae.walks.stages import Bounds
@@ -388,3 +388,33 @@ def test_what_is_made_of_a_result_is_in_the_plan(batch: int) -> None:
                 alive.leave_out(x)
             step()
         assert 0.5 * peak < alive.most <= peak
+
+
+@pytest.mark.parametrize(("kind", "operation", "shape"), [
+    ("page", "decode", (1, 4, 9, 8, 6)), ("page", "encode", (1, 3, 9, 64, 32)),
+    ("Wan", "decode", (1, 4, 3, 8, 6)), ("Wan", "encode", (1, 3, 5, 64, 32)),
+])  # fmt: skip
+def test_few_ways_are_counted_and_none_is_overlooked(
+    kind: str, operation: Any, shape: tuple[int, ...]
+) -> None:
+    """The plan for a budget is the first of all ways that fits, whatever was counted before."""
+    config: TemporalVAEConfig | WanVAEConfig = awake().config
+    if kind == "Wan":
+        config = WanVAEConfig(latent_channels=4, base_channels=8, blocks_per_level=1)
+    request = PlanRequest(
+        config.layout, operation, shape, torch.float32, False, (None,), torch.device("cpu")
+    )
+    whole = planning.Planner(request)
+    with planning._on_shapes_alone():
+        ways = list(whole._candidates(True))
+        floors = [planning.Planner(request)._floor(bounds) for bounds in ways]
+        plans = [whole._plan(bounds) for bounds in ways]
+    assert all(floor <= plan.peak_bytes for floor, plan in zip(floors, plans, strict=True))
+    least = min(plan.peak_bytes for plan in plans)
+    nearly = next(p for p in plans if p.peak_bytes <= planning.NEARLY_LEAST * least)
+    assert planning.Planner(request).plan("least") == nearly
+    with pytest.raises(BudgetError, match=f"{least} bytes"):
+        planning.Planner(request).plan(least - 1)
+    for limit in {plan.peak_bytes for plan in plans}:
+        fits = next(plan for plan in plans if plan.peak_bytes <= limit)
+        assert planning.Planner(request).plan(limit) == fits

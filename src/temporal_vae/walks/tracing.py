@@ -180,8 +180,8 @@ class Results:
     def passes(
         self, stage: Sequence[Layer], piece: Shape, crops: Sequence[Shape], stream: bool
     ) -> list[int]:
-        """As `Tracer.passes`, of the last pass over a piece that is cut after each layer."""
-        return [self.whole(stage[-1], crops[-1], stream)]
+        """As `Tracer.passes`, of the last pass: what is cut out of the last layer's result."""
+        return [math.prod(crops[-1]) * self._size]
 
 
 def _kind(layer: Layer) -> tuple[Any, ...]:
