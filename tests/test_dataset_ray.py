@@ -8,15 +8,20 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import psutil
 import pytest
+import torch
 from test_dataset import contents, rows, run
 from test_video import noise, write
 
 from temporal_vae import TemporalVAE
 from temporal_vae.dataset import ray as engine
+from temporal_vae.dataset.entries import Entry
+from temporal_vae.dataset.messages import packed, unpacked
+from temporal_vae.video.sources import Source
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -91,3 +96,34 @@ def test_a_folder_that_cannot_be_written_ends_the_run(
     (tmp_path / "out" / "deep").touch()  # where a folder is needed
     with pytest.raises(OSError, match="deep"):
         run(videos, tmp_path / "out", model, engine="ray", address=address)
+
+
+def test_calls_after_the_failure_of_a_process_end_too() -> None:
+    """Ray may hand it more videos before the run ends: none may wait for ever."""
+
+    class Broken:
+        todo: SimpleQueue[Any] = SimpleQueue()
+
+        def start(self) -> None: ...
+
+        def next(self) -> Iterator[Any]:
+            self.todo.get()
+            raise OSError("no space left on device")
+
+    threads = torch.get_num_threads()
+    try:
+        worker = engine.Worker(lambda: Broken(), 1)  # type: ignore[arg-type, return-value]
+    finally:
+        torch.set_num_threads(threads)
+    found: list[str] = []
+
+    def call(number: int) -> None:
+        entry = Entry(number, f"{number}", Source("a.mp4"))
+        came = worker({"job": [packed((entry, []))]})["came"][0]
+        found.append(str(unpacked(came)[1][0]))
+
+    for number in range(2):
+        thread = threading.Thread(target=call, args=(number,), daemon=True)
+        thread.start()
+        thread.join(20)
+    assert found == ["no space left on device"] * 2

@@ -38,6 +38,7 @@ class Worker:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // share))  # Ray sets one for each
         self._pipeline = make()
         self._came: dict[int, SimpleQueue[Row | OSError | None]] = {}
+        self._failed: OSError | None = None
         self._pipeline.start()
         threading.Thread(target=self._sort, daemon=True).start()
 
@@ -47,9 +48,10 @@ class Worker:
             while True:
                 for entry, row in self._pipeline.next():
                     self._came[entry.number].put(row)
-        except Exception as error:  # each call ends, and says why
-            for queue in self._came.values():
-                queue.put(OSError(str(error)))
+        except Exception as error:  # each call ends, and says why; also those to come
+            self._failed = OSError(str(error))
+            for queue in list(self._came.values()):
+                queue.put(self._failed)
 
     def __call__(self, batch: Batch) -> Batch:
         """All that comes of a video: rows, or an error that ends the run."""
@@ -57,6 +59,8 @@ class Worker:
         entry: Entry = job[0]
         came = self._came.setdefault(entry.number, SimpleQueue())
         self._pipeline.todo.put(job)
+        if self._failed is not None:
+            came.put(self._failed)
         rows: list[Row | OSError] = []
         while (row := came.get()) is not None:
             rows.append(row)
