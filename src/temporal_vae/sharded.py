@@ -15,7 +15,9 @@ this decodes a clip that no process could hold alone:
     video = sharded.gather(vae, pixels)              # on the CPU of process 0; None elsewhere
 
 All processes call the same functions in the same order. If one of them ends, the others raise
-`RuntimeError` as soon as the backend notices, at the latest after the group's timeout.
+`RuntimeError` as soon as the backend notices, at the latest after the group's timeout. If one lives
+on after an error in the middle of a walk, as of memory that runs out, the others wait for that
+timeout (30 minutes, unless `init_process_group` is given another): let such an error end it.
 """
 
 from __future__ import annotations
