@@ -451,7 +451,7 @@ BOUNDS = {
     "odd bands": Bounds(pieces=2, rows=17),
     "rows kept": Bounds(pieces=1, rows=16, keep_rows=True),
     "odd rows kept": Bounds(pieces=2, rows=5, keep_rows=True),
-    "a row at a time": Bounds(pieces=1, rows=1, keep_rows=True),
+    "few rows": Bounds(pieces=1, rows=3, keep_rows=True),
     "one band": Bounds(pieces=3, rows=1000),
 }
 

@@ -250,7 +250,7 @@ def _small_edits(monkeypatch: pytest.MonkeyPatch) -> None:
 # The same pictures ---------------------------------------------------------------------------
 
 
-SLOW = ("conditions", "text, Wan 2.2", "QwenImageInpaint", "QwenImageControlNet",
+SLOW = ("image, Wan 2.2", "conditions", "text, Wan 2.2", "QwenImageInpaint", "QwenImageControlNet",
         "QwenImageControlNetInpaint", "QwenImageEditInpaint", "QwenImageEditPlus")  # fmt: skip
 pipelines = pytest.mark.parametrize(
     "name",
@@ -303,7 +303,9 @@ def test_the_picture_test_sees_pixels_that_are_not_clamped(monkeypatch: pytest.M
         assert difference(module.decode(z).sample, expected) > 0.01
 
 
-@pytest.mark.parametrize("name", ["video", "QwenImageImg2Img"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("video", marks=pytest.mark.slow), "QwenImageImg2Img"]
+)
 def test_tiling_and_slicing_change_no_picture(name: str) -> None:
     """Of tiles as small as these, which in diffusers make another picture."""
     make, run = PIPELINES[name]
