@@ -235,10 +235,25 @@ def test_progress_knows_what_is_left(
         done = [told[0] for told in seen]
         assert done == sorted(done) and done[-1] == frames
         assert all(total == frames for _, total, _ in seen)
-        assert len({d for d in done if 0 < d < frames}) > 5, "nothing moves inside a piece"
+        assert len({d for d in done if 0 < d < 1}) > 5, "nothing moves inside a frame"
         assert max(b - a for a, b in pairwise(done)) < 0.5 * frames
         kinds = ["bounded walk", "whole walk"] if frames == 1 else ["bounded walk"]
         assert any(kind in seen[-1][2] for kind in (kinds if memory else ["whole walk"]))
+
+
+def test_progress_moves_while_a_short_video_is_walked_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ends, "TOLD_SECONDS", 0.0)
+    monkeypatch.setattr(memory, "WHOLE_PIXELS", 10**9)
+    seen: list[float] = []
+    source = write(tmp_path / "a.mp4", smooth(20, 32, 48))
+    reconstructing.reconstruct(
+        source, tmp_path / "b.mp4", awake(torch.float32), None, lambda done, *_: seen.append(done)
+    )
+    assert seen == sorted(seen) and seen[-1] == 20
+    assert len({done for done in seen if 0 < done < 20}) > 20
+    assert max(b - a for a, b in pairwise(seen)) < 4
 
 
 def test_the_operations_that_are_foreseen_are_those_that_are_done() -> None:

@@ -298,20 +298,25 @@ def test_sixty_kills_change_nothing(
     assert_kills_change_nothing(videos, made, tmp_path / "out", model, 60)
 
 
+def decoded_by(monkeypatch: pytest.MonkeyPatch, script: Path, text: str) -> None:
+    """Have another program in place of the one that decodes."""
+    script.write_text(text)
+    monkeypatch.setattr(local, "COMMAND", (sys.executable, str(script)))
+
+
 def test_a_process_that_decodes_and_dies_each_time_fails_its_video_only(
     videos: Path, model: TemporalVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script = tmp_path / "decoder.py"
-    script.write_text(
+    decoded_by(
+        monkeypatch, tmp_path / "decoder.py",
         "import os\nfrom temporal_vae.dataset import decoder\nmessages = decoder.messages\n"
         "def dies(entry, *rest):\n"
         "    for message in messages(entry, *rest):\n"
         "        yield message\n"
         "        if entry.name == '2.mkv' and message[0] == 'clip':\n"
         "            os.kill(os.getpid(), 9)\n"
-        "decoder.messages = dies\ndecoder.main()\n"
-    )
-    monkeypatch.setattr(local, "COMMAND", (sys.executable, str(script)))
+        "decoder.messages = dies\ndecoder.main()\n",
+    )  # fmt: skip
     out = tmp_path / "out"
     assert run(videos, out, model) == {"ok": 5, "failed": 2}
     failed = {row["name"]: row["error"] for row in rows(out) if row["status"] == "failed"}
@@ -325,16 +330,15 @@ def test_what_a_process_says_that_decodes_is_data_and_runs_nothing(
     videos: Path, model: TemporalVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file may take over the process that libav reads it in; it gets no further."""
-    script = tmp_path / "decoder.py"
-    script.write_text(
+    decoded_by(
+        monkeypatch, tmp_path / "decoder.py",
         "import os, pickle, pathlib, sys\n"
         "class Runs:\n"
         "    def __reduce__(self):\n"
         f"        return pathlib.Path.touch, (pathlib.Path({str(tmp_path / 'ran')!r}),)\n"
         "sys.stdin.buffer.read(16)\n"
-        "sys.stdout.buffer.write(pickle.dumps(Runs()))\n"
-    )
-    monkeypatch.setattr(local, "COMMAND", (sys.executable, str(script)))
+        "sys.stdout.buffer.write(pickle.dumps(Runs()))\n",
+    )  # fmt: skip
     assert run(videos, tmp_path / "out", model) == {"failed": 7}
     assert not (tmp_path / "ran").exists()
 
@@ -448,14 +452,16 @@ def test_changes_of_the_state_that_belong_together_are_made_together(
     shutil.copytree(videos, changed)
     write(changed / "1.mkv", noise(4, 32, 32))
     if os.fork() == 0:
-        state = State(out, settings)
-        state._base.set_trace_callback(killed)
-        if what == "forget_failed":
-            state.forget_failed()
-        else:
-            [entry] = [entry for entry in entries_of(changed) if entry.name == "1.mkv"]
-            state.begin(entry)
-        os._exit(0)
+        try:
+            state = State(out, settings)
+            state._base.set_trace_callback(killed)
+            if what == "forget_failed":
+                state.forget_failed()
+            else:
+                [entry] = [entry for entry in entries_of(changed) if entry.name == "1.mkv"]
+                state.begin(entry)
+        finally:
+            os._exit(0)
     assert os.WEXITSTATUS(os.wait()[1]) == 9
     after = [sqlite3.connect(file).execute(f"select * from {t} order by name").fetchall()
              for t in ("clips", "sources")]  # fmt: skip

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._C._dynamo.eval_frame import set_eval_frame
 
 from temporal_vae import TemporalVAE, TemporalVAEConfig, WanVAEConfig
+from temporal_vae.walks import piecewise
 from temporal_vae.walks import plan as planning
 from temporal_vae.walks.budget import BudgetError, parse_budget
 from temporal_vae.walks.peak import PlanRequest
@@ -410,6 +411,10 @@ def test_few_ways_are_counted_and_none_is_overlooked(
         floors = [planning.Planner(request)._floor(bounds) for bounds in ways]
         plans = [whole._plan(bounds) for bounds in ways]
     assert all(floor <= plan.peak_bytes for floor, plan in zip(floors, plans, strict=True))
+    if kind == "Wan":
+        layers = list(whole._line.layers())
+        costs = [piecewise.operations(layers, shape, bounds) for bounds in ways if bounds]
+        assert costs == sorted(costs) and costs[0] < costs[-1]
     least = min(plan.peak_bytes for plan in plans)
     nearly = next(p for p in plans if p.peak_bytes <= planning.NEARLY_LEAST * least)
     assert planning.Planner(request).plan("least") == nearly

@@ -18,6 +18,7 @@ from temporal_vae.network import timewise
 from temporal_vae.network.primitives import PositionNorm
 from temporal_vae.network.timewise import TemporalAttention
 from temporal_vae.walks import streamed
+from temporal_vae.walks.tracing import LiveBytes
 
 State = Any
 
@@ -178,6 +179,34 @@ def test_the_end_is_as_flat_as_the_middle(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_a_stream_ends_in_pieces_as_large_as_those_before() -> None:
+    """Which is faster than a frame at a time, and takes no more memory than the steps did."""
+    model = awake(torch.float32)
+    x = torch.randn(1, 3, 24, 64, 64, generator=torch.Generator().manual_seed(0))
+    expected, frames, most = model.encode(x, sample_mode=False), dict[int, list[int]](), list[int]()
+    for length in (1, 8):
+        stream, found = model.encode_stream(False), list[Tensor]()
+        for ends in (False, True):
+            with LiveBytes() as alive:
+                for there in (
+                    x,
+                    *found,
+                    *model.parameters(),
+                    *(t for s in stream.state for t in s),
+                ):
+                    alive.leave_out(there)
+                pieces = stream.flush() if ends else map(stream.push, x.split(length, 2))
+                for piece in pieces:
+                    found += [] if piece is None else [piece]
+                    if ends:
+                        frames.setdefault(length, []).append(found[-1].shape[2])
+            most.append(alive.most)
+        assert difference(torch.cat(found, 2), expected) < 1e-4
+    assert set(frames[1]) == {1} and max(frames[8]) > 1
+    assert most[3] <= most[2]
+
+
 def test_a_state_does_not_keep_the_clip_alive() -> None:
     model = MODELS[str({})]
     _, long = model.decode_step(clip(200, 4, 2))

@@ -27,6 +27,7 @@ from temporal_vae import CheckpointError, TemporalVAE, WanVAEConfig
 from temporal_vae.checkpoints import wan_names
 from temporal_vae.inputs import Layout
 from temporal_vae.network import spacetime
+from temporal_vae.network.kernels import work
 from temporal_vae.network.spacetime import SpacetimeDownsample, SpacetimeUpsample
 from temporal_vae.walks import piecewise
 from temporal_vae.walks import plan as planning
@@ -524,6 +525,23 @@ def test_plans_hold_and_change_nothing(name: str, operation: Any, frames: int) -
         assert "latents in time" in plan.explain()
     with pytest.raises(ValueError, match="below the least"):
         model.plan(x.shape, operation, budget=1000)
+
+
+@torch.no_grad()
+def test_the_operations_of_bands_are_those_that_are_done() -> None:
+    """By which ways to walk are put in order; rows that are kept are not computed again."""
+    model = ours("Wan 2.1")
+    z, layers = torch.zeros(1, 4, 3, 12, 4, dtype=torch.float64), list(model.decoder.layers())
+    shares = {}
+    for rows, keep in ((16, False), (16, True), (None, False)):
+        done, bounds = list[int](), Bounds(pieces=1, rows=rows, keep_rows=keep)
+        with work.told_to(done.append):
+            piecewise.walk(model.decoder, z, bounds)
+        shares[rows, keep] = (sum(done), piecewise.operations(layers, tuple(z.shape), bounds))
+    whole = shares[None, False]
+    for done_here, foreseen in shares.values():
+        assert foreseen / whole[1] == pytest.approx(done_here / whole[0], rel=0.15)
+    assert shares[16, True][0] < 0.7 * shares[16, False][0]
 
 
 UNEVEN = [

@@ -193,8 +193,12 @@ def test_these_laws_see(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPat
 
 
 @kind
-def test_float32_is_one_picture_through_a_file(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("whole", [0, memory.PIECE_PIXELS], ids=["streamed", "whole"])
+def test_float32_is_one_picture_through_a_file(
+    tmp_path: Path, name: str, whole: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Bit for bit, as both go in the same pieces."""
+    monkeypatch.setattr(memory, "WHOLE_PIXELS", whole)
     model, source = wan(name, torch.float32), clip_file(tmp_path / "in.mkv", 14)
     reconstructing.reconstruct(source, tmp_path / "out.mkv", model)
     _, decoded = there_and_back(source, model)

@@ -101,7 +101,7 @@ class PiecePlanner:
     Frames have a `size` of (height, width), padded to whole latent cells. With `clip_frames` each
     piece is a clip of its own, of so many frames or fewer; otherwise the video is one clip that
     streams, in pieces of a length that is chosen here. A video of one frame is an image: a clip
-    that remembers nothing; so is one of few enough that a piece takes all, without a limit.
+    that remembers nothing. A video of few pixels is such a clip, too, where there is no limit.
     """
 
     model: TemporalVAE

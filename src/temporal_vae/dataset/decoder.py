@@ -1,8 +1,8 @@
 """A process that decodes videos for another one: `python -m temporal_vae.dataset.decoder`.
 
 It takes a `Cutting`, then entries one after the other, from standard input, and gives messages on
-standard output, both as `messages`. It imports no torch. It ends when its
-input ends, that is when the other process does, in whatever way.
+standard output, both as `messages` has them. It imports no torch. It ends when its input ends, that
+is when the other process does, in whatever way.
 """
 
 from __future__ import annotations

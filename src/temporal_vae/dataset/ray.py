@@ -88,11 +88,10 @@ class Cluster:
 
         begun = not ray.is_initialized()
         if begun:
-            alone = (
-                {} if self.address else {"include_dashboard": False}
-            )  # which takes a core a while
+            # a cluster of this machine alone needs no dashboard, which takes a core a while
+            shown = {} if self.address else {"include_dashboard": False}
             ray.init(
-                address=self.address, log_to_driver=False, logging_level=logging.ERROR, **alone
+                address=self.address, log_to_driver=False, logging_level=logging.ERROR, **shown
             )
         try:
             jobs = iter(jobs)

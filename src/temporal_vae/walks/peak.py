@@ -237,9 +237,8 @@ class PiecewisePeak(Peak):
         if self.request.ranks == 1 or section.rows is None:
             return 0
         b, c, t, h, w = self._before(section)
-        own, height = int(h * section.scale), (2 * self.request.ranks - 1) * h
-        first = (self.request.ranks - 1) * own
-        top, bottom = section.reads((first, first + own), height)
+        height, rows = piecewise.among(section, h, self.request.ranks)
+        top, bottom = section.reads(rows, height)
         return self._bytes((b, c, t, 3 * (bottom - top) - 2 * h, w))
 
     def _kept(self, section: piecewise.Section) -> int:

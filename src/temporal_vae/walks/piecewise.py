@@ -326,14 +326,18 @@ def largest_pieces(
         now = shape_after(section.layers, now)
 
 
+def among(section: Section, height: int, ranks: int) -> tuple[int, Span]:
+    """A height that has a part of a clip in its middle, and the rows that a section gives of it."""
+    own = int(height * section.scale)
+    return (2 * ranks - 1) * height, ((ranks - 1) * own, ranks * own)
+
+
 def bands_of_part(section: Section, height: int, ranks: int) -> list[Band]:
     """The bands, of each size once, of a part of a clip that is so high, where there are as many
     rows above and below as the other processes may have."""
     if section.rows is None:
         return section.bands(height)
-    own = int(height * section.scale)
-    part = (ranks - 1) * own, ranks * own
-    found = section.bands((2 * ranks - 1) * height, part)
+    found = section.bands(*among(section, height, ranks))
     return list({tuple((r.height, r.keeps) for r in band): band for band in found}.values())
 
 
