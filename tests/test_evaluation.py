@@ -553,6 +553,21 @@ def test_the_full_protocol_says_its_cost_and_has_curves(
     assert linear["psnr/round 4"] == pytest.approx(linear["psnr"], abs=0.1)  # a projection
 
 
+@pytest.mark.parametrize(
+    ("own", "words", "seen"),
+    [(64, (), 64), (320, (), 256), (64, ("--width", "128"), 128), (320, ("--width", "128"), 128)],
+)
+def test_no_clip_is_enlarged_unless_asked_for(
+    tmp_path: Path, run: Run, own: int, words: tuple[str, ...], seen: int
+) -> None:
+    clip, result = write(tmp_path / "a.mkv", moving(2, 48, own)), tmp_path / "a.json"
+    done = run(
+        "evaluate", clip, "--model", "pca:4", "--protocol", "quick", "--json", result, *words
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(result.read_text())["clips"][0]["width"] == seen
+
+
 def test_a_video_is_a_reconstruction(folder: Path, run: Run) -> None:
     clip = folder / "clips" / "0.mkv"
     shorter = write(folder / "short.mkv", moving(11, 24, 32))

@@ -44,8 +44,8 @@ class EvaluateOptions(OptionGroup):
         "by diffusers' own code), video:FILE (a video of the reconstruction). Default: tiny."
     )  # fmt: skip
     protocol: str = option(
-        "standard", "NAME", "quick: 24 frames, 256 wide, what takes little time. standard: all "
-        "frames at their own size, all that needs one decode. full: noise on the latents, four "
+        "standard", "NAME", "quick: 24 frames, at most 256 wide, what takes little time. standard: "
+        "all frames at their own size, all that needs one decode. full: noise on the latents, four "
         "rounds and frame by frame as well. Default: standard.")  # fmt: skip
     json: Path | None = option(
         None, "FILE", "Write all numbers to this file, by frame, clip and set."
@@ -113,8 +113,12 @@ class _Run:
         """A clip as the protocol takes it, in RGB."""
         options: Options = self.frames.selected()
         options |= {"channels": 3, "frames": self.protocol.frames, "alpha": "drop"}
-        width = self.protocol.width
-        return VideoReader(file, width, 8 if width else 1, **options)
+        width, reader = self.protocol.width, VideoReader(file, **options)
+        # enlarged, a clip would be smooth, and its numbers better than they are
+        if width is None or (self.settings.width is None and reader.info.width <= width):
+            return reader
+        reader.close()
+        return VideoReader(file, width, 8, **options)
 
     def load(self, name: str) -> Callable[[], Codec]:
         """What gives the codec of a model; the model itself is loaded once."""

@@ -70,7 +70,7 @@ class Protocol:
     frames: int | None = None
     """The first frames of each clip; None for all."""
     width: int | None = None
-    """What clips are scaled to, the height to the nearest multiple of 8; None leaves them."""
+    """What wider clips are scaled to, the height to the nearest multiple of 8; None leaves them."""
     shares: tuple[float, ...] = ()
     """Of noise on the latents, see `Codec.perturbed`."""
     rounds: int = 1
