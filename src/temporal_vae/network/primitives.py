@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from temporal_vae.config import NormScope, TemporalVAEConfig
 from temporal_vae.network.folds import fold_pixels, unfold_pixels
-from temporal_vae.network.kernels import doubled, work
+from temporal_vae.network.kernels import doubled, winograd, work
 from temporal_vae.network.kernels.conv import conv2d
 from temporal_vae.network.kernels.doubled import doubled_conv2d
 from temporal_vae.network.kernels.norm import group_norm
@@ -176,9 +176,14 @@ class TimeConv(Scaled, nn.Conv3d):
     def forward(self, x: Tensor, zeros: int = 0) -> Tensor:
         """(B, C, n, H, W), with so many frames of zeros before and after it."""
         u, bias = self.scales.enter(x, self), self.scales.shift(self.bias)
-        y = F.conv2d(fold_pixels(u), self.weight.squeeze(-1), bias, padding=(zeros, 0))
+        if self.kernel_size[0] == 3 and winograd.serves(u, self.weight, bias):
+            clips = [list(clip) for clip in u.transpose(1, 2)]
+            y = winograd.over_time(clips, zeros, self.weight, bias, behind=zeros)
+        else:
+            y = F.conv2d(fold_pixels(u), self.weight.squeeze(-1), bias, padding=(zeros, 0))
+            y = unfold_pixels(y, x.shape[3:])
         work.count(y, self.weight.numel() // len(self.weight))
-        return unfold_pixels(y, x.shape[3:])
+        return y
 
 
 class Linear(Scaled, nn.Linear):

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from temporal_vae.network.autoencoder import Line
-from temporal_vae.network.kernels.doubled import counted_for_cpu
 from temporal_vae.network.kernels.norm import Moments
+from temporal_vae.network.kernels.plain import counted_for_cpu
 from temporal_vae.network.layer import LONG_AGO, Layer, Past, Shape
 from temporal_vae.network.primitives import own_norm
 from temporal_vae.walks import gradients

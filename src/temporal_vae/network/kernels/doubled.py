@@ -8,31 +8,16 @@ take 4/9 of the multiplications, and round less.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from temporal_vae.network.kernels import winograd
 from temporal_vae.network.kernels.conv import conv2d
-from temporal_vae.network.kernels.plain import values_only
+from temporal_vae.network.kernels.plain import on_cpu, values_only
 
 LEAST_PIXELS = 128
 """Pixels of all frames below which the sums of the taps cost more than they save."""
-
-_stands_for_cpu: ContextVar[bool] = ContextVar("stands_for_cpu", default=True)
-
-
-@contextmanager
-def counted_for_cpu(here: bool) -> Iterator[None]:
-    """Whether tensors on the meta device stand for tensors on the CPU, or for those elsewhere."""
-    token = _stands_for_cpu.set(here)
-    try:
-        yield
-    finally:
-        _stands_for_cpu.reset(token)
 
 
 def repeated(x: Tensor) -> Tensor:
@@ -42,13 +27,14 @@ def repeated(x: Tensor) -> Tensor:
 
 def pays(x: Tensor) -> bool:
     """Whether the four convolutions are faster; measured on the CPU only."""
-    here = x.device.type == "cpu" or (x.is_meta and _stands_for_cpu.get())
     many = x.shape[0] * x.shape[2] * x.shape[3] >= LEAST_PIXELS
-    return here and not torch.compiler.is_compiling() and many
+    return on_cpu(x) and not torch.compiler.is_compiling() and many
 
 
 def doubled_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`conv2d(repeated(x), weight, bias, padding=1)` of a 3x3 weight, by four of 2x2."""
+    if winograd.serves(x, weight, bias):
+        return winograd.doubled_conv2d(x, weight, bias)
     n, _, h, w = x.shape
     kernels = [_taps(rows, 3) for rows in _taps(weight, 2)]
     if not values_only(x, weight):

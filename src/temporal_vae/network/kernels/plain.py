@@ -1,10 +1,31 @@
-"""Whether values alone are wanted of an operation, so that a kernel may write where it likes."""
+"""What a kernel may do: whether values alone are wanted of an operation, and where it will run."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+_stands_for_cpu: ContextVar[bool] = ContextVar("stands_for_cpu", default=True)
+
+
+@contextmanager
+def counted_for_cpu(here: bool) -> Iterator[None]:
+    """Whether tensors on the meta device stand for tensors on the CPU, or for those elsewhere."""
+    token = _stands_for_cpu.set(here)
+    try:
+        yield
+    finally:
+        _stands_for_cpu.reset(token)
+
+
+def on_cpu(x: Tensor) -> bool:
+    """Whether x is on the CPU, or stands for what will be."""
+    return x.device.type == "cpu" or (x.is_meta and _stands_for_cpu.get())
 
 
 def values_only(*tensors: Tensor) -> bool:

@@ -1,0 +1,100 @@
+"""Kernels in C, built by the compiler of the machine when they are first needed.
+
+They are compiled for the instructions that torch itself has found (AVX-512, AVX2, or what every
+processor of its kind has), and use the threads that torch has started. What is built is kept in the
+user's cache, one file for each source and set of instructions. Without a compiler torch's own
+operations do the work, and a warning says so once. `TEMPORAL_VAE_KERNELS=torch` in the environment
+asks for torch's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+import warnings
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+SWITCH = "TEMPORAL_VAE_KERNELS"
+"""Environment variable: "torch" for torch's own operations only."""
+SECONDS = 120
+"""A compiler that takes longer is given up."""
+
+_FLAGS = ("-O3", "-std=gnu11", "-fopenmp", "-ffp-contract=fast", "-fPIC", "-c")
+_INSTRUCTIONS = {
+    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"),
+    "AVX2": ("-mavx2", "-mfma"),
+}
+
+
+class Unavailable(Exception):
+    """Why there are no kernels of our own on this machine."""
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.CDLL | None:
+    """The kernels, or None where there are none, which is said once."""
+    if os.environ.get(SWITCH) == "torch":
+        return None
+    try:
+        return _loaded(Path(__file__).with_name("winograd.c"))
+    except Unavailable as error:
+        warnings.warn(
+            f"convolutions take torch's own kernels, about half as fast on the CPU, because {error}"
+            f" (to do without this warning: {SWITCH}=torch in the environment)",
+            stacklevel=2,
+        )
+        return None
+
+
+def _loaded(source: Path) -> ctypes.CDLL:
+    flags = (*_FLAGS, *_INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ()))
+    name = hashlib.sha256(source.read_bytes() + " ".join(flags).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "temporal-vae"
+    built = folder / f"{source.stem}-{name}.so"
+    if built.is_file():
+        with contextlib.suppress(OSError):
+            return ctypes.CDLL(os.fspath(built))
+    with tempfile.TemporaryDirectory() as scratch:
+        fresh = _built(source, flags, Path(scratch))
+        try:
+            kernels = ctypes.CDLL(os.fspath(fresh))
+        except OSError as error:  # no OpenMP of GNU's kind in this process
+            raise Unavailable(f"what was compiled cannot be loaded: {error}") from None
+        with contextlib.suppress(OSError):  # no cache: it is compiled again next time
+            _kept(fresh, built)
+        return kernels
+
+
+def _built(source: Path, flags: tuple[str, ...], scratch: Path) -> Path:
+    """The shared library. OpenMP is not linked in: its functions are those torch has loaded."""
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        raise Unavailable("there is no C compiler (cc or gcc)")
+    parts, whole = scratch / "kernels.o", scratch / "kernels.so"
+    for arguments in ((*flags, source, "-o", parts), ("-shared", parts, "-o", whole)):
+        try:
+            subprocess.run(
+                [compiler, *arguments], check=True, capture_output=True, timeout=SECONDS, text=True
+            )
+        except subprocess.CalledProcessError as error:
+            said = (error.stderr.strip() or f"exit status {error.returncode}").splitlines()[0]
+            raise Unavailable(f"{compiler} failed: {said}") from None
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise Unavailable(f"{compiler} failed: {error}") from None
+    return whole
+
+
+def _kept(fresh: Path, built: Path) -> None:
+    """Put a library into the cache under its name, whole or not at all."""
+    built.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    beside = built.with_name(f"{built.name}.{os.getpid()}")
+    shutil.copyfile(fresh, beside)
+    beside.replace(built)
