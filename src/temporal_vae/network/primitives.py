@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from temporal_vae.config import NormScope, TemporalVAEConfig
 from temporal_vae.network.folds import fold_pixels, unfold_pixels
-from temporal_vae.network.kernels import doubled, winograd, work
+from temporal_vae.network.kernels import doubled, three_taps, work
 from temporal_vae.network.kernels.conv import conv2d
 from temporal_vae.network.kernels.doubled import doubled_conv2d
 from temporal_vae.network.kernels.norm import group_norm
@@ -144,7 +144,7 @@ class Conv2d(Scaled, nn.Conv2d):
 
 def larger(x: Tensor, conv: nn.Module) -> Tensor:
     """A convolution of x with every pixel four times, which are laid out only where it is seen."""
-    if isinstance(conv, Conv2d) and unseen(conv) and doubled.pays(x):
+    if isinstance(conv, Conv2d) and unseen(conv) and doubled.pays(x, conv.weight, conv.bias):
         return conv.of_repeated(x)
     y: Tensor = conv(doubled.repeated(x))
     return y
@@ -176,9 +176,8 @@ class TimeConv(Scaled, nn.Conv3d):
     def forward(self, x: Tensor, zeros: int = 0) -> Tensor:
         """(B, C, n, H, W), with so many frames of zeros before and after it."""
         u, bias = self.scales.enter(x, self), self.scales.shift(self.bias)
-        if self.kernel_size[0] == 3 and winograd.serves(u, self.weight, bias):
-            clips = [list(clip) for clip in u.transpose(1, 2)]
-            y = winograd.over_time(clips, zeros, self.weight, bias, behind=zeros)
+        if self.kernel_size[0] == 3 and three_taps.serves(u, self.weight, bias):
+            y = three_taps.over_time([u], zeros, zeros, self.weight, bias)
         else:
             y = F.conv2d(fold_pixels(u), self.weight.squeeze(-1), bias, padding=(zeros, 0))
             y = unfold_pixels(y, x.shape[3:])

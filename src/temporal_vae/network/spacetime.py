@@ -32,7 +32,7 @@ from temporal_vae.network.framewise import (
     NormSiLU,
     queries,
 )
-from temporal_vae.network.kernels import winograd, work
+from temporal_vae.network.kernels import three_taps, work
 from temporal_vae.network.kernels.attention import attention
 from temporal_vae.network.kernels.conv import conv2d
 from temporal_vae.network.kernels.doubled import repeated
@@ -146,7 +146,7 @@ class CausalConv(Scaled, nn.Conv3d):
         if values_only(x, self.weight):
             together = max(1, NUMBERS_AT_A_TIME // (b * len(self.weight) * h * w))
         u = _Frames(x, before)
-        if step == 1 and self.past == PAST and winograd.serves(x, self.weight, bias):
+        if step == 1 and self.past == PAST and three_taps.serves(x, self.weight, bias):
             return self._over_time(u, bias, zeros)
         if frames <= together:
             return self._added(u, bias, 0, frames, zeros)
@@ -157,10 +157,8 @@ class CausalConv(Scaled, nn.Conv3d):
 
     def _over_time(self, u: _Frames, bias: Tensor | None, zeros: int) -> Tensor:
         """All results, by a kernel that takes frames wherever they lie."""
-        known = () if u.tail is None else (u.tail,)
-        clips = [[frame for part in (*known, u.x) for frame in part[b].unbind(1)]
-                 for b in range(len(u.x))]  # fmt: skip
-        y = winograd.over_time(clips, zeros, self.weight, bias)
+        parts = [u.x] if u.tail is None else [u.tail, u.x]
+        y = three_taps.over_time(parts, zeros, 0, self.weight, bias)
         taps = sum(1 + min(PAST, PAST - zeros + result) for result in range(y.shape[2]))
         work.count(y[:, :, 0], taps * self.weight[0, :, 0].numel())
         return y

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from temporal_vae.network.kernels import winograd
+from temporal_vae.network.kernels import three_taps
 from temporal_vae.network.kernels.plain import values_only
 
 CHANNELS_AT_A_TIME = 128
@@ -22,9 +22,9 @@ WIDE = 512
 def conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 0
 ) -> Tensor:
-    """torch's function; in float32 on the CPU, without gradients, a faster or a more exact one."""
-    if stride == padding == 1 and weight.shape[2] == 3 and winograd.serves(x, weight, bias):
-        return winograd.conv2d(x, weight, bias)
+    """torch's function; in float32 on the CPU a faster, or without gradients a more exact one."""
+    if stride == padding == 1 and weight.shape[2] == 3 and three_taps.serves(x, weight, bias):
+        return three_taps.conv2d(x, weight, bias)
     if not _is_wide(x, weight):
         return F.conv2d(x, weight, bias, stride, padding)
     y: Tensor | None = None

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from temporal_vae.network.kernels import winograd
+from temporal_vae.network.kernels import three_taps
 from temporal_vae.network.kernels.conv import conv2d
 from temporal_vae.network.kernels.plain import on_cpu, values_only
 
@@ -25,16 +25,18 @@ def repeated(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
-def pays(x: Tensor) -> bool:
-    """Whether the four convolutions are faster; measured on the CPU only."""
+def pays(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether not to repeat the pixels is faster; measured on the CPU only."""
     many = x.shape[0] * x.shape[2] * x.shape[3] >= LEAST_PIXELS
-    return on_cpu(x) and not torch.compiler.is_compiling() and many
+    if torch.compiler.is_compiling():
+        return three_taps.serves_values(x, weight, bias)
+    return on_cpu(x) and many
 
 
 def doubled_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`conv2d(repeated(x), weight, bias, padding=1)` of a 3x3 weight, by four of 2x2."""
-    if winograd.serves(x, weight, bias):
-        return winograd.doubled_conv2d(x, weight, bias)
+    if three_taps.serves_values(x, weight, bias):
+        return three_taps.conv2d(x, weight, bias, doubled=True)
     n, _, h, w = x.shape
     kernels = [_taps(rows, 3) for rows in _taps(weight, 2)]
     if not values_only(x, weight):

@@ -80,10 +80,9 @@ def _built(source: Path, flags: tuple[str, ...], scratch: Path) -> Path:
         raise Unavailable("there is no C compiler (cc or gcc)")
     parts, whole = scratch / "kernels.o", scratch / "kernels.so"
     for arguments in ((*flags, source, "-o", parts), ("-shared", parts, "-o", whole)):
+        command = [compiler, *map(str, arguments)]
         try:
-            subprocess.run(
-                [compiler, *arguments], check=True, capture_output=True, timeout=SECONDS, text=True
-            )
+            subprocess.run(command, check=True, capture_output=True, timeout=SECONDS, text=True)
         except subprocess.CalledProcessError as error:
             said = (error.stderr.strip() or f"exit status {error.returncode}").splitlines()[0]
             raise Unavailable(f"{compiler} failed: {said}") from None

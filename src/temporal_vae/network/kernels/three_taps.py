@@ -1,0 +1,183 @@
+"""Convolutions with three taps along their axes: by our kernel where it serves, with gradients.
+
+Where nobody differentiates or compiles, the functions of `winograd` are called as they are. Else
+they are operators of torch, which `torch.compile` takes into its graphs and autograd knows: the
+gradient of an input is a convolution of the same kind, that of a weight is torch's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import assume_constant_result, is_compiling, is_exporting
+
+from temporal_vae.network.folds import fold_frames, fold_pixels, joined
+from temporal_vae.network.kernels import winograd
+from temporal_vae.network.kernels.dtypes import is_slow
+from temporal_vae.network.kernels.native import library
+from temporal_vae.network.kernels.plain import on_cpu, transformed, values_only
+
+LEAST_PIXELS = 256
+"""Pixels of all frames below which transforming the weights costs more than it saves."""
+LEAST_PRODUCTS = 2**24
+"""Multiplications of torch's kernel below which a call costs more than it saves."""
+
+
+def serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether our kernel is faster than torch's: on the CPU, in float32, or in bfloat16 where the
+    processor has no instructions for it."""
+    pixels, (out, channels) = x.numel() // x.shape[1], weight.shape[:2]
+    return (
+        on_cpu(x)
+        and x.dtype == weight.dtype == (x if bias is None else bias).dtype
+        and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and _slow(x.dtype)))
+        and channels % winograd.CHANNELS == out % winograd.CHANNELS == 0
+        and pixels >= LEAST_PIXELS
+        and pixels * weight.numel() >= LEAST_PRODUCTS
+        and not is_exporting()
+        and (is_compiling() or not transformed())
+        and not torch.is_autocast_enabled("cpu")
+        and (x.is_meta or _present())
+    )
+
+
+def serves_values(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """The same, where no gradients are wanted."""
+    wanted = (x, weight) if bias is None else (x, weight, bias)
+    grows = torch.is_grad_enabled() and any(each.requires_grad for each in wanted)
+    return not grows and serves(x, weight, bias)
+
+
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, doubled: bool = False) -> Tensor:
+    """See `winograd.conv2d`."""
+    if _values_only(bias, x, weight):
+        return winograd.conv2d(x, weight, bias, doubled)
+    y: Tensor = _conv2d(x, weight, bias, doubled)
+    return y
+
+
+def over_time(
+    parts: Sequence[Tensor], zeros: int, behind: int, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """See `winograd.over_time`."""
+    if _values_only(bias, weight, *parts):
+        return winograd.over_time(parts, zeros, behind, weight, bias)
+    y: Tensor = _over_time(list(parts), zeros, behind, weight, bias)
+    return y
+
+
+@assume_constant_result  # type: ignore[untyped-decorator]
+def _present() -> bool:
+    return library() is not None
+
+
+@assume_constant_result  # type: ignore[untyped-decorator]
+def _slow(dtype: torch.dtype) -> bool:
+    return is_slow(dtype, torch.device("cpu"))
+
+
+def _values_only(bias: Tensor | None, *tensors: Tensor) -> bool:
+    return values_only(*tensors) and (bias is None or values_only(bias))
+
+
+# As operators of torch ---------------------------------------------------------------------------
+
+
+@torch.library.custom_op("temporal_vae::conv2d", mutates_args=())
+def _conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, doubled: bool) -> Tensor:
+    return winograd.conv2d(x, weight, bias, doubled)
+
+
+@_conv2d.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, doubled: bool) -> Tensor:
+    n, _, h, w = x.shape
+    times = 2 if doubled else 1
+    return x.new_empty(n, times * h, times * w, len(weight)).movedim(-1, 1)
+
+
+@torch.library.custom_op("temporal_vae::over_time", mutates_args=())
+def _over_time(
+    parts: list[Tensor], zeros: int, behind: int, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    return winograd.over_time(parts, zeros, behind, weight, bias)
+
+
+@_over_time.register_fake
+def _(parts: list[Tensor], zeros: int, behind: int, weight: Tensor, bias: Tensor | None) -> Tensor:
+    frames = sum(part.shape[2] for part in parts) + zeros + behind - 2
+    b, _, _, h, w = parts[-1].shape
+    return parts[-1].new_empty(b, frames, h, w, len(weight)).movedim(-1, 1)
+
+
+def _remember_conv2d(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, ctx.bias, ctx.doubled = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _conv2d_back(ctx: Any, given: Tensor) -> tuple[Tensor | None, ...]:
+    (x, weight), wanted = ctx.saved_tensors, ctx.needs_input_grad
+    assert not ctx.doubled, "serves_values"
+    back = conv2d(given, weight.flip(2, 3).transpose(0, 1), None) if wanted[0] else None
+    return (
+        back,
+        _weight_back(given, x, weight, (1, 1)) if wanted[1] else None,
+        _sum(given, wanted[2]),
+        None,
+    )
+
+
+def _remember_over_time(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    parts, ctx.zeros, ctx.behind, weight, _ = inputs
+    ctx.save_for_backward(*parts, weight)
+
+
+def _over_time_back(ctx: Any, given: Tensor) -> tuple[Any, ...]:
+    *parts, weight = ctx.saved_tensors
+    zeros, behind, wanted = ctx.zeros, ctx.behind, ctx.needs_input_grad
+    back: Any = [None] * len(parts)
+    if wanted[0] if isinstance(wanted[0], bool) else any(wanted[0]):
+        turned = weight.flip(2, 3, 4).transpose(0, 1)
+        back = over_time([given], 2 - zeros, 2 - behind, turned, None).split(
+            [part.shape[2] for part in parts], 2
+        )
+    of_weight = _over_time_weight(given, parts, zeros, behind, weight) if wanted[3] else None
+    return list(back), None, None, of_weight, _sum(given, wanted[4])
+
+
+def _over_time_weight(
+    given: Tensor, parts: Sequence[Tensor], zeros: int, behind: int, weight: Tensor
+) -> Tensor:
+    """The gradient of the weight: tap by tap, by torch's 2-D kernels."""
+    x = joined(*parts) if len(parts) > 1 else parts[0]
+    if weight.shape[-1] == 1 and zeros == behind:
+        flat = weight.squeeze(-1)
+        found = _weight_back(fold_pixels(given), fold_pixels(x), flat, (zeros, 0))
+        return found.unsqueeze(-1)
+    taps = []
+    for k in range(3):
+        first, stop = max(0, zeros - k), min(given.shape[2], x.shape[2] + zeros - k)
+        there = fold_frames(given[:, :, first:stop])
+        read = fold_frames(x[:, :, first + k - zeros : stop + k - zeros])
+        pad = (1, 1) if weight.shape[-1] == 3 else (0, 0)
+        taps.append(_weight_back(there, read, weight[:, :, k], pad))
+    return torch.stack(taps, 2)
+
+
+def _weight_back(given: Tensor, x: Tensor, weight: Tensor, padding: tuple[int, int]) -> Tensor:
+    mask = [False, True, False]
+    found: Tensor = torch.ops.aten.convolution_backward(
+        given, x, weight, None, [1, 1], list(padding), [1, 1], False, [0, 0], 1, mask
+    )[1]
+    return found
+
+
+def _sum(given: Tensor, wanted: bool) -> Tensor | None:
+    """The gradient of a bias."""
+    return given.sum([axis for axis in range(given.ndim) if axis != 1]) if wanted else None
+
+
+_conv2d.register_autograd(_conv2d_back, setup_context=_remember_conv2d)
+_over_time.register_autograd(_over_time_back, setup_context=_remember_over_time)
