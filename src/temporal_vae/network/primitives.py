@@ -57,7 +57,9 @@ def unseen(module: nn.Module) -> bool:
 
 
 def activate(norm: Norm, module: nn.Module, x: Tensor) -> Tensor:
-    """SiLU of a norm's result, over it where nobody can see: saves a pass and an activation."""
+    """SiLU of a norm's result, with it or over it where nobody can see: saves a pass."""
+    if norm is own_norm and isinstance(module, ActivatedNorm) and unseen(module):
+        return module.activated(x)
     y = norm(module, x)
     return F.silu(y, inplace=values_only(y) and unseen(module))
 
@@ -97,7 +99,15 @@ class Leaf(nn.Module):
     """What layers are made of: a module that nobody but the library derives from."""
 
 
-class GroupNorm(Leaf, nn.GroupNorm):
+class ActivatedNorm(Leaf):
+    """A norm that computes SiLU of its result in the same pass."""
+
+    def activated(self, x: Tensor) -> Tensor:
+        """silu(forward(x))."""
+        raise NotImplementedError
+
+
+class GroupNorm(ActivatedNorm, nn.GroupNorm):
     """Group norm over all that a sample holds: a frame (N, C, H, W), or a clip (B, C, T, H, W)."""
 
     def __init__(self, groups: int, channels: int, eps: float):
@@ -110,6 +120,9 @@ class GroupNorm(Leaf, nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+    def activated(self, x: Tensor) -> Tensor:
+        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, silu=True)
 
 
 class Scaled(Leaf):

@@ -32,13 +32,14 @@ from temporal_vae.network.framewise import (
     NormSiLU,
     queries,
 )
-from temporal_vae.network.kernels import three_taps, work
+from temporal_vae.network.kernels import fused, three_taps, work
 from temporal_vae.network.kernels.attention import attention
 from temporal_vae.network.kernels.conv import conv2d
 from temporal_vae.network.kernels.doubled import repeated
 from temporal_vae.network.kernels.plain import values_only
 from temporal_vae.network.layer import Layer, Past, Ports, Shape, State, Tail, frames_back
 from temporal_vae.network.primitives import (
+    ActivatedNorm,
     Conv2d,
     Leaf,
     Norm,
@@ -62,7 +63,7 @@ PAST = 2
 # Parts ---------------------------------------------------------------------------------------
 
 
-class RMSNorm(Leaf):
+class RMSNorm(ActivatedNorm):
     """The channels of one pixel of one frame by their root mean square; x (B, C, ...)."""
 
     def __init__(self, channels: int, axes: int = 3):
@@ -76,6 +77,20 @@ class RMSNorm(Leaf):
         self.shortest = SHORTEST * before
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._fused(x, silu=False) if fused.serves(x, self.gamma) else self._plain(x)
+
+    def activated(self, x: Tensor) -> Tensor:
+        if fused.serves(x, self.gamma):
+            return self._fused(x, silu=True)
+        y = self._plain(x)
+        return F.silu(y, inplace=values_only(y))
+
+    def _fused(self, x: Tensor, silu: bool) -> Tensor:
+        y, gain = torch.empty_like(x), self.gamma.flatten().float() * math.sqrt(x.shape[1])
+        fused.by_length(x, y, gain, self.shortest, silu)
+        return y
+
+    def _plain(self, x: Tensor) -> Tensor:
         if x.dtype.itemsize > 2:
             return self._wide(x)
         if not values_only(x, self.gamma):

@@ -20,6 +20,7 @@ import torch
 
 from temporal_vae.config import TemporalVAEConfig, WanVAEConfig
 from temporal_vae.network.autoencoder import Line
+from temporal_vae.network.kernels.winograd import SPACE_BYTES
 from temporal_vae.network.layer import Layer, Shape
 from temporal_vae.network.lines import line_of
 from temporal_vae.walks import piecewise, stages
@@ -40,6 +41,8 @@ so a whole walk of them leaves gaps, too. Of Wan's layout at a third of its widt
 its own, which takes a third more time."""
 KERNELS_BYTES = 32 * 2**20
 """What kernels and their threads keep for themselves, however small the walk."""
+KERNELS_THREADS = 8
+"""Threads for which that is enough; each of more has its own space in our kernels."""
 GRADIENT_GAPS = 1.0
 """The same for gradients of weights, which come with every piece and stay between what goes: of all
 of them so much. SVD's decoder, 0.24 GiB of weights: 0.3 to 0.4 GiB above the count of 8x64x64."""
@@ -121,6 +124,11 @@ class Plan:
         lines += [f"  {size / 2**20:10.1f} MiB  {name}" for name, size in self.parts]
         lines.append(f"  {self.peak_bytes / 2**20:10.1f} MiB  peak over weights and input")
         return "\n".join(lines)
+
+
+def _kernels_bytes(device: torch.device) -> int:
+    more = max(0, torch.get_num_threads() - KERNELS_THREADS) if device.type == "cpu" else 0
+    return KERNELS_BYTES + more * SPACE_BYTES
 
 
 class Planner:
@@ -216,7 +224,7 @@ class Planner:
             gaps = min(GAPS_BYTES, found.workspace) + int(GRADIENT_GAPS * weights)
         parts.append(("gaps", gaps))
         margin = math.ceil(MARGIN * sum(size for _, size in parts))
-        parts += [("margin", margin), ("the kernels' own", KERNELS_BYTES)]
+        parts += [("margin", margin), ("the kernels' own", _kernels_bytes(request.device))]
         parts = [(name, size) for name, size in parts if size]
         walked = None if bounds is None else replace(bounds, workspace=found.workspace)
         return Plan(

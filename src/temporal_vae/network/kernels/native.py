@@ -24,9 +24,11 @@ import torch
 
 SWITCH = "TEMPORAL_VAE_KERNELS"
 """Environment variable: "torch" for torch's own operations only."""
+SOURCES, HEADERS = ("winograd.c", "norm.c"), ("vectors.h",)
 SECONDS = 120
 """A compiler that takes longer is given up."""
 
+_HERE = Path(__file__).parent
 _FLAGS = ("-O3", "-std=gnu11", "-fopenmp", "-ffp-contract=fast", "-fPIC", "-c")
 _INSTRUCTIONS = {
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"),
@@ -44,7 +46,7 @@ def library() -> ctypes.CDLL | None:
     if os.environ.get(SWITCH) == "torch":
         return None
     try:
-        return _loaded(Path(__file__).with_name("winograd.c"))
+        return _loaded()
     except Unavailable as error:
         warnings.warn(
             f"convolutions take torch's own kernels, about half as fast on the CPU, because {error}"
@@ -54,16 +56,18 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
-def _loaded(source: Path) -> ctypes.CDLL:
+def _loaded() -> ctypes.CDLL:
     flags = (*_FLAGS, *_INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ()))
-    name = hashlib.sha256(source.read_bytes() + " ".join(flags).encode()).hexdigest()[:16]
+    told = hashlib.sha256(" ".join(flags).encode())
+    for file in (*SOURCES, *HEADERS):
+        told.update(_HERE.joinpath(file).read_bytes())
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "temporal-vae"
-    built = folder / f"{source.stem}-{name}.so"
+    built = folder / f"kernels-{told.hexdigest()[:16]}.so"
     if built.is_file():
         with contextlib.suppress(OSError):
             return ctypes.CDLL(os.fspath(built))
     with tempfile.TemporaryDirectory() as scratch:
-        fresh = _built(source, flags, Path(scratch))
+        fresh = _built(flags, Path(scratch))
         try:
             kernels = ctypes.CDLL(os.fspath(fresh))
         except OSError as error:  # no OpenMP of GNU's kind in this process
@@ -73,22 +77,27 @@ def _loaded(source: Path) -> ctypes.CDLL:
         return kernels
 
 
-def _built(source: Path, flags: tuple[str, ...], scratch: Path) -> Path:
+def _built(flags: tuple[str, ...], scratch: Path) -> Path:
     """The shared library. OpenMP is not linked in: its functions are those torch has loaded."""
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         raise Unavailable("there is no C compiler (cc or gcc)")
-    parts, whole = scratch / "kernels.o", scratch / "kernels.so"
-    for arguments in ((*flags, source, "-o", parts), ("-shared", parts, "-o", whole)):
-        command = [compiler, *map(str, arguments)]
-        try:
-            subprocess.run(command, check=True, capture_output=True, timeout=SECONDS, text=True)
-        except subprocess.CalledProcessError as error:
-            said = (error.stderr.strip() or f"exit status {error.returncode}").splitlines()[0]
-            raise Unavailable(f"{compiler} failed: {said}") from None
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise Unavailable(f"{compiler} failed: {error}") from None
-    return whole
+    _compiler(compiler, *flags, *(str(_HERE / file) for file in SOURCES), within=scratch)
+    parts = sorted(str(part) for part in scratch.glob("*.o"))
+    _compiler(compiler, "-shared", *parts, "-o", "kernels.so", within=scratch)
+    return scratch / "kernels.so"
+
+
+def _compiler(*command: str, within: Path) -> None:
+    try:
+        subprocess.run(
+            command, cwd=within, check=True, capture_output=True, timeout=SECONDS, text=True
+        )
+    except subprocess.CalledProcessError as error:
+        said = (error.stderr.strip() or f"exit status {error.returncode}").splitlines()[0]
+        raise Unavailable(f"{command[0]} failed: {said}") from None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unavailable(f"{command[0]} failed: {error}") from None
 
 
 def _kept(fresh: Path, built: Path) -> None:

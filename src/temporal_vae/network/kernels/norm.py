@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from temporal_vae.network.folds import fold_pixels, unfold_pixels
+from temporal_vae.network.kernels import fused
 from temporal_vae.network.kernels.plain import transformed, values_only
 
 RUN_PIXELS = 256
@@ -39,20 +40,27 @@ def group_norm_reference(
     return F.group_norm(x, groups, weight, bias, eps)
 
 
-def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Normalise groups of channels over each sample's pixels.
+def group_norm(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool = False
+) -> Tensor:
+    """Normalise groups of channels over each sample's pixels; with SiLU of that, if `silu`.
 
     x (N, C, H, W), or a clip (B, C, T, H, W) whose frames go together; any floating dtype. The
     result is a new tensor in the memory order of x. Our kernel serves channels-last float32 on the
     CPU where no gradient is wanted, torch all else.
     """
     if x.ndim == 5:
-        y = group_norm(fold_pixels(x), groups, weight, bias, eps)
+        y = group_norm(fold_pixels(x), groups, weight, bias, eps, silu)
         return unfold_pixels(y, x.shape[3:])
+    if _has_kernel(x, weight):
+        return normalise(x, Moments.of(x, groups), weight, bias, eps, silu)
+    y = _by_torch(x, groups, weight, bias, eps)
+    return F.silu(y, inplace=values_only(y)) if silu else y
+
+
+def _by_torch(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     if x.dtype == torch.float16 and x.device.type != "cpu":
         return group_norm_in_float32(x, groups, weight, bias, eps)
-    if _has_kernel(x, weight):
-        return normalise(x, Moments.of(x, groups), weight, bias, eps)
     y = group_norm_reference(x, groups, weight, bias, eps)
     if x.device.type != "cpu" and x.is_contiguous(memory_format=torch.channels_last):
         # a GPU's kernel gives the other layout, of which every convolution would make a copy
@@ -122,14 +130,16 @@ class Moments:
         return cls(count, *_pool(share.view(-1, 1, 1).to(mean.device), mean, variance, (0,)))
 
 
-def normalise(x: Tensor, moments: Moments, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """A part of what has these moments by them, scaled and shifted per channel.
+def normalise(
+    x: Tensor, moments: Moments, weight: Tensor, bias: Tensor, eps: float, silu: bool = False
+) -> Tensor:
+    """A part of what has these moments by them, scaled and shifted per channel; then SiLU, if so.
 
     x is (N, C, H, W) or (B, C, T, H, W). 16-bit input is computed in float32. Gradients go through
     the moments too.
     """
     if x.ndim == 5:
-        y = normalise(fold_pixels(x), moments, weight, bias, eps)
+        y = normalise(fold_pixels(x), moments, weight, bias, eps, silu)
         return unfold_pixels(y, x.shape[3:])
     wide = torch.promote_types(x.dtype, torch.float32)
     weight, bias = weight.to(wide), bias.to(wide)
@@ -142,7 +152,13 @@ def normalise(x: Tensor, moments: Moments, weight: Tensor, bias: Tensor, eps: fl
     if not values_only(x, weight, bias, mean):
         mean, scale = (each[..., None, None] for each in (mean, (variance + eps).rsqrt()))
         weight, bias = (each[:, None, None] for each in (weight, bias))
-        return torch.addcmul(bias, x - mean, scale * weight).to(x.dtype)
+        y = torch.addcmul(bias, x - mean, scale * weight).to(x.dtype)
+        return F.silu(y) if silu else y
+    if fused.serves(x):
+        y, scale = torch.empty_like(x), (variance.double() + eps).rsqrt().to(wide) * weight
+        for n in range(samples):
+            fused.shifted(x[n : n + 1], y[n : n + 1], mean[n], scale[n], bias, silu)
+        return y
     # CUDA computes with what it saves: two tensors, or one would overwrite the other
     y, saved = torch.empty_like(x), [x.new_empty(0, dtype=wide) for _ in range(2)]
     for n in range(samples):
@@ -150,7 +166,7 @@ def normalise(x: Tensor, moments: Moments, weight: Tensor, bias: Tensor, eps: fl
             x[n : n + 1], weight, bias, mean[n], variance[n], False, 0.0, eps,
             out=y[n : n + 1], save_mean=saved[0], save_invstd=saved[1],
         )  # fmt: skip
-    return y
+    return F.silu(y, inplace=True) if silu else y
 
 
 def _of_columns(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,51 +12,21 @@
 // Names: `tile` what is computed together of one place in time and space, `place` one product of a
 // tile, `panel` LANES output channels. Sizes and strides count numbers, not bytes.
 
-#include <stdint.h>
 #include <string.h>
 
-#if defined(__AVX512F__)
-enum { VECTOR = 16, ROWS = 12 };
-#elif defined(__AVX__)
-enum { VECTOR = 8, ROWS = 6 };
-#else
-enum { VECTOR = 4, ROWS = 6 };
-#endif
+#include "vectors.h"
+
+enum { ROWS = VECTOR == 16 ? 12 : 6 };  // of a product of matrices: as registers hold them
 enum { LANES = 2 * VECTOR, ONE = 0, THREE = 1, DOUBLED = 2, AXES = 3, MOST = 64 };
 enum { APART = 16 };  // between places, which would meet in the cache at a power of two
 enum { CHAIN = 64 };  // products added in a row: long sums round more
-enum { FLOAT32 = 0, BFLOAT16 = 1 };
 
 static const int READ[] = {1, 4, 3};    // inputs of a tile along an axis, and products
 static const int GIVEN[] = {1, 2, 2};   // results of a tile
 static const int STEP[] = {1, 2, 1};    // inputs from one tile to the next
 static const int TAPS[] = {1, 3, 3};
 
-typedef float vec __attribute__((vector_size(4 * VECTOR), aligned(4), may_alias));
-typedef uint32_t word __attribute__((vector_size(4 * VECTOR), aligned(4), may_alias));
-typedef uint16_t half __attribute__((vector_size(2 * VECTOR), aligned(2), may_alias));
-
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 64")
-
 extern int omp_get_thread_num(void);
-
-INLINE vec load(const float *p) { return *(const vec *)p; }
-INLINE void store(float *p, vec v) { *(vec *)p = v; }
-
-INLINE vec read(const char *p, long k, int type) {
-    if (type == FLOAT32) return load((const float *)p + k);
-    word bits = __builtin_convertvector(*(const half *)((const uint16_t *)p + k), word) << 16;
-    return (vec)bits;
-}
-
-INLINE void write(char *p, long k, vec v, int type) {
-    if (type == FLOAT32) { store((float *)p + k, v); return; }
-    word bits = (word)v, even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    word nan = (word)(v != v);  // rounding could carry one into an infinity
-    *(half *)((uint16_t *)p + k) =
-        __builtin_convertvector((even & ~nan) | (nan & ((bits >> 16) | 0x40)), half);
-}
 
 // Along one axis, for numbers `s` apart ----------------------------------------------------------
 

@@ -1,0 +1,86 @@
+// Norms whose sums are known or are those of one pixel, and SiLU, in one pass over frames whose
+// channels lie together.
+
+#include <math.h>
+
+#include "vectors.h"
+
+enum { PIXELS = 64 };  // that a thread takes at a time
+
+INLINE vec chosen(integer where, vec a, vec b) {
+    return (vec)(((integer)a & where) | ((integer)b & ~where));
+}
+
+// e^x, to a unit in the last place or two: 2^n e^r, e^r by a polynomial (Cephes, Moshier).
+INLINE vec exponential(vec x) {
+    x = chosen(x < -87.f, (vec){0} - 87.f, chosen(x > 88.f, (vec){0} + 88.f, x));
+    vec n = (x * 1.44269504f + 12582912.f) - 12582912.f;
+    vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vec p = 1.9875691500e-4f * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.f;
+    return p * (vec)((__builtin_convertvector(n, integer) + 127) << 23);
+}
+
+INLINE vec silu(vec x) { return x / (1.f + exponential(-x)); }
+
+// (x - mean) * scale + shift, of each channel.
+INLINE void shifted(const char *x, char *y, long channels, const float *mean, const float *scale,
+                    const float *shift, int with_silu, int type) {
+    for (long k = 0; k < channels; k += VECTOR) {
+        vec v = (read(x, k, type) - load(mean + k)) * load(scale + k) + load(shift + k);
+        write(y, k, with_silu ? silu(v) : v, type);
+    }
+}
+
+// x by its length over the channels, or `shortest`, times `gain`.
+INLINE void by_length(const char *x, char *y, long channels, const float *gain, float shortest,
+                      int with_silu, int type) {
+    vec squares = {0};
+    for (long k = 0; k < channels; k += VECTOR) {
+        vec v = read(x, k, type);
+        squares += v * v;
+    }
+    float sum = 0;
+    for (int i = 0; i < VECTOR; i++) sum += squares[i];
+    float length = sqrtf(sum), times = 1 / (length < shortest ? shortest : length);
+    for (long k = 0; k < channels; k += VECTOR) {
+        vec v = read(x, k, type) * times * load(gain + k);
+        write(y, k, with_silu ? silu(v) : v, type);
+    }
+}
+
+#define BYTES(type) ((type) == FLOAT32 ? 4 : 2)
+#define EACH(use, with_silu, type)                                                                 \
+    do {                                                                                           \
+        if (type == FLOAT32) { if (with_silu) { use(1, FLOAT32); } else { use(0, FLOAT32); } }     \
+        else { if (with_silu) { use(1, BFLOAT16); } else { use(0, BFLOAT16); } }                   \
+    } while (0)
+
+void norm_shifted(const char *x, char *y, int64_t pixels, int64_t channels, const float *mean,
+                  const float *scale, const float *shift, int32_t with_silu, int32_t type,
+                  int32_t threads) {
+    long apart = channels * BYTES(type);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long begin = 0; begin < pixels; begin += PIXELS)
+        for (long p = begin; p < pixels && p < begin + PIXELS; p++) {
+#define USE(s, t) shifted(x + p * apart, y + p * apart, channels, mean, scale, shift, s, t)
+            EACH(USE, with_silu, type);
+#undef USE
+        }
+}
+
+void norm_by_length(const char *x, char *y, int64_t pixels, int64_t channels, const float *gain,
+                    float shortest, int32_t with_silu, int32_t type, int32_t threads) {
+    long apart = channels * BYTES(type);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long begin = 0; begin < pixels; begin += PIXELS)
+        for (long p = begin; p < pixels && p < begin + PIXELS; p++) {
+#define USE(s, t) by_length(x + p * apart, y + p * apart, channels, gain, shortest, s, t)
+            EACH(USE, with_silu, type);
+#undef USE
+        }
+}

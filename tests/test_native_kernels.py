@@ -1,0 +1,424 @@
+"""Kernels in C: beside float64, in graphs, with gradients, and where they cannot be built."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from temporal_vae import TemporalVAE
+from temporal_vae.network.kernels import dtypes, fused, native, three_taps, winograd
+from temporal_vae.network.kernels.norm import group_norm, group_norm_reference
+from temporal_vae.network.spacetime import RMSNorm
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
+
+Function = Callable[..., Tensor]
+SIZES = [(1, 32, 16, 40, 41), (3, 48, 80, 17, 24), (2, 160, 32, 1, 300), (2, 32, 32, 300, 1)]
+"""Frames, channels, output channels, height, width."""
+
+
+@pytest.fixture(autouse=True)
+def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(three_taps, "LEAST_PRODUCTS", 0)
+    monkeypatch.setattr(three_taps, "LEAST_PIXELS", 0)
+
+
+def frames(*shape: int) -> Tensor:
+    """Random (N, C, ...), channels together."""
+    n, c, *rest = shape
+    return torch.randn(n, *rest, c).movedim(-1, 1)
+
+
+def kernel(out: int, channels: int, *taps: int) -> tuple[Tensor, Tensor]:
+    weight = torch.randn(out, channels, *taps)
+    return weight / weight[0].numel() ** 0.5, torch.randn(out)
+
+
+def rms(x: Tensor, exact: Tensor) -> float:
+    return float((x.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+
+
+def in_float64(function: Function, *tensors: Tensor) -> Tensor:
+    return function(*(x.double() for x in tensors))
+
+
+conv2d: Function = functools.partial(F.conv2d, padding=1)
+"""A 3x3 convolution by torch."""
+
+
+def repeated(x: Tensor) -> Tensor:
+    return x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+
+# Values --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_a_convolution_is_as_exact_as_torchs(size: tuple[int, ...]) -> None:
+    n, c, out, h, w = size
+    x, (weight, bias) = frames(n, c, h, w), kernel(out, c, 3, 3)
+    exact = in_float64(conv2d, x, weight, bias)
+    y = winograd.conv2d(x, weight, bias)
+    assert y.is_contiguous(memory_format=torch.channels_last) or 1 in (h, w)
+    theirs = max(
+        rms(F.conv2d(each, weight, bias, padding=1), exact) for each in (x, x.contiguous())
+    )
+    assert rms(y, exact) <= 1.5 * theirs < 2e-6
+    without = in_float64(conv2d, x, weight)
+    assert rms(winograd.conv2d(x, weight, None), without) < 1e-6
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_a_convolution_of_doubled_pixels(size: tuple[int, ...]) -> None:
+    n, c, out, h, w = size
+    x, (weight, bias) = frames(n, c, h, w), kernel(out, c, 3, 3)
+    exact = in_float64(lambda x, *of: conv2d(repeated(x), *of), x, weight, bias)
+    assert rms(winograd.conv2d(x, weight, bias, doubled=True), exact) < 4e-7
+
+
+def padded(x: Tensor, zeros: int, behind: int) -> Tensor:
+    return F.pad(x, (0, 0, 0, 0, zeros, behind))
+
+
+@pytest.mark.parametrize("side", [1, 3])
+@pytest.mark.parametrize(("zeros", "behind"), [(0, 0), (1, 1), (2, 0), (0, 2)])
+@pytest.mark.parametrize("split", [(1,), (2,), (3,), (6,), (2, 1), (2, 4), (1, 1, 1)], ids=str)
+def test_a_convolution_over_time(
+    side: int, zeros: int, behind: int, split: tuple[int, ...]
+) -> None:
+    if sum(split) + zeros + behind < 3:
+        pytest.skip("no result")
+    x, (weight, bias) = frames(2, 32, sum(split), 9, 12), kernel(48, 32, 3, side, side)
+    pad = (0, side // 2, side // 2)
+    exact = in_float64(
+        lambda x, w, b: F.conv3d(padded(x, zeros, behind), w, b, padding=pad), x, weight, bias
+    )
+    parts = [part.clone(memory_format=torch.preserve_format) for part in x.split(split, 2)]
+    y = winograd.over_time(parts, zeros, behind, weight, bias)
+    assert y.shape == exact.shape and rms(y, exact) < 4e-7
+    assert y.movedim(1, -1).is_contiguous()
+
+
+def test_frames_lie_wherever_they_do() -> None:
+    """Cropped rows and columns, the other memory order, weights in any order."""
+    whole, (weight, bias) = frames(2, 32, 20, 30), kernel(16, 32, 3, 3)
+    for x in (whole[:, :, 3:17, 2:25], whole.contiguous(), whole[:, :, ::2], whole[1:]):
+        exact = in_float64(conv2d, x, weight, bias)
+        assert rms(winograd.conv2d(x, weight, bias), exact) < 4e-7
+        last = weight.contiguous(memory_format=torch.channels_last)
+        assert torch.equal(winograd.conv2d(x, last, bias), winograd.conv2d(x, weight, bias))
+
+
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    x, (weight, bias) = frames(2, 64, 33, 20), kernel(64, 64, 3, 3)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(winograd.conv2d(x, weight, bias))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_threads_of_the_caller_do_not_disturb_one_another() -> None:
+    x, (weight, bias) = frames(4, 64, 33, 20), kernel(64, 64, 3, 3)
+    expected, wrong = winograd.conv2d(x, weight, bias), []
+
+    def work() -> None:
+        for _ in range(20):
+            if not torch.equal(winograd.conv2d(x, weight, bias), expected):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("doubled", [False, True])
+def test_bfloat16_is_float32_rounded(doubled: bool) -> None:
+    x, (weight, bias) = frames(2, 64, 11, 13).bfloat16(), kernel(32, 64, 3, 3)
+    weight, bias = weight.bfloat16(), bias.bfloat16()
+    wide = winograd.conv2d(x.float(), weight.float(), bias.float(), doubled)
+    y = winograd.conv2d(x, weight, bias, doubled)
+    assert y.dtype == torch.bfloat16 and torch.equal(y, wide.bfloat16())
+
+
+def test_what_is_not_finite_stays_near() -> None:
+    """Not a number, and infinities, reach the frames that read them, and no other."""
+    x, (weight, bias) = frames(3, 32, 12, 12), kernel(16, 32, 3, 3)
+    clean = winograd.conv2d(x, weight, bias)
+    x[1, 5, 6, 6], x[1, 5, 1, 1] = torch.nan, torch.inf
+    y = winograd.conv2d(x, weight, bias)
+    assert torch.equal(y[0], clean[0]) and torch.equal(y[2], clean[2])
+    assert y[1, :, 5:8, 5:8].isnan().all() and not y[1, :, 1, 1].isfinite().any()
+    assert torch.equal(y[1, :, 9:, 9:], clean[1, :, 9:, 9:])
+    assert winograd.conv2d(x.bfloat16(), weight.bfloat16(), None)[1, :, 6, 6].isnan().all()
+
+
+# Gradients and graphs ------------------------------------------------------------------------
+
+
+def assert_same_gradients(ours: Function, theirs: Function, *given: Tensor) -> None:
+    mine = [x.clone().requires_grad_() for x in given]
+    exact = [x.double().requires_grad_() for x in given]
+    y, z = ours(*mine), theirs(*exact)
+    assert rms(y.detach(), z.detach()) < 5e-7
+    seen = torch.randn_like(y)
+    found, wanted = torch.autograd.grad(y, mine, seen), torch.autograd.grad(z, exact, seen.double())
+    for a, b in zip(found, wanted, strict=True):
+        assert a.shape == b.shape and rms(a, b) < 5e-6
+
+
+def test_gradients_of_a_convolution() -> None:
+    assert_same_gradients(
+        three_taps.conv2d, conv2d,
+        frames(2, 32, 20, 21), *kernel(48, 32, 3, 3),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("side", [1, 3])
+@pytest.mark.parametrize(("zeros", "behind"), [(0, 0), (1, 1), (2, 0)])
+def test_gradients_over_time(side: int, zeros: int, behind: int) -> None:
+    pad = (0, side // 2, side // 2)
+
+    def theirs(tail: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.conv3d(padded(torch.cat([tail, x], 2), zeros, behind), weight, bias, padding=pad)
+
+    def ours(tail: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return three_taps.over_time([tail, x], zeros, behind, weight, bias)
+
+    given = frames(2, 32, 2, 9, 10), frames(2, 32, 3, 9, 10)
+    assert_same_gradients(ours, theirs, *given, *kernel(48, 32, 3, side, side))
+
+
+def test_second_derivatives() -> None:
+    """As a penalty on gradients takes them."""
+    x, (weight, bias) = frames(1, 32, 12, 12), kernel(32, 32, 3, 3)
+
+    def penalty(function: Function, *given: Tensor) -> Tensor:
+        x, weight, bias = (each.requires_grad_() for each in given)
+        y = function(x, weight, bias).square().sum()
+        (first,) = torch.autograd.grad(y, x, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), weight)
+        return second
+
+    exact = in_float64(lambda *given: penalty(conv2d, *given), x, weight, bias)
+    assert rms(penalty(three_taps.conv2d, x.clone(), weight.clone(), bias.clone()), exact) < 1e-5
+
+
+def test_a_graph_has_the_kernels_in_it() -> None:
+    torch._dynamo.reset()
+    x, (weight, bias) = frames(1, 32, 16, 16), kernel(32, 32, 3, 3)
+    seen: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    with torch.no_grad():
+        compiled = torch.compile(three_taps.conv2d, backend=backend, fullgraph=True)
+        assert torch.equal(compiled(x, weight, bias), three_taps.conv2d(x, weight, bias))
+    assert any("temporal_vae.conv2d" in name for name in seen)
+
+
+def small() -> TemporalVAE:
+    """An awake model with layers wide enough for the kernels."""
+    model = TemporalVAE(base_channels=32, channel_multipliers=(1, 2), blocks_per_level=1, seed=0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[winograd.Kind]]:
+    """The kinds of kernel that have run."""
+    kinds: list[winograd.Kind] = []
+    run = winograd.run
+
+    def told(kind: winograd.Kind, *rest: Any) -> None:
+        kinds.append(kind)
+        run(kind, *rest)
+
+    monkeypatch.setattr(winograd, "run", told)
+    yield kinds
+
+
+def test_a_model_takes_them_and_trains_as_before(
+    called: list[winograd.Kind], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, video = small(), torch.rand(1, 3, 3, 32, 32) * 2 - 1
+    exact = copy.deepcopy(model).double()
+
+    def gradients(vae: TemporalVAE) -> Tensor:
+        vae.zero_grad()
+        vae.decode(vae.encode(video.to(vae.dtype), sample_mode=False)).square().mean().backward()
+        return torch.cat([p.grad.flatten() for p in vae.parameters() if p.grad is not None])
+
+    found = gradients(model)
+    assert {(0, 1, 1), (1, 0, 0)} == set(called)
+    called.clear()
+    wanted = gradients(exact)
+    assert not called, "float64 is computed by torch"
+    ours = rms(found, wanted)
+    monkeypatch.setattr(three_taps, "serves", lambda *_: False)
+    assert ours < 1e-4 and ours < 2 * rms(gradients(model), wanted)
+    with torch.no_grad():
+        monkeypatch.undo()
+        model.decode(torch.randn(1, model.latent_channels, 2, 16, 16))
+
+
+def test_weights_are_never_stale() -> None:
+    """However they change: a step, a loaded state, a hand in `data`, an average put in place."""
+    model, latent = small(), torch.randn(1, 4, 2, 16, 16)
+    other = copy.deepcopy(model)
+
+    def check() -> None:
+        with torch.no_grad():
+            y = model.decode(latent)
+            wide = copy.deepcopy(model).double()
+            assert rms(y, wide.decode(latent.double())) < 1e-4
+            assert not torch.equal(y, before)
+
+    with torch.no_grad():
+        before = model.decode(latent)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    model.decode(latent).square().mean().backward()
+    optimizer.step()
+    check()
+    for parameter in model.parameters():
+        parameter.data.mul_(1.01)
+    check()
+    for parameter in other.parameters():
+        parameter.data.mul_(0.9)
+    model.load_state_dict(other.state_dict())
+    check()
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 1.1
+    check()
+
+
+# Norms ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+def test_a_group_norm_with_silu(offset: float, silu: bool) -> None:
+    x, weight, bias = frames(2, 48, 19, 23) + offset, torch.randn(48), torch.randn(48)
+    exact = group_norm_reference(x.double(), 12, weight.double(), bias.double(), 1e-6)
+    exact = F.silu(exact) if silu else exact
+    assert fused.serves(x)
+    y = group_norm(x, 12, weight, bias, 1e-6, silu)
+    torchs = group_norm_reference(x.contiguous(), 12, weight, bias, 1e-6)
+    assert rms(y, exact) <= 3 * rms(F.silu(torchs) if silu else torchs, exact) + 1e-8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1.0, 1e-14])
+def test_a_norm_of_each_position(scale: float, dtype: torch.dtype) -> None:
+    norm = RMSNorm(48)
+    torch.nn.init.normal_(norm.gamma)
+    norm.to(dtype).requires_grad_(False)
+    x = (frames(2, 48, 3, 5, 7) * scale).to(dtype)
+    exact = copy.deepcopy(norm).double()._plain(x.double())
+    least = 1e-6 if dtype == torch.float32 else 4e-3
+    assert fused.serves(x, norm.gamma)
+    assert rms(norm(x), exact) < least and rms(norm.activated(x), F.silu(exact)) < least
+    assert rms(norm._plain(x), exact) < least
+
+
+def test_silu_far_out() -> None:
+    x = torch.linspace(-120, 120, 16 * 4000).view(1, 4000, 1, 16).movedim(-1, 1)
+    x[0, 0, 0, 0], x[0, 1, 0, 0], x[0, 2, 0, 0] = torch.nan, torch.inf, 3e38
+    y, one, zero = torch.empty_like(x), torch.ones(16), torch.zeros(16)
+    fused.shifted(x, y, zero, one, zero, silu=True)
+    exact = F.silu(x.double())
+    assert y[0, 0, 0, 0].isnan() and y[0, 1, 0, 0] == torch.inf and y[0, 2, 0, 0] == x[0, 2, 0, 0]
+    rest = (x > -80) & x.isfinite()
+    assert ((y.double() - exact).abs() / exact.abs())[rest].max() < 4e-7
+    assert y[x < -80].abs().max() < 1e-30
+
+
+# Where they are built ------------------------------------------------------------------------
+
+RUN = """
+import sys, warnings, torch
+from temporal_vae.network.kernels import native, three_taps, winograd
+torch.manual_seed(0)
+x, weight = torch.randn(2, 24, 25, 64).movedim(-1, 1), torch.randn(64, 64, 3, 3) / 24
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    from temporal_vae.network.kernels.conv import conv2d
+    y, _ = conv2d(x, weight, None, 1, 1), conv2d(x, weight, None, 1, 1)
+exact = torch.nn.functional.conv2d(x.double(), weight.double(), padding=1)
+assert (y.double() - exact).abs().max() < 2e-5, (y.double() - exact).abs().max()
+print(native.library() is not None, len(said), *(str(each.message) for each in said))
+"""
+
+
+def run(folder: Path, **environment: str) -> str:
+    known = os.environ | {"XDG_CACHE_HOME": str(folder)} | environment
+    return subprocess.run(
+        [sys.executable, "-c", RUN], env=known, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def test_they_are_built_once(tmp_path: Path) -> None:
+    assert run(tmp_path) == "True 0"
+    (built,) = (tmp_path / "temporal-vae").iterdir()
+    assert built.suffix == ".so"
+    assert run(tmp_path, CC="/no/compiler") == "True 0"
+    built.write_bytes(b"torn")
+    assert run(tmp_path) == "True 0", "what cannot be loaded is built again"
+
+
+def test_without_a_compiler_torchs_kernels_do_it_and_it_is_said_once(tmp_path: Path) -> None:
+    said = run(tmp_path, CC="/no/compiler")
+    assert said.startswith("False 1 convolutions take torch's own kernels")
+    assert "/no/compiler failed" in said and "TEMPORAL_VAE_KERNELS=torch" in said
+    assert run(tmp_path, TEMPORAL_VAE_KERNELS="torch") == "False 0"
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_folder_to_keep_them_in(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert run(tmp_path / "file") == "True 0"
+
+
+@pytest.mark.parametrize("instructions", ["default", "avx2"])
+def test_every_length_of_vectors(tmp_path: Path, instructions: str) -> None:
+    assert run(tmp_path, ATEN_CPU_CAPABILITY=instructions) == "True 0"
+
+
+def test_the_longest_vectors_compile(tmp_path: Path) -> None:
+    """Those of AVX-512, though this processor may not run them."""
+    if os.uname().machine != "x86_64":
+        pytest.skip("another processor")
+    flags = (*native._FLAGS, *native._INSTRUCTIONS["AVX512"], "-Wall", "-Wextra", "-Werror")
+    assert native._built(flags, tmp_path).is_file()
+
+
+def test_a_processor_with_bfloat16_takes_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, (weight, bias) = frames(1, 32, 16, 16).bfloat16(), kernel(32, 32, 3, 3)
+    for slow in (True, False):
+        monkeypatch.setattr(dtypes, "_has", lambda dtype, slow=slow: not slow)
+        dtypes.is_slow.cache_clear()
+        assert three_taps.serves(x, weight.bfloat16(), bias.bfloat16()) == slow
+    dtypes.is_slow.cache_clear()
