@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import os
-import subprocess
-import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -89,18 +88,24 @@ def test_a_convolution_of_doubled_pixels(size: tuple[int, ...]) -> None:
     assert rms(winograd.conv2d(x, weight, bias, doubled=True), exact) < 4e-7
 
 
+AROUND = [
+    (zeros, behind, split)
+    for zeros, behind in ((0, 0), (1, 1), (2, 0), (0, 2))
+    for split in ((1,), (2,), (3,), (6,), (2, 1), (2, 4), (1, 1, 1))
+    if zeros + behind + sum(split) > 2
+]
+"""Frames of zeros before and behind, and the frames of each part between them."""
+
+
 def padded(x: Tensor, zeros: int, behind: int) -> Tensor:
     return F.pad(x, (0, 0, 0, 0, zeros, behind))
 
 
 @pytest.mark.parametrize("side", [1, 3])
-@pytest.mark.parametrize(("zeros", "behind"), [(0, 0), (1, 1), (2, 0), (0, 2)])
-@pytest.mark.parametrize("split", [(1,), (2,), (3,), (6,), (2, 1), (2, 4), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize(("zeros", "behind", "split"), AROUND, ids=str)
 def test_a_convolution_over_time(
     side: int, zeros: int, behind: int, split: tuple[int, ...]
 ) -> None:
-    if sum(split) + zeros + behind < 3:
-        pytest.skip("no result")
     x, (weight, bias) = frames(2, 32, sum(split), 9, 12), kernel(48, 32, 3, side, side)
     pad = (0, side // 2, side // 2)
     exact = in_float64(
@@ -358,53 +363,77 @@ def test_silu_far_out() -> None:
 
 # Where they are built ------------------------------------------------------------------------
 
-RUN = """
-import sys, warnings, torch
-from temporal_vae.network.kernels import native, three_taps, winograd
-torch.manual_seed(0)
-x, weight = torch.randn(2, 24, 25, 64).movedim(-1, 1), torch.randn(64, 64, 3, 3) / 24
-with warnings.catch_warnings(record=True) as said:
-    warnings.simplefilter("always")
-    from temporal_vae.network.kernels.conv import conv2d
-    y, _ = conv2d(x, weight, None, 1, 1), conv2d(x, weight, None, 1, 1)
-exact = torch.nn.functional.conv2d(x.double(), weight.double(), padding=1)
-assert (y.double() - exact).abs().max() < 2e-5, (y.double() - exact).abs().max()
-print(native.library() is not None, len(said), *(str(each.message) for each in said))
-"""
+
+def loaded(monkeypatch: pytest.MonkeyPatch, folder: Path, **environment: str) -> Any:
+    """The library as a new process finds it, and what it warns of."""
+    for name, value in {"XDG_CACHE_HOME": str(folder), **environment}.items():
+        monkeypatch.setenv(name, value)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = native.library.__wrapped__()
+    return found, [str(each.message) for each in said]
 
 
-def run(folder: Path, **environment: str) -> str:
-    known = os.environ | {"XDG_CACHE_HOME": str(folder)} | environment
-    return subprocess.run(
-        [sys.executable, "-c", RUN], env=known, capture_output=True, text=True, check=True
-    ).stdout.strip()
+def works(library: Any, monkeypatch: pytest.MonkeyPatch) -> bool:
+    x, (weight, bias) = frames(2, 64, 24, 25), kernel(64, 64, 3, 3)
+    monkeypatch.setattr(winograd, "library", lambda: library)
+    return rms(winograd.conv2d(x, weight, bias), in_float64(conv2d, x, weight, bias)) < 1e-6
 
 
-def test_they_are_built_once(tmp_path: Path) -> None:
-    assert run(tmp_path) == "True 0"
-    (built,) = (tmp_path / "temporal-vae").iterdir()
-    assert built.suffix == ".so"
-    assert run(tmp_path, CC="/no/compiler") == "True 0"
-    built.write_bytes(b"torn")
-    assert run(tmp_path) == "True 0", "what cannot be loaded is built again"
+def test_they_are_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built, said = loaded(monkeypatch, tmp_path)
+    assert not said and works(built, monkeypatch)
+    (file,) = (tmp_path / "temporal-vae").iterdir()
+    again, said = loaded(monkeypatch, tmp_path, CC="/no/compiler")
+    assert not said and works(again, monkeypatch)
+    torn = tmp_path / "other" / "temporal-vae" / file.name
+    torn.parent.mkdir(parents=True)
+    torn.write_bytes(b"torn")
+    found, said = loaded(monkeypatch, tmp_path / "other")
+    assert found is None and "/no/compiler failed" in said[0], "what is torn is built again"
 
 
-def test_without_a_compiler_torchs_kernels_do_it_and_it_is_said_once(tmp_path: Path) -> None:
-    said = run(tmp_path, CC="/no/compiler")
-    assert said.startswith("False 1 convolutions take torch's own kernels")
-    assert "/no/compiler failed" in said and "TEMPORAL_VAE_KERNELS=torch" in said
-    assert run(tmp_path, TEMPORAL_VAE_KERNELS="torch") == "False 0"
+def test_without_a_folder_to_keep_them_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    built, said = loaded(monkeypatch, tmp_path / "file")
+    assert not said and works(built, monkeypatch)
+
+
+def test_without_a_compiler_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, said = loaded(monkeypatch, tmp_path, CC="/no/compiler")
+    assert found is None and said[0].startswith("convolutions take torch's own kernels")
+    assert "/no/compiler failed" in said[0] and "TEMPORAL_VAE_KERNELS=torch" in said[0]
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found, said = loaded(monkeypatch, tmp_path)
+    assert found is None and "no C compiler" in said[0]
+    assert loaded(monkeypatch, tmp_path, TEMPORAL_VAE_KERNELS="torch") == (None, [])
     assert not list(tmp_path.iterdir())
 
 
-def test_without_a_folder_to_keep_them_in(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    assert run(tmp_path / "file") == "True 0"
+def test_a_compiler_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "cc"
+    broken.write_text("#!/bin/sh\necho it is broken >&2\nexit 3\n")
+    broken.chmod(0o755)
+    found, said = loaded(monkeypatch, tmp_path / "cache", CC=str(broken))
+    assert found is None and "it is broken" in said[0]
 
 
-@pytest.mark.parametrize("instructions", ["default", "avx2"])
-def test_every_length_of_vectors(tmp_path: Path, instructions: str) -> None:
-    assert run(tmp_path, ATEN_CPU_CAPABILITY=instructions) == "True 0"
+def test_without_kernels_a_model_decodes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, latent = small(), torch.randn(1, 4, 2, 16, 16)
+    with torch.no_grad():
+        ours = model.decode(latent)
+        for module in (winograd, three_taps, fused):
+            monkeypatch.setattr(module, "library", lambda: None)
+        theirs = model.decode(latent)
+    assert not torch.equal(ours, theirs) and rms(ours, theirs.double()) < 1e-5
+
+
+def test_the_shortest_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that every processor of this kind has."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    built, said = loaded(monkeypatch, tmp_path)
+    assert not said and works(built, monkeypatch)
 
 
 def test_the_longest_vectors_compile(tmp_path: Path) -> None:

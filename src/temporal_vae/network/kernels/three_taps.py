@@ -29,19 +29,23 @@ LEAST_PRODUCTS = 2**24
 def serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether our kernel is faster than torch's: on the CPU, in float32, or in bfloat16 where the
     processor has no instructions for it."""
-    pixels, (out, channels) = x.numel() // x.shape[1], weight.shape[:2]
+    if is_exporting() or not on_cpu(x):
+        return False
+    out, channels = weight.shape[:2]
     return (
-        on_cpu(x)
-        and x.dtype == weight.dtype == (x if bias is None else bias).dtype
-        and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and _slow(x.dtype)))
+        x.dtype == weight.dtype == (x if bias is None else bias).dtype
+        and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and (x.is_meta or _slow())))
         and channels % winograd.CHANNELS == out % winograd.CHANNELS == 0
-        and pixels >= LEAST_PIXELS
-        and pixels * weight.numel() >= LEAST_PRODUCTS
-        and not is_exporting()
-        and (is_compiling() or not transformed())
+        and (is_compiling() or (_large(x, weight) and not transformed()))
         and not torch.is_autocast_enabled("cpu")
         and (x.is_meta or _present())
     )
+
+
+def _large(x: Tensor, weight: Tensor) -> bool:
+    """Whether there is enough to do. (A graph would guard it, and be made anew beyond.)"""
+    pixels = x.numel() // x.shape[1]
+    return pixels >= LEAST_PIXELS and pixels * weight.numel() >= LEAST_PRODUCTS
 
 
 def serves_values(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -75,8 +79,8 @@ def _present() -> bool:
 
 
 @assume_constant_result  # type: ignore[untyped-decorator]
-def _slow(dtype: torch.dtype) -> bool:
-    return is_slow(dtype, torch.device("cpu"))
+def _slow() -> bool:
+    return is_slow(torch.bfloat16, torch.device("cpu"))
 
 
 def _values_only(bias: Tensor | None, *tensors: Tensor) -> bool:
