@@ -15,10 +15,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 from temporal_vae import TemporalVAE
-from temporal_vae.network.kernels import dtypes, fused, native, three_taps, winograd
-from temporal_vae.network.kernels.norm import group_norm, group_norm_reference
+from temporal_vae.network.kernels import dtypes, fused, native, norm, three_taps, winograd
 from temporal_vae.network.spacetime import RMSNorm
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
@@ -320,6 +322,28 @@ def test_weights_are_never_stale() -> None:
     check()
 
 
+def test_who_writes_operations_down_sees_them() -> None:
+    """A trace of `torch.jit` or of `make_fx`, and a count of operations, are those of torch's."""
+    model, latent = small().requires_grad_(False), torch.randn(1, 4, 2, 16, 16)
+    decode = model.decoder.forward
+    expected = decode(latent)
+    with FlopCounterMode(display=False) as counter:
+        assert rms(decode(latent), expected.double()) < 1e-5
+    assert counter.get_total_flops() > 8e8
+    graph = make_fx(decode)(latent)
+    other = torch.randn_like(latent)
+    assert rms(graph(other), decode(other).double()) < 1e-5
+    traced = torch.jit.trace(decode, latent, check_trace=False)
+    assert rms(traced(other), decode(other).double()) < 1e-5
+
+
+def test_tensors_without_memory_go_by() -> None:
+    model = small().requires_grad_(False)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        y = model.decoder(mode.from_tensor(torch.randn(1, 4, 2, 16, 16)))
+    assert tuple(y.shape) == (1, 3, 2, 32, 32)
+
+
 # Norms ---------------------------------------------------------------------------------------
 
 
@@ -327,26 +351,26 @@ def test_weights_are_never_stale() -> None:
 @pytest.mark.parametrize("offset", [0.0, 30.0])
 def test_a_group_norm_with_silu(offset: float, silu: bool) -> None:
     x, weight, bias = frames(2, 48, 19, 23) + offset, torch.randn(48), torch.randn(48)
-    exact = group_norm_reference(x.double(), 12, weight.double(), bias.double(), 1e-6)
+    exact = norm.group_norm_reference(x.double(), 12, weight.double(), bias.double(), 1e-6)
     exact = F.silu(exact) if silu else exact
     assert fused.serves(x)
-    y = group_norm(x, 12, weight, bias, 1e-6, silu)
-    torchs = group_norm_reference(x.contiguous(), 12, weight, bias, 1e-6)
+    y = norm.group_norm(x, 12, weight, bias, 1e-6, silu)
+    torchs = norm.group_norm_reference(x.contiguous(), 12, weight, bias, 1e-6)
     assert rms(y, exact) <= 3 * rms(F.silu(torchs) if silu else torchs, exact) + 1e-8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1.0, 1e-14])
 def test_a_norm_of_each_position(scale: float, dtype: torch.dtype) -> None:
-    norm = RMSNorm(48)
-    torch.nn.init.normal_(norm.gamma)
-    norm.to(dtype).requires_grad_(False)
+    layer = RMSNorm(48)
+    torch.nn.init.normal_(layer.gamma)
+    layer.to(dtype).requires_grad_(False)
     x = (frames(2, 48, 3, 5, 7) * scale).to(dtype)
-    exact = copy.deepcopy(norm).double()._plain(x.double())
+    exact = copy.deepcopy(layer).double()._plain(x.double())
     least = 1e-6 if dtype == torch.float32 else 4e-3
-    assert fused.serves(x, norm.gamma)
-    assert rms(norm(x), exact) < least and rms(norm.activated(x), F.silu(exact)) < least
-    assert rms(norm._plain(x), exact) < least
+    assert fused.serves(x, layer.gamma)
+    assert rms(layer(x), exact) < least and rms(layer.activated(x), F.silu(exact)) < least
+    assert rms(layer._plain(x), exact) < least
 
 
 def test_silu_far_out() -> None:

@@ -13,7 +13,11 @@ import torch
 from torch import Tensor
 
 from temporal_vae.network.kernels.native import library
-from temporal_vae.network.kernels.plain import values_only
+from temporal_vae.network.kernels.plain import (
+    has_memory,
+    recorded,
+    values_only,
+)
 
 CHANNELS = 16
 """Channels are taken so many at a time."""
@@ -25,7 +29,9 @@ def serves(x: Tensor, *weights: Tensor) -> bool:
         x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)
         and x.shape[1] % CHANNELS == 0
+        and has_memory(x, *weights)
         and values_only(x, *weights)
+        and not recorded()
         and x.movedim(1, -1).is_contiguous()
         and library() is not None
     )

@@ -9,6 +9,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 _stands_for_cpu: ContextVar[bool] = ContextVar("stands_for_cpu", default=True)
 
@@ -40,3 +41,14 @@ def values_only(*tensors: Tensor) -> bool:
 def transformed() -> bool:
     """Whether `torch.func` or forward-mode differentiation is at work."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def recorded() -> bool:
+    """Whether operations are written down or counted as they run, which ours in C are not: by
+    `torch.jit.trace`, or by a mode of torch's such as those of `make_fx` and `FlopCounterMode`."""
+    return torch._C._is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def has_memory(*tensors: Tensor | None) -> bool:
+    """Whether tensors are torch's own, no subclass that stands for something else."""
+    return all(type(x) in (Tensor, Parameter, type(None)) for x in tensors)

@@ -18,7 +18,13 @@ from temporal_vae.network.folds import fold_frames, fold_pixels, joined
 from temporal_vae.network.kernels import winograd
 from temporal_vae.network.kernels.dtypes import is_slow
 from temporal_vae.network.kernels.native import library
-from temporal_vae.network.kernels.plain import on_cpu, transformed, values_only
+from temporal_vae.network.kernels.plain import (
+    has_memory,
+    on_cpu,
+    recorded,
+    transformed,
+    values_only,
+)
 
 LEAST_PIXELS = 256
 """Pixels of all frames below which transforming the weights costs more than it saves."""
@@ -29,17 +35,23 @@ LEAST_PRODUCTS = 2**24
 def serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether our kernel is faster than torch's: on the CPU, in float32, or in bfloat16 where the
     processor has no instructions for it."""
-    if is_exporting() or not on_cpu(x):
+    if is_exporting() or not on_cpu(x) or not has_memory(x, weight, bias):
+        return False
+    if not (is_compiling() or _large(x, weight)) or _elsewhere(x):
         return False
     out, channels = weight.shape[:2]
     return (
         x.dtype == weight.dtype == (x if bias is None else bias).dtype
         and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and (x.is_meta or _slow())))
         and channels % winograd.CHANNELS == out % winograd.CHANNELS == 0
-        and (is_compiling() or (_large(x, weight) and not transformed()))
         and not torch.is_autocast_enabled("cpu")
         and (x.is_meta or _present())
     )
+
+
+def _elsewhere(x: Tensor) -> bool:
+    """Whether torch itself must see the operations, though it makes no graph."""
+    return not is_compiling() and (transformed() or (recorded() and not x.is_meta))
 
 
 def _large(x: Tensor, weight: Tensor) -> bool:
