@@ -323,18 +323,16 @@ def test_weights_are_never_stale() -> None:
 
 
 def test_who_writes_operations_down_sees_them() -> None:
-    """A trace of `torch.jit` or of `make_fx`, and a count of operations, are those of torch's."""
+    """A trace of `make_fx` and a count of operations are of torch's."""
     model, latent = small().requires_grad_(False), torch.randn(1, 4, 2, 16, 16)
     decode = model.decoder.forward
     expected = decode(latent)
     with FlopCounterMode(display=False) as counter:
         assert rms(decode(latent), expected.double()) < 1e-5
     assert counter.get_total_flops() > 8e8
-    graph = make_fx(decode)(latent)
+    graph = make_fx(lambda z: decode(z))(latent)
     other = torch.randn_like(latent)
     assert rms(graph(other), decode(other).double()) < 1e-5
-    traced = torch.jit.trace(decode, latent, check_trace=False)
-    assert rms(traced(other), decode(other).double()) < 1e-5
 
 
 def test_tensors_without_memory_go_by() -> None:

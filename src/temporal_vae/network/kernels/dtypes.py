@@ -7,12 +7,15 @@ from functools import lru_cache
 
 import torch
 
+from temporal_vae.network.kernels.native import library
+
 
 @lru_cache(maxsize=64)
 def is_slow(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the kernels of a device have no instructions for a type: they take ten times as long.
+    """Whether a device has no instructions for a type: torch's kernels take ten times as long.
 
-    Only for 16-bit types on the CPU, where torch falls back to plain loops.
+    Only for 16-bit types on the CPU, where torch falls back to plain loops. For bfloat16 ours in C
+    do most of the work instead.
     """
     if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return False
@@ -42,9 +45,11 @@ def slowness(dtype: torch.dtype, device: torch.device) -> str | None:
     if not is_slow(dtype, device):
         return None
     name, fast = str(dtype).removeprefix("torch."), str(fastest(device)).removeprefix("torch.")
+    ours = dtype == torch.bfloat16 and library() is not None
+    longer = "half as long again as" if ours else "about ten times as long as"
     return (
-        f"this processor has no instructions for {name}, which takes about ten times as long as "
-        f"{fast} on it: take {fast}"
+        f"this processor has no instructions for {name}, which takes {longer} {fast} on it: take "
+        f"{fast}" + (", unless memory is short" if ours else "")
     )
 
 
