@@ -39,6 +39,9 @@ from run to run by most of it. Layers that see time and space together make thei
 so a whole walk of them leaves gaps, too. Of Wan's layout at a third of its width, 21 frames of
 240x416: 150 MiB of 950, and 240 of 500 in bands, that are not there where every block is mapped on
 its own, which takes a third more time."""
+BAND_GAPS = 2
+"""So many times what pieces take, where time and space are seen together in bands: blocks of many
+sizes come and go. The same 21 frames: 80 MiB where the pieces take 54."""
 KERNELS_BYTES = 32 * 2**20
 """What kernels and their threads keep for themselves, however small the walk."""
 KERNELS_THREADS = 8
@@ -209,10 +212,10 @@ class Planner:
     def _count(self, bounds: Bounds | None, counter: Tracer | Results) -> Plan:
         request = self._request
         found: Peak | GradientPeak
+        in_pieces = bounds is not None and bounds.pieces is not None
         if isinstance(counter, Tracer) and request.gradients is not None:
             found = GradientPeak(self._line, request, bounds, counter)
         else:
-            in_pieces = bounds is not None and bounds.pieces is not None
             kind = PiecewisePeak if in_pieces else Peak
             found = kind(self._line, request, bounds, counter)
         parts = list(found.parts)
@@ -221,7 +224,9 @@ class Planner:
         gaps = 0
         if bounds is not None or stages.in_pieces(list(self._line.layers())):
             weights = request.gradients or 0
-            gaps = min(GAPS_BYTES, found.workspace) + int(GRADIENT_GAPS * weights)
+            banded = in_pieces and bounds is not None and bounds.rows is not None
+            gaps = min(GAPS_BYTES, found.workspace * (BAND_GAPS if banded else 1))
+            gaps += int(GRADIENT_GAPS * weights)
         parts.append(("gaps", gaps))
         margin = math.ceil(MARGIN * sum(size for _, size in parts))
         parts += [("margin", margin), ("the kernels' own", _kernels_bytes(request.device))]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import threading
 from collections.abc import Sequence
 from ctypes import c_int32, c_int64, c_void_p
 from itertools import chain
@@ -133,7 +134,8 @@ def run(
     kernels, threads, by = cast(ctypes.CDLL, library()), torch.get_num_threads(), ctypes.byref
     kernels.winograd_transform(_pointers(weights), _pointer(u), by(shape), c_int32(threads))
     tiles = _tiles(kind, given, len(reads), threads, 4 * places * (channels + lanes))
-    space = u.new_empty(threads, places * (tiles * (channels + lanes) + 32) + channels)
+    each = places * (tiles * (channels + lanes) + 32) + channels
+    space = _space(threads * each)
     frames = _Frames(
         len(reads), *frame.shape[1:], *frame.stride()[1:], 1, *given.shape[:2],
         *given.stride()[:2], tiles, threads, int(frame.dtype == torch.bfloat16),
@@ -141,8 +143,19 @@ def run(
     kernels.winograd(
         _pointers([*chain(*reads)]), _pointers(out), _pointer(u),
         _pointer(None if bias is None else (bias := bias.float().contiguous())), _pointer(space),
-        c_int64(space.shape[1]), by(shape), by(frames),
+        c_int64(each), by(shape), by(frames),
     )  # fmt: skip
+
+
+_kept = threading.local()
+
+
+def _space(numbers: int) -> Tensor:
+    """What the kernel works in: kept by the thread that calls it, so that the heap has no gaps."""
+    kept: Tensor | None = getattr(_kept, "space", None)
+    if kept is None or kept.numel() < numbers:
+        _kept.space = kept = torch.empty(numbers)
+    return kept
 
 
 def _is_tensor(x: Frame) -> TypeGuard[Tensor]:
