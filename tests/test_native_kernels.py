@@ -179,6 +179,37 @@ def test_what_is_not_finite_stays_near() -> None:
     assert winograd.conv2d(x.bfloat16(), weight.bfloat16(), None)[1, :, 6, 6].isnan().all()
 
 
+class Special(Tensor):
+    """Some other kind of tensor."""
+
+
+def test_what_does_not_fit_together_is_never_read() -> None:
+    """The kernels take addresses: torch tells the error, or they do."""
+    x, (weight, bias) = frames(1, 64, 16, 16), kernel(64, 64, 3, 3)
+    assert three_taps.serves(x, weight, bias)
+    narrow, elsewhere = kernel(64, 16, 3, 3), (weight.to("meta"), bias.to("meta"))
+    for one in (narrow, elsewhere, (weight, bias[:16]), (weight, elsewhere[1])):
+        assert not three_taps.serves(x, *one)
+        with pytest.raises(ValueError, match="do not go with frames"):
+            winograd.conv2d(x, *one)
+    assert not three_taps.serves(x, weight.as_subclass(Special), bias)
+    assert not three_taps.serves(x.as_subclass(Special), weight, bias)
+    negated = torch._neg_view(x)
+    assert not three_taps.serves(negated, weight, bias) and not fused.serves(negated)
+    assert not fused.serves(x, bias[:16]) and not fused.serves(x, elsewhere[1])
+    clips = frames(1, 64, 2, 16, 16), frames(1, 64, 2, 8, 16)
+    with pytest.raises(ValueError, match="clips of one size"):
+        winograd.over_time(clips, 0, 0, weight[:, :, None].repeat(1, 1, 3, 1, 1), bias)
+    assert not winograd.conv2d(x[:0], weight, bias).numel()
+
+
+def test_the_fewest_products_are_chosen() -> None:
+    """Single frames and zeros tap by tap, longer clips in pairs of frames."""
+    (frame,) = frames(1, 16, 4, 4)
+    for zeros, count, by_taps in ((2, 1, 1), (0, 3, 1), (2, 5, 1), (2, 6, 0), (0, 4, 0), (0, 6, 0)):
+        assert winograd._fewer_by_taps([None] * zeros + [frame] * count) == bool(by_taps)
+
+
 # Gradients and graphs ------------------------------------------------------------------------
 
 
@@ -243,6 +274,27 @@ def test_a_graph_has_the_kernels_in_it() -> None:
         compiled = torch.compile(three_taps.conv2d, backend=backend, fullgraph=True)
         assert torch.equal(compiled(x, weight, bias), three_taps.conv2d(x, weight, bias))
     assert any("temporal_vae.conv2d" in name for name in seen)
+
+
+def test_gradients_of_a_batch_of_them() -> None:
+    x, (weight, bias) = frames(1, 32, 12, 12).requires_grad_(), kernel(32, 32, 3, 3)
+    clip, deep = frames(1, 32, 3, 9, 9).requires_grad_(), torch.randn(32, 32, 3, 3, 3)
+    for y, of in (
+        (three_taps.conv2d(x, weight.requires_grad_(), bias), x),
+        (three_taps.over_time([clip], 2, 0, deep, None), clip),
+    ):
+        seen = torch.randn(2, *y.shape)
+        (both,) = torch.autograd.grad(y, of, seen, is_grads_batched=True, retain_graph=True)
+        each = [torch.autograd.grad(y, of, one, retain_graph=True)[0] for one in seen]
+        assert rms(both, torch.stack(each).double()) < 1e-5
+
+
+def test_a_graph_for_others_has_torchs_convolutions() -> None:
+    model = small().requires_grad_(False)
+    program = torch.export.export(model.decoder.ready(), (torch.randn(1, 4, 2, 16, 16),))
+    named = {str(node.target) for node in program.graph.nodes}
+    assert any("conv" in name for name in named)
+    assert not any("temporal_vae" in name for name in named)
 
 
 def small() -> TemporalVAE:
@@ -374,6 +426,7 @@ def test_a_norm_of_each_position(scale: float, dtype: torch.dtype) -> None:
 def test_silu_far_out() -> None:
     x = torch.linspace(-120, 120, 16 * 4000).view(1, 4000, 1, 16).movedim(-1, 1)
     x[0, 0, 0, 0], x[0, 1, 0, 0], x[0, 2, 0, 0] = torch.nan, torch.inf, 3e38
+    x[0, 3, 0, 0], x[0, 4, 0, 0] = -3e38, -1e4
     y, one, zero = torch.empty_like(x), torch.ones(16), torch.zeros(16)
     fused.shifted(x, y, zero, one, zero, silu=True)
     exact = F.silu(x.double())
@@ -437,8 +490,17 @@ def test_a_compiler_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     broken = tmp_path / "cc"
     broken.write_text("#!/bin/sh\necho it is broken >&2\nexit 3\n")
     broken.chmod(0o755)
-    found, said = loaded(monkeypatch, tmp_path / "cache", CC=str(broken))
+    found, said = loaded(monkeypatch, tmp_path / "cache", CC=f"{broken} -with options")
     assert found is None and "it is broken" in said[0]
+
+
+def test_a_home_that_cannot_be_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    found, said = loaded(monkeypatch, tmp_path, XDG_CACHE_HOME="")
+    assert found is None and "home directory" in said[0]
 
 
 def test_without_kernels_a_model_decodes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

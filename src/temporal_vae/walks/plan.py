@@ -44,7 +44,7 @@ BAND_GAPS = 2
 sizes come and go. The same 21 frames: 80 MiB where the pieces take 54."""
 KERNELS_BYTES = 32 * 2**20
 """What kernels and their threads keep for themselves, however small the walk."""
-KERNELS_THREADS = 8
+KERNELS_THREADS = 4
 """Threads for which that is enough; each of more has its own space in our kernels."""
 GRADIENT_GAPS = 1.0
 """The same for gradients of weights, which come with every piece and stay between what goes: of all
@@ -131,7 +131,7 @@ class Plan:
 
 def _kernels_bytes(device: torch.device) -> int:
     more = max(0, torch.get_num_threads() - KERNELS_THREADS) if device.type == "cpu" else 0
-    return KERNELS_BYTES + more * SPACE_BYTES
+    return KERNELS_BYTES + more * 2 * SPACE_BYTES  # twice at 1024 channels
 
 
 class Planner:

@@ -29,6 +29,7 @@ def serves(x: Tensor, *weights: Tensor) -> bool:
         x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)
         and x.shape[1] % CHANNELS == 0
+        and all(weight.numel() == x.shape[1] for weight in weights)
         and has_memory(x, *weights)
         and values_only(x, *weights)
         and not recorded()

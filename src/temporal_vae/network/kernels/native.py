@@ -13,10 +13,12 @@ import contextlib
 import ctypes
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
 from functools import lru_cache
 from pathlib import Path
@@ -29,6 +31,7 @@ SOURCES, HEADERS = ("winograd.c", "norm.c"), ("vectors.h",)
 SECONDS = 120
 """A compiler that takes longer is given up."""
 
+_LOCK = threading.Lock()
 _HERE = Path(__file__).parent
 _FLAGS = ("-O2", "-std=gnu11", "-fopenmp", "-ffp-contract=fast", "-fPIC", "-c")
 _INSTRUCTIONS = {
@@ -47,8 +50,9 @@ def library() -> ctypes.CDLL | None:
     if os.environ.get(SWITCH) == "torch":
         return None
     try:
-        return _loaded()
-    except Unavailable as error:
+        with _LOCK:
+            return _loaded()
+    except (Unavailable, OSError, RuntimeError) as error:  # no home, no place to write, ...
         warnings.warn(
             f"convolutions take torch's own kernels, about half as fast on the CPU, because {error}"
             f" (to do without this warning: {SWITCH}=torch in the environment)",
@@ -66,8 +70,8 @@ def _loaded() -> ctypes.CDLL:
         told.update(_HERE.joinpath(file).read_bytes())
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "temporal-vae"
     built = folder / f"kernels-{told.hexdigest()[:16]}.so"
-    if built.is_file():
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # not there, or torn
+        if built.stat().st_uid == os.getuid():
             return ctypes.CDLL(os.fspath(built))
     with tempfile.TemporaryDirectory() as scratch:
         fresh = _built(flags, Path(scratch))
@@ -82,12 +86,12 @@ def _loaded() -> ctypes.CDLL:
 
 def _built(flags: tuple[str, ...], scratch: Path) -> Path:
     """The shared library. OpenMP is not linked in: its functions are those torch has loaded."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
+    compiler = shlex.split(os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or "")
+    if not compiler:
         raise Unavailable("there is no C compiler (cc or gcc)")
-    _compiler(compiler, *flags, *(str(_HERE / file) for file in SOURCES), within=scratch)
+    _compiler(*compiler, *flags, *(str(_HERE / file) for file in SOURCES), within=scratch)
     parts = sorted(str(part) for part in scratch.glob("*.o"))
-    _compiler(compiler, "-shared", *parts, "-o", "kernels.so", within=scratch)
+    _compiler(*compiler, "-shared", *parts, "-o", "kernels.so", within=scratch)
     return scratch / "kernels.so"
 
 
@@ -106,6 +110,7 @@ def _compiler(*command: str, within: Path) -> None:
 def _kept(fresh: Path, built: Path) -> None:
     """Put a library into the cache under its name, whole or not at all."""
     built.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    beside = built.with_name(f"{built.name}.{os.getpid()}")
+    handle, beside = tempfile.mkstemp(dir=built.parent)
+    os.close(handle)
     shutil.copyfile(fresh, beside)
-    beside.replace(built)
+    os.replace(beside, built)

@@ -11,9 +11,10 @@ INLINE vec chosen(integer where, vec a, vec b) {
     return (vec)(((integer)a & where) | ((integer)b & ~where));
 }
 
-// e^x, to a unit in the last place or two: 2^n e^r, e^r by a polynomial (Cephes, Moshier).
+// e^x, to a unit in the last place or two, and infinite above 88: 2^n e^r, e^r by a polynomial (Cephes, Moshier).
 INLINE vec exponential(vec x) {
-    x = chosen(x < -87.f, (vec){0} - 87.f, chosen(x > 88.f, (vec){0} + 88.f, x));
+    integer large = x > 88.f;
+    x = chosen(x < -87.f, (vec){0} - 87.f, chosen(large, (vec){0} + 88.f, x));
     vec n = (x * 1.44269504f + 12582912.f) - 12582912.f;
     vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
     vec p = 1.9875691500e-4f * r + 1.3981999507e-3f;
@@ -22,7 +23,7 @@ INLINE vec exponential(vec x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.f;
-    return p * (vec)((__builtin_convertvector(n, integer) + 127) << 23);
+    return chosen(large, (vec){0} + INFINITY, p * (vec)((__builtin_convertvector(n, integer) + 127) << 23));
 }
 
 INLINE vec silu(vec x) { return x / (1.f + exponential(-x)); }

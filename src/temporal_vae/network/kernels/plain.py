@@ -50,5 +50,9 @@ def recorded() -> bool:
 
 
 def has_memory(*tensors: Tensor | None) -> bool:
-    """Whether tensors are torch's own, no subclass that stands for something else."""
-    return all(type(x) in (Tensor, Parameter, type(None)) for x in tensors)
+    """Whether tensors are plain numbers in memory, or on the meta device: no subclass that stands
+    for something else, no view that is negated when it is read, and all on one device."""
+    known = [x for x in tensors if x is not None]
+    return all(type(x) in (Tensor, Parameter) and x.device == known[0].device for x in known) and (
+        torch.compiler.is_compiling() or not any(x.is_neg() or x.is_sparse for x in known)
+    )

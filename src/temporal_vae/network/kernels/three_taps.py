@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import assume_constant_result, is_compiling, is_exporting
 
@@ -35,8 +36,10 @@ LEAST_PRODUCTS = 2**24
 def serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether our kernel is faster than torch's: on the CPU, in float32, or in bfloat16 where the
     processor has no instructions for it."""
-    if is_exporting() or not on_cpu(x) or not has_memory(x, weight, bias):
+    if is_exporting() or not (on_cpu(x) and has_memory(x, weight, bias)):
         return False
+    if x.shape[1] != weight.shape[1] or (bias is not None and len(bias) != len(weight)):
+        return False  # an error, which torch tells
     if not (is_compiling() or _large(x, weight)) or _elsewhere(x):
         return False
     out, channels = weight.shape[:2]
@@ -69,6 +72,8 @@ def serves_values(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, doubled: bool = False) -> Tensor:
     """See `winograd.conv2d`."""
+    if _mapped(x):
+        return F.conv2d(x, weight, bias, padding=1)
     if _values_only(bias, x, weight):
         return winograd.conv2d(x, weight, bias, doubled)
     y: Tensor = _conv2d(x, weight, bias, doubled)
@@ -79,10 +84,19 @@ def over_time(
     parts: Sequence[Tensor], zeros: int, behind: int, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
     """See `winograd.over_time`."""
+    if _mapped(parts[-1]):
+        side, clip = weight.shape[-1] // 2, F.pad(joined(*parts), (0, 0, 0, 0, zeros, behind))
+        return F.conv3d(clip, weight, bias, padding=(0, side, side))
     if _values_only(bias, weight, *parts):
         return winograd.over_time(parts, zeros, behind, weight, bias)
     y: Tensor = _over_time(list(parts), zeros, behind, weight, bias)
     return y
+
+
+def _mapped(x: Tensor) -> bool:
+    """Whether x stands for several tensors, as gradients do where a batch of them is wanted."""
+    legacy = torch._C._functorch.is_legacy_batchedtensor
+    return not is_compiling() and (transformed() or legacy(x))
 
 
 @assume_constant_result  # type: ignore[untyped-decorator]

@@ -2,8 +2,8 @@
 
 `winograd.c` says how. Of a 3x3 convolution they leave 4/9 of the multiplications, of one of doubled
 pixels 1/4, of three taps in time 2/3, of 3x3x3 8/27, and they round less than torch's channels-last
-kernels. Nothing as large as an activation is made beside the result: inputs are transformed a few
-tiles at a time, in memory that stays in the cache.
+kernels. Inputs are transformed a few tiles at a time, in memory that stays in the cache; only where
+frames do not have their channels together is a copy made of them.
 
 Letters: N frames of all samples, B batch, C channels, T frames, H height, W width.
 """
@@ -60,6 +60,8 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, doubled: bool = False
     n, _, h, w = x.shape
     times, kind = (2, DOUBLED) if doubled else (1, THREE)
     y = x.new_empty(n, times * h, times * w, len(weight))
+    if not y.numel():
+        return y.movedim(-1, 1)
     run((ONE, kind, kind), [[frame] for frame in x], [weight.unsqueeze(2)], bias, list(y))
     return y.movedim(-1, 1)
 
@@ -72,13 +74,18 @@ def over_time(
     The frames are those of `parts`, clips (B, C, ..., H, W) that follow one another, between so
     many frames of zeros before and behind them; a result is (B, O, n, H, W).
     """
+    if len({(part.shape[:2], part.shape[3:], part.dtype) for part in parts}) > 1:
+        raise ValueError(f"clips of one size follow one another, not {[*map(_size, parts)]}")
     samples = zip(*(part.transpose(1, 2) for part in parts), strict=True)
     clips: list[list[Frame]] = [
         [None] * zeros + [frame for part in each for frame in part] + [None] * behind
         for each in samples
     ]
-    given, like, space = len(clips[0]) - 2, parts[-1], ONE if weight.shape[-1] == 1 else THREE
+    like, space = parts[-1], ONE if weight.shape[-1] == 1 else THREE
+    given = sum(part.shape[2] for part in parts) + zeros + behind - 2
     y = like.new_empty(len(clips), given, *like.shape[3:], len(weight))
+    if not y.numel():
+        return y.movedim(-1, 1)
     if space == ONE or not _fewer_by_taps(clips[0]):
         pairs = range(0, given, 2)
         reads = [[*clip, None][i : i + 4] for clip in clips for i in pairs]
@@ -90,6 +97,10 @@ def over_time(
         out = [sample[i] for sample in y for i in results]
         run((ONE, space, space), reads, [weight[:, :, k, None] for k in taps], bias, out)
     return y.movedim(-1, 1)
+
+
+def _size(x: Tensor) -> tuple[int, ...]:
+    return tuple(x.shape)
 
 
 def _two(frames: Tensor, i: int) -> tuple[Tensor, Frame]:
@@ -126,6 +137,7 @@ def run(
     """
     reads, weights = _alike(reads), [weight.float() for weight in weights]
     frame, given = next(filter(_is_tensor, chain(*reads))), next(filter(_is_tensor, out))
+    _check(frame, given, weights, bias)
     shape, lanes = _shape(kind, weights), -(-len(weights[0]) // LANES) * LANES
     places, channels = math.prod(READ[each] for each in kind), frame.shape[0]
     u = weights[0].new_empty(len(weights) * places * channels * lanes)
@@ -145,6 +157,19 @@ def run(
         _pointer(None if bias is None else (bias := bias.float().contiguous())), _pointer(space),
         c_int64(each), by(shape), by(frames),
     )  # fmt: skip
+
+
+def _check(frame: Tensor, given: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> None:
+    """The kernel takes addresses and believes what it is told: nothing may be told wrong."""
+    out, channels = weights[0].shape[:2]
+    fits = (len(frame), given.shape[2], out if bias is None else len(bias)) == (channels, out, out)
+    alike = all(weight.shape == weights[0].shape for weight in weights)
+    devices = {x.device for x in (frame, given, *weights, *(() if bias is None else (bias,)))}
+    if not (alike and fits) or len(devices) > 1:
+        raise ValueError(
+            f"a weight {_size(weights[0])} and a bias of {None if bias is None else len(bias)} do "
+            f"not go with frames {_size(frame)} and results {_size(given)} on {devices}"
+        )
 
 
 _kept = threading.local()
