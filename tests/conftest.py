@@ -26,6 +26,7 @@ from temporal_vae.walks import plan
 # heap take.
 plan.KERNELS_BYTES = 0
 plan.GAPS_BYTES = 0
+plan.BAND_GAPS = 0
 plan.GRADIENT_GAPS = 0
 memory.CODEC_BYTES, memory.CODEC_BYTES_A_PIXEL = 0, 0.0
 memory.WHOLE_PIXELS = 0  # or all videos here were too short to stream

@@ -39,9 +39,10 @@ from run to run by most of it. Layers that see time and space together make thei
 so a whole walk of them leaves gaps, too. Of Wan's layout at a third of its width, 21 frames of
 240x416: 150 MiB of 950, and 240 of 500 in bands, that are not there where every block is mapped on
 its own, which takes a third more time."""
-BAND_GAPS = 2
+BAND_GAPS = 2.5
 """So many times what pieces take, where time and space are seen together in bands: blocks of many
-sizes come and go. The same 21 frames: 80 MiB where the pieces take 54."""
+sizes come and go. 21 frames at that width: 80 MiB where the pieces take 54 (240x416), 800 where
+they take 314 (480x832 in bands of 64 rows). None are left where every block has a mapping."""
 KERNELS_BYTES = 32 * 2**20
 """What kernels and their threads keep for themselves, however small the walk."""
 KERNELS_THREADS = 4
@@ -225,7 +226,8 @@ class Planner:
         if bounds is not None or stages.in_pieces(list(self._line.layers())):
             weights = request.gradients or 0
             banded = in_pieces and bounds is not None and bounds.rows is not None
-            gaps = min(GAPS_BYTES, found.workspace * (BAND_GAPS if banded else 1))
+            size = found.workspace
+            gaps = int(BAND_GAPS * size) if banded else min(GAPS_BYTES, size)
             gaps += int(GRADIENT_GAPS * weights)
         parts.append(("gaps", gaps))
         margin = math.ceil(MARGIN * sum(size for _, size in parts))
