@@ -20,8 +20,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from temporal_vae import TemporalVAE
-from temporal_vae.network.kernels import dtypes, fused, native, norm, three_taps, winograd
-from temporal_vae.network.spacetime import RMSNorm
+from temporal_vae.network.kernels import dtypes, fused, native, norm, three_taps, winograd, work
+from temporal_vae.network.spacetime import CausalConv, RMSNorm
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
 
@@ -342,6 +342,24 @@ def test_a_model_takes_them_and_trains_as_before(
     with torch.no_grad():
         monkeypatch.undo()
         model.decode(torch.randn(1, model.latent_channels, 2, 16, 16))
+
+
+@pytest.mark.parametrize(("zeros", "before"), [(2, 0), (0, 2), (0, 0), (1, 0)])
+def test_progress_is_told_as_by_torchs_kernels(
+    zeros: int, before: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conv = CausalConv.of(32, 32).requires_grad_(False)
+    tail, x = frames(1, 32, 2, 12, 12), frames(1, 32, 4, 12, 12)
+
+    def told() -> int:
+        numbers: list[int] = []
+        with work.told_to(numbers.append):
+            conv(x, zeros, tail if before else None)
+        return sum(numbers)
+
+    ours = told()
+    monkeypatch.setattr(three_taps, "serves", lambda *_: False)
+    assert ours == told() > 0
 
 
 def test_weights_are_never_stale() -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._C._dynamo.eval_frame import set_eval_frame
 
 from temporal_vae import TemporalVAE, TemporalVAEConfig, WanVAEConfig
+from temporal_vae.network.kernels.winograd import SPACE_BYTES
 from temporal_vae.walks import piecewise
 from temporal_vae.walks import plan as planning
 from temporal_vae.walks.budget import BudgetError, parse_budget
@@ -423,3 +424,10 @@ def test_few_ways_are_counted_and_none_is_overlooked(
     for limit in {plan.peak_bytes for plan in plans}:
         fits = next(plan for plan in plans if plan.peak_bytes <= limit)
         assert planning.Planner(request).plan(limit) == fits
+
+
+def test_many_threads_have_more_memory_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = planning._kernels_bytes(torch.device("cpu"))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    assert planning._kernels_bytes(torch.device("cpu")) >= few + 60 * SPACE_BYTES
+    assert planning._kernels_bytes(torch.device("cuda")) == few, "which no GPU's plan counts"

@@ -100,11 +100,12 @@ class Leaf(nn.Module):
 
 
 class ActivatedNorm(Leaf):
-    """A norm that computes SiLU of its result in the same pass."""
+    """A norm that may compute SiLU of its result in the same pass."""
 
     def activated(self, x: Tensor) -> Tensor:
-        """silu(forward(x))."""
-        raise NotImplementedError
+        """SiLU of the norm; here in a pass of its own."""
+        y = self(x)
+        return F.silu(y, inplace=values_only(y))
 
 
 class GroupNorm(ActivatedNorm, nn.GroupNorm):

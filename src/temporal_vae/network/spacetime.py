@@ -80,10 +80,7 @@ class RMSNorm(ActivatedNorm):
         return self._fused(x, silu=False) if fused.serves(x, self.gamma) else self._plain(x)
 
     def activated(self, x: Tensor) -> Tensor:
-        if fused.serves(x, self.gamma):
-            return self._fused(x, silu=True)
-        y = self._plain(x)
-        return F.silu(y, inplace=values_only(y))
+        return self._fused(x, silu=True) if fused.serves(x, self.gamma) else super().activated(x)
 
     def _fused(self, x: Tensor, silu: bool) -> Tensor:
         y, gain = torch.empty_like(x), self.gamma.flatten().float() * math.sqrt(x.shape[1])

@@ -12,15 +12,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from temporal_vae.network.kernels.native import library
-from temporal_vae.network.kernels.plain import (
-    has_memory,
-    recorded,
-    values_only,
-)
-
-CHANNELS = 16
-"""Channels are taken so many at a time."""
+from temporal_vae.network.kernels.native import CHANNELS, library
+from temporal_vae.network.kernels.plain import has_memory, recorded, values_only
 
 
 def serves(x: Tensor, *weights: Tensor) -> bool:

@@ -25,6 +25,10 @@ from pathlib import Path
 
 import torch
 
+from temporal_vae.files.atomic import new_file
+
+CHANNELS = 16
+"""Channels are taken so many at a time, as the longest vectors hold them."""
 SWITCH = "TEMPORAL_VAE_KERNELS"
 """Environment variable: "torch" for torch's own operations only."""
 SOURCES, HEADERS = ("winograd.c", "norm.c"), ("vectors.h",)
@@ -79,8 +83,8 @@ def _loaded() -> ctypes.CDLL:
             kernels = ctypes.CDLL(os.fspath(fresh))
         except OSError as error:  # no OpenMP of GNU's kind in this process
             raise Unavailable(f"what was compiled cannot be loaded: {error}") from None
-        with contextlib.suppress(OSError):  # no cache: it is compiled again next time
-            _kept(fresh, built)
+        with contextlib.suppress(OSError), new_file(built) as cached:  # or it is built every time
+            cached.write(fresh.read_bytes())
         return kernels
 
 
@@ -105,12 +109,3 @@ def _compiler(*command: str, within: Path) -> None:
         raise Unavailable(f"{command[0]} failed: {said}") from None
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(f"{command[0]} failed: {error}") from None
-
-
-def _kept(fresh: Path, built: Path) -> None:
-    """Put a library into the cache under its name, whole or not at all."""
-    built.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    handle, beside = tempfile.mkstemp(dir=built.parent)
-    os.close(handle)
-    shutil.copyfile(fresh, beside)
-    os.replace(beside, built)

@@ -29,13 +29,14 @@ def on_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu" or (x.is_meta and _stands_for_cpu.get())
 
 
-def values_only(*tensors: Tensor) -> bool:
+def trained(*tensors: Tensor | None) -> bool:
+    """Whether gradients of what is computed of them are wanted."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def values_only(*tensors: Tensor | None) -> bool:
     """Whether nobody differentiates, transforms (`torch.func`) or compiles what is computed."""
-    return not (
-        (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
-        or torch.compiler.is_compiling()
-        or transformed()
-    )
+    return not (trained(*tensors) or torch.compiler.is_compiling() or transformed())
 
 
 def transformed() -> bool:

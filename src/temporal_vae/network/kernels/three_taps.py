@@ -7,8 +7,8 @@ gradient of an input is a convolution of the same kind, that of a weight is torc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +18,12 @@ from torch.compiler import assume_constant_result, is_compiling, is_exporting
 from temporal_vae.network.folds import fold_frames, fold_pixels, joined
 from temporal_vae.network.kernels import winograd
 from temporal_vae.network.kernels.dtypes import is_slow
-from temporal_vae.network.kernels.native import library
+from temporal_vae.network.kernels.native import CHANNELS, library
 from temporal_vae.network.kernels.plain import (
     has_memory,
     on_cpu,
     recorded,
+    trained,
     transformed,
     values_only,
 )
@@ -31,6 +32,10 @@ LEAST_PIXELS = 256
 """Pixels of all frames below which transforming the weights costs more than it saves."""
 LEAST_PRODUCTS = 2**24
 """Multiplications of torch's kernel below which a call costs more than it saves."""
+
+_Question = Callable[[], bool]
+_constant = cast("Callable[[_Question], _Question]", assume_constant_result)
+"""Of the machine alone: a graph takes the answer, not the question."""
 
 
 def serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -46,7 +51,7 @@ def serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         x.dtype == weight.dtype == (x if bias is None else bias).dtype
         and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and (x.is_meta or _slow())))
-        and channels % winograd.CHANNELS == out % winograd.CHANNELS == 0
+        and channels % CHANNELS == out % CHANNELS == 0
         and not torch.is_autocast_enabled("cpu")
         and (x.is_meta or _present())
     )
@@ -65,16 +70,15 @@ def _large(x: Tensor, weight: Tensor) -> bool:
 
 def serves_values(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """The same, where no gradients are wanted."""
-    wanted = (x, weight) if bias is None else (x, weight, bias)
-    grows = torch.is_grad_enabled() and any(each.requires_grad for each in wanted)
-    return not grows and serves(x, weight, bias)
+    return not trained(x, weight, bias) and serves(x, weight, bias)
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, doubled: bool = False) -> Tensor:
     """See `winograd.conv2d`."""
     if _mapped(x):
+        x = F.interpolate(x, scale_factor=2.0) if doubled else x
         return F.conv2d(x, weight, bias, padding=1)
-    if _values_only(bias, x, weight):
+    if values_only(x, weight, bias):
         return winograd.conv2d(x, weight, bias, doubled)
     y: Tensor = _conv2d(x, weight, bias, doubled)
     return y
@@ -87,7 +91,7 @@ def over_time(
     if _mapped(parts[-1]):
         side, clip = weight.shape[-1] // 2, F.pad(joined(*parts), (0, 0, 0, 0, zeros, behind))
         return F.conv3d(clip, weight, bias, padding=(0, side, side))
-    if _values_only(bias, weight, *parts):
+    if values_only(weight, bias, *parts):
         return winograd.over_time(parts, zeros, behind, weight, bias)
     y: Tensor = _over_time(list(parts), zeros, behind, weight, bias)
     return y
@@ -99,18 +103,14 @@ def _mapped(x: Tensor) -> bool:
     return not is_compiling() and (transformed() or legacy(x))
 
 
-@assume_constant_result  # type: ignore[untyped-decorator]
+@_constant
 def _present() -> bool:
     return library() is not None
 
 
-@assume_constant_result  # type: ignore[untyped-decorator]
+@_constant
 def _slow() -> bool:
     return is_slow(torch.bfloat16, torch.device("cpu"))
-
-
-def _values_only(bias: Tensor | None, *tensors: Tensor) -> bool:
-    return values_only(*tensors) and (bias is None or values_only(bias))
 
 
 # As operators of torch ---------------------------------------------------------------------------
@@ -143,7 +143,7 @@ def _(parts: list[Tensor], zeros: int, behind: int, weight: Tensor, bias: Tensor
 
 
 def _remember_conv2d(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, ctx.bias, ctx.doubled = inputs
+    x, weight, _, ctx.doubled = inputs
     ctx.save_for_backward(x, weight)
 
 

@@ -21,14 +21,14 @@ from typing import TypeGuard, cast
 import torch
 from torch import Tensor
 
-from temporal_vae.network.kernels.native import library
+from temporal_vae.network.kernels.native import CHANNELS, library
 
 ONE, THREE, DOUBLED = range(3)
 """What a kernel does along an axis: see `winograd.c`."""
 READ, GIVEN = (1, 4, 3), (1, 2, 2)
 """Of each kind, the inputs and results of a tile along an axis."""
-CHANNELS, LANES = 16, 32
-"""Channels that vectors of the widest processor hold, and that a panel of it has."""
+LANES = 2 * CHANNELS
+"""Channels that a panel has with the longest vectors."""
 SPACE_BYTES = 3 * 2**20
 """That a thread works in, about."""
 
@@ -112,7 +112,7 @@ def _fewer_by_taps(frames: Sequence[Frame]) -> bool:
     """Whether adding up taps multiplies less than pairs of frames do: few of them, or zeros."""
     given = len(frames) - 2
     taps = sum(frame is not None for i in range(given) for frame in frames[i : i + 3])
-    return 2 * READ[THREE] * ((given + 1) // 2) >= 2 * taps
+    return READ[THREE] * ((given + 1) // 2) >= taps
 
 
 def _same_taps(frames: Sequence[Frame]) -> list[tuple[tuple[int, ...], list[int]]]:
