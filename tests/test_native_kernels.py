@@ -19,7 +19,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from temporal_vae import TemporalVAE
+from temporal_vae import TemporalVAE, TemporalVAEConfig, WanVAEConfig
 from temporal_vae.network.kernels import dtypes, fused, native, norm, three_taps, winograd, work
 from temporal_vae.network.primitives import Conv2d
 from temporal_vae.network.spacetime import CausalConv, RMSNorm
@@ -344,6 +344,33 @@ def test_a_model_takes_them_and_trains_as_before(
     with torch.no_grad():
         monkeypatch.undo()
         model.decode(torch.randn(1, model.latent_channels, 2, 16, 16))
+
+
+def causal(wan: bool) -> TemporalVAE:
+    """An awake model that streams, all of whose wide layers the kernels take."""
+    config: Any = WanVAEConfig(base_channels=16, blocks_per_level=1)
+    if not wan:
+        options: Any = {"channel_multipliers": (1, 2), "blocks_per_level": 1}
+        config = TemporalVAEConfig(base_channels=32, causal_mode=True, **options)
+    model = TemporalVAE.from_config(config, seed=0).requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+@pytest.mark.parametrize("wan", [False, True])
+def test_less_memory_and_streams_change_no_picture(wan: bool, called: list[winograd.Kind]) -> None:
+    """Rows, frames and tails meet tiles of two by two wherever they are cut."""
+    model = causal(wan)
+    latent = torch.randn(1, model.latent_channels, 5, 9, 11)
+    exact = copy.deepcopy(model).double().decode(latent.double())
+    whole = model.decode(latent)
+    assert called and rms(whole, exact) < 1e-5
+    least = model.plan(latent.shape, "decode", budget="least")
+    assert least.walk == "bounded"
+    streamed = torch.cat(list(model.decode_stream().pull(latent.split((1, 2, 1, 1), 2))), 2)
+    for found in (model.decode(latent, plan=least), streamed):
+        assert rms(found, exact) <= 2 * rms(whole, exact)
 
 
 @pytest.mark.parametrize(("zeros", "before"), [(2, 0), (0, 2), (0, 0), (1, 0)])
