@@ -29,13 +29,13 @@ def pays(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether not to repeat the pixels is faster; measured on the CPU only."""
     many = x.shape[0] * x.shape[2] * x.shape[3] >= LEAST_PIXELS
     if torch.compiler.is_compiling():
-        return three_taps.serves_values(x, weight, bias)
+        return three_taps.serves(x, weight, bias)
     return on_cpu(x) and many
 
 
 def doubled_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`conv2d(repeated(x), weight, bias, padding=1)` of a 3x3 weight, by four of 2x2."""
-    if three_taps.serves_values(x, weight, bias):
+    if three_taps.serves(x, weight, bias):
         return three_taps.conv2d(x, weight, bias, doubled=True)
     n, _, h, w = x.shape
     kernels = [_taps(rows, 3) for rows in _taps(weight, 2)]

@@ -2,7 +2,8 @@
 
 Where nobody differentiates or compiles, the functions of `winograd` are called as they are. Else
 they are operators of torch, which `torch.compile` takes into its graphs and autograd knows: the
-gradient of an input is a convolution of the same kind, that of a weight is torch's own.
+gradient of an input is a convolution of the same kind, that of a weight `winograd`'s, or torch's
+where it is differentiated further or compiled.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from temporal_vae.network.kernels.plain import (
     has_memory,
     on_cpu,
     recorded,
-    trained,
     transformed,
     values_only,
 )
@@ -66,11 +66,6 @@ def _large(x: Tensor, weight: Tensor) -> bool:
     """Whether there is enough to do. (A graph would guard it, and be made anew beyond.)"""
     pixels = x.numel() // x.shape[1]
     return pixels >= LEAST_PIXELS and pixels * weight.numel() >= LEAST_PRODUCTS
-
-
-def serves_values(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """The same, where no gradients are wanted."""
-    return not trained(x, weight, bias) and serves(x, weight, bias)
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, doubled: bool = False) -> Tensor:
@@ -148,15 +143,17 @@ def _remember_conv2d(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _conv2d_back(ctx: Any, given: Tensor) -> tuple[Tensor | None, ...]:
-    (x, weight), wanted = ctx.saved_tensors, ctx.needs_input_grad
-    assert not ctx.doubled, "serves_values"
-    back = conv2d(given, weight.flip(2, 3).transpose(0, 1), None) if wanted[0] else None
-    return (
-        back,
-        _weight_back(given, x, weight, (1, 1)) if wanted[1] else None,
-        _sum(given, wanted[2]),
-        None,
-    )
+    (x, weight), doubled, wanted = ctx.saved_tensors, ctx.doubled, ctx.needs_input_grad
+    back = of_weight = None
+    if wanted[0]:
+        back = conv2d(given, weight.flip(2, 3).transpose(0, 1), None)
+        back = F.avg_pool2d(back, 2, divisor_override=1) if doubled else back
+    if wanted[1] and _here(given, x, weight):
+        of_weight = winograd.conv2d_weight(given, x, weight, doubled).to(weight.dtype)
+    elif wanted[1]:
+        read = F.interpolate(x, scale_factor=2.0) if doubled else x
+        of_weight = _weight_back(given, read, weight, (1, 1))
+    return back, of_weight, _sum(given, wanted[2]), None
 
 
 def _remember_over_time(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -180,7 +177,9 @@ def _over_time_back(ctx: Any, given: Tensor) -> tuple[Any, ...]:
 def _over_time_weight(
     given: Tensor, parts: Sequence[Tensor], zeros: int, behind: int, weight: Tensor
 ) -> Tensor:
-    """The gradient of the weight: tap by tap, by torch's 2-D kernels."""
+    """The gradient of the weight; by torch's 2-D kernels tap by tap."""
+    if _here(given, weight, *parts):
+        return winograd.over_time_weight(given, parts, zeros, behind, weight).to(weight.dtype)
     x = joined(*parts) if len(parts) > 1 else parts[0]
     if weight.shape[-1] == 1 and zeros == behind:
         flat = weight.squeeze(-1)
@@ -194,6 +193,15 @@ def _over_time_weight(
         pad = (1, 1) if weight.shape[-1] == 3 else (0, 0)
         taps.append(_weight_back(there, read, weight[:, :, k], pad))
     return torch.stack(taps, 2)
+
+
+def _here(*tensors: Tensor) -> bool:
+    """Whether a gradient is computed by our kernel, which nothing can differentiate further."""
+    return (
+        values_only(*tensors)
+        and has_memory(*tensors)
+        and not (recorded() or any(map(_mapped, tensors)))
+    )
 
 
 def _weight_back(given: Tensor, x: Tensor, weight: Tensor, padding: tuple[int, int]) -> Tensor:

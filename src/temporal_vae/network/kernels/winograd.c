@@ -11,6 +11,9 @@
 //
 // Names: `tile` what is computed together of one place in time and space, `place` one product of a
 // tile, `panel` LANES output channels. Sizes and strides count numbers, not bytes.
+//
+// The gradient of a weight goes the same way back: what is given comes in where results went out,
+// the matrix product is one over all tiles, and its places are added up to taps.
 
 #include <string.h>
 
@@ -48,6 +51,15 @@ INLINE void results(vec *m, int s, int kind) {
     }
 }
 
+INLINE void given(vec *m, int s, int kind) {  // `results` the other way
+    if (kind == THREE) {
+        vec a = m[0], b = m[s];
+        m[s] = a + b; m[2 * s] = a - b; m[3 * s] = -b;
+    } else if (kind == DOUBLED) {
+        m[2 * s] = m[s]; m[s] += m[0];
+    }
+}
+
 INLINE void taps(vec *g, int s, int kind) {
     if (kind == THREE) {
         vec ends = g[0] + g[2 * s], middle = g[s];
@@ -71,24 +83,36 @@ INLINE void taps(vec *g, int s, int kind) {
 
 // The product of matrices -------------------------------------------------------------------------
 
-// ROWS rows of a (`ka` apart) times b[k][LANES] -> c (`kc` apart), or added to it.
-static void product(long k, const float *a, long ka, const float *b, float *c, long kc, int add) {
+// ROWS rows of a times b[k][LANES] -> c (rows `kc` apart), or added to it. A row of a is `row` from
+// the next, and a number of it `step`; a row of b `kb`.
+INLINE void product(long k, const float *a, long row, long step, const float *b, long kb,
+                    float *c, long kc, int add) {
     vec s[ROWS][2];
     UNROLL for (int i = 0; i < ROWS; i++) s[i][0] = s[i][1] = (vec){0};
-    for (; k > 0; k--, a++, b += LANES) {
+    for (; k > 0; k--, a += step, b += kb) {
         vec b0 = load(b), b1 = load(b + VECTOR);
         UNROLL for (int i = 0; i < ROWS; i++) {
-            float each = a[i * ka];
+            float each = a[i * row];
             s[i][0] += each * b0;
             s[i][1] += each * b1;
         }
     }
     UNROLL for (int i = 0; i < ROWS; i++) {
-        float *row = c + i * kc;
-        if (add) s[i][0] += load(row), s[i][1] += load(row + VECTOR);
-        store(row, s[i][0]);
-        store(row + VECTOR, s[i][1]);
+        float *to = c + i * kc;
+        if (add) s[i][0] += load(to), s[i][1] += load(to + VECTOR);
+        store(to, s[i][0]);
+        store(to + VECTOR, s[i][1]);
     }
+}
+
+static void over_channels(long k, const float *a, long ka, const float *b, float *c, long kc,
+                          int add) {
+    product(k, a, ka, 1, b, LANES, c, kc, add);
+}
+
+static void over_tiles(long k, const float *a, long ka, const float *b, long kb, float *c,
+                       long kc) {
+    product(k, a, 1, ka, b, kb, c, kc, 1);
 }
 
 // Weights -----------------------------------------------------------------------------------------
@@ -156,24 +180,47 @@ INLINE void gather(const char *const *frames, const Frames *f, const Shape *s, c
     }
 }
 
-INLINE void scatter(char *const *frames, const Frames *f, const Shape *s, const float *bias,
-                    long ty, long tx, const float *m, long apart, int t, int r, int c, int type) {
-    int bytes = type == FLOAT32 ? 4 : 2;
-    char *to[8];
+// Where the results of a tile are, or `missing`.
+INLINE void found(char *const *frames, const Frames *f, char *missing, long ty, long tx, char **to,
+                  int t, int r, int c, int type) {
     for (int q = 0; q < GIVEN[t] * GIVEN[r] * GIVEN[c]; q++) {
         char *frame = frames[q / (GIVEN[r] * GIVEN[c])];
         long y = ty * GIVEN[r] + q / GIVEN[c] % GIVEN[r], x = tx * GIVEN[c] + q % GIVEN[c];
         int inside = frame && y < f->out_height && x < f->out_width;
-        to[q] = inside ? frame + (y * f->out_row + x * f->out_pixel) * bytes : NULL;
+        long there = y * f->out_row + x * f->out_pixel;
+        to[q] = inside ? frame + there * (type == FLOAT32 ? 4 : 2) : missing;
     }
+}
+
+// Of the result q of a tile, its place among what is read.
+INLINE int spread(int q, int r, int c) {
+    int qt = q / (GIVEN[r] * GIVEN[c]), qr = q / GIVEN[c] % GIVEN[r], qc = q % GIVEN[c];
+    return (qt * READ[r] + qr) * READ[c] + qc;
+}
+
+INLINE void scatter(char *const *frames, const Frames *f, const Shape *s, const float *bias,
+                    long ty, long tx, const float *m, long apart, int t, int r, int c, int type) {
+    char *to[8];
+    found(frames, f, NULL, ty, tx, to, t, r, c, type);
     for (long k = 0; k < s->out; k += VECTOR) {
         vec d[MOST], b = bias ? load(bias + k) : (vec){0};
         UNROLL for (int q = 0; q < READ[t] * READ[r] * READ[c]; q++) d[q] = load(m + q * apart + k);
         OVER(results, d, t, r, c, READ, GIVEN);
-        UNROLL for (int q = 0; q < GIVEN[t] * GIVEN[r] * GIVEN[c]; q++) {
-            int qt = q / (GIVEN[r] * GIVEN[c]), qr = q / GIVEN[c] % GIVEN[r], qc = q % GIVEN[c];
-            if (to[q]) write(to[q], k, d[(qt * READ[r] + qr) * READ[c] + qc] + b, type);
-        }
+        UNROLL for (int q = 0; q < GIVEN[t] * GIVEN[r] * GIVEN[c]; q++)
+            if (to[q]) write(to[q], k, d[spread(q, r, c)] + b, type);
+    }
+}
+
+INLINE void gather_given(char *const *frames, const Frames *f, const Shape *s, char *zeros,
+                         long ty, long tx, float *m, long apart, int t, int r, int c, int type) {
+    char *from[8];
+    found(frames, f, zeros, ty, tx, from, t, r, c, type);
+    for (long k = 0; k < s->out; k += VECTOR) {
+        vec d[MOST];
+        UNROLL for (int q = 0; q < GIVEN[t] * GIVEN[r] * GIVEN[c]; q++)
+            d[spread(q, r, c)] = read(from[q], k, type);
+        OVER(given, d, t, r, c, GIVEN, READ);
+        UNROLL for (int q = 0; q < READ[t] * READ[r] * READ[c]; q++) store(m + q * apart + k, d[q]);
     }
 }
 
@@ -202,8 +249,8 @@ INLINE void blocks(const char *const *x, char *const *y, const float *u, const f
                 for (long k = 0; k < in; k += CHAIN) {
                     long chain = in - k < CHAIN ? in - k : CHAIN;
                     for (long i = 0; i < here; i += ROWS)
-                        product(chain, a + i * in + k, in, b + k * LANES, to + i * wide, wide,
-                                tap + k > 0);
+                        over_channels(chain, a + i * in + k, in, b + k * LANES, to + i * wide, wide,
+                                      tap + k > 0);
                 }
             }
         }
@@ -211,6 +258,42 @@ INLINE void blocks(const char *const *x, char *const *y, const float *u, const f
             long tile = begin + i, group = tile / each;
             scatter(y + group * GIVEN[t], f, s, bias, tile % each / across, tile % across,
                     m + i * wide, m_apart, t, r, c, type);
+        }
+    }
+}
+
+// Adds to u[place][input channel][output channel], the channels filled up to 12 and 32. All threads
+// transform a block of tiles, then each takes places of the product: sums do not depend on how many
+// threads there are.
+INLINE void weight_blocks(const char *const *x, char *const *y, float *u, float *space,
+                          const Shape *s, const Frames *f, int t, int r, int c, int type) {
+    long across = (f->out_width + GIVEN[c] - 1) / GIVEN[c];
+    long each = (f->out_height + GIVEN[r] - 1) / GIVEN[r] * across, all = f->groups * each;
+    long tall = (s->in + 11) / 12 * 12, wide = (s->out + 31) / 32 * 32, sides = panels(s->out);
+    long v_row = tall + APART, m_row = wide + APART, block = f->tiles;
+    int count = READ[t] * READ[r] * READ[c];
+    long v_apart = block * v_row + APART, m_apart = block * m_row + APART;
+    float *v = space, *m = v + count * v_apart, *zeros = m + count * m_apart;
+    for (long begin = 0; begin < all; begin += block) {
+        long here = all - begin < block ? all - begin : block;
+#pragma omp for schedule(static)
+        for (long i = 0; i < here; i++) {
+            long tile = begin + i, group = tile / each, ty = tile % each / across, tx = tile % across;
+            gather(x + group * READ[t], f, s, (char *)zeros, ty, tx, v + i * v_row, v_apart,
+                   t, r, c, type);
+            gather_given(y + group * GIVEN[t], f, s, (char *)zeros, ty, tx, m + i * m_row, m_apart,
+                         t, r, c, type);
+        }
+#pragma omp for schedule(static)
+        for (long i = 0; i < count * sides; i++) {
+            long q = i / sides, out = i % sides * LANES;
+            for (long k = 0; k < here; k += CHAIN) {
+                long chain = here - k < CHAIN ? here - k : CHAIN;
+                for (long row = 0; row < s->in; row += ROWS)
+                    over_tiles(chain, v + q * v_apart + k * v_row + row, v_row,
+                               m + q * m_apart + k * m_row + out, m_row,
+                               u + (q * tall + row) * wide + out, wide);
+            }
         }
     }
 }
@@ -243,6 +326,21 @@ void winograd(const char *const *x, char *const *y, const float *u, const float 
     if (s->kind[0] == t && s->kind[1] == r && s->kind[2] == c) {                                   \
         if (f->type == FLOAT32) blocks(x, y, u, bias, own, s, f, t, r, c, FLOAT32);                \
         else blocks(x, y, u, bias, own, s, f, t, r, c, BFLOAT16);                                  \
+    }
+        EACH_KIND(USE)
+#undef USE
+    }
+}
+
+// `space` ends with zeros, as many as there are channels on the side that has more.
+void winograd_weight(const char *const *x, char *const *y, float *u, float *space, const Shape *s,
+                     const Frames *f) {
+#pragma omp parallel num_threads(f->threads)
+    {
+#define USE(t, r, c)                                                                               \
+    if (s->kind[0] == t && s->kind[1] == r && s->kind[2] == c) {                                   \
+        if (f->type == FLOAT32) weight_blocks(x, y, u, space, s, f, t, r, c, FLOAT32);             \
+        else weight_blocks(x, y, u, space, s, f, t, r, c, BFLOAT16);                               \
     }
         EACH_KIND(USE)
 #undef USE

@@ -15,6 +15,7 @@ import math
 import threading
 from collections.abc import Sequence
 from ctypes import c_int32, c_int64, c_void_p
+from functools import lru_cache
 from itertools import chain
 from typing import TypeGuard, cast
 
@@ -74,23 +75,14 @@ def over_time(
     The frames are those of `parts`, clips (B, C, ..., H, W) that follow one another, between so
     many frames of zeros before and behind them; a result is (B, O, n, H, W).
     """
-    if len({(part.shape[:2], part.shape[3:], part.dtype) for part in parts}) > 1:
-        raise ValueError(f"clips of one size follow one another, not {[*map(_size, parts)]}")
-    samples = zip(*(part.transpose(1, 2) for part in parts), strict=True)
-    clips: list[list[Frame]] = [
-        [None] * zeros + [frame for part in each for frame in part] + [None] * behind
-        for each in samples
-    ]
-    like, space = parts[-1], ONE if weight.shape[-1] == 1 else THREE
-    given = sum(part.shape[2] for part in parts) + zeros + behind - 2
-    y = like.new_empty(len(clips), given, *like.shape[3:], len(weight))
+    clips, like = _clips(parts, zeros, behind), parts[-1]
+    y = like.new_empty(len(clips), len(clips[0]) - 2, *like.shape[3:], len(weight))
     if not y.numel():
         return y.movedim(-1, 1)
-    if space == ONE or not _fewer_by_taps(clips[0]):
-        pairs = range(0, given, 2)
-        reads = [[*clip, None][i : i + 4] for clip in clips for i in pairs]
-        out: list[Frame] = [frame for sample in y for i in pairs for frame in _two(sample, i)]
-        run((THREE, space, space), reads, [weight], bias, out)
+    space = _space_kind(weight)
+    if _in_pairs(clips[0], weight):
+        out: list[Frame] = [frame for sample in y for frame in _two_by_two([*sample])]
+        run((THREE, space, space), _fours(clips), [weight], bias, out)
         return y.movedim(-1, 1)
     for taps, results in _same_taps(clips[0]):
         reads = [[clip[i + k] for k in taps] for clip in clips for i in results]
@@ -99,20 +91,70 @@ def over_time(
     return y.movedim(-1, 1)
 
 
+def conv2d_weight(given: Tensor, x: Tensor, weight: Tensor, doubled: bool = False) -> Tensor:
+    """The gradient of the weight of `conv2d`, from that of its result."""
+    kind = DOUBLED if doubled else THREE
+    reads = [[frame] for frame in x]
+    return weight_gradient((ONE, kind, kind), reads, [*given], weight.unsqueeze(2)).squeeze(2)
+
+
+def over_time_weight(
+    given: Tensor, parts: Sequence[Tensor], zeros: int, behind: int, weight: Tensor
+) -> Tensor:
+    """The gradient of the weight of `over_time`, from that of its result."""
+    clips, space = _clips(parts, zeros, behind), _space_kind(weight)
+    samples: list[list[Frame]] = [[*sample.unbind(1)] for sample in given]
+    if _in_pairs(clips[0], weight):
+        out = [frame for sample in samples for frame in _two_by_two(sample)]
+        return weight_gradient((THREE, space, space), _fours(clips), out, weight)
+    taps = []
+    for k in range(3):
+        read = [
+            pair
+            for clip, sample in zip(clips, samples, strict=True)
+            for pair in zip(clip[k:], sample, strict=False)
+            if pair[0] is not None
+        ]
+        reads, out = [[frame] for frame, _ in read], [one for _, one in read]
+        taps.append(weight_gradient((ONE, space, space), reads, out, weight[:, :, k : k + 1]))
+    return torch.cat(taps, 2)
+
+
+def _clips(parts: Sequence[Tensor], zeros: int, behind: int) -> list[list[Frame]]:
+    """The frames of each sample, None for those of zeros."""
+    if len({(part.shape[:2], part.shape[3:], part.dtype) for part in parts}) > 1:
+        raise ValueError(f"clips of one size follow one another, not {[*map(_size, parts)]}")
+    samples = zip(*(part.transpose(1, 2) for part in parts), strict=True)
+    return [
+        [None] * zeros + [frame for part in each for frame in part] + [None] * behind
+        for each in samples
+    ]
+
+
 def _size(x: Tensor) -> tuple[int, ...]:
     return tuple(x.shape)
 
 
-def _two(frames: Tensor, i: int) -> tuple[Tensor, Frame]:
-    """Two frames, the second None behind the last."""
-    return frames[i], frames[i + 1] if i + 1 < len(frames) else None
+def _space_kind(weight: Tensor) -> int:
+    return ONE if weight.shape[-1] == 1 else THREE
 
 
-def _fewer_by_taps(frames: Sequence[Frame]) -> bool:
-    """Whether adding up taps multiplies less than pairs of frames do: few of them, or zeros."""
+def _fours(clips: Sequence[Sequence[Frame]]) -> list[list[Frame]]:
+    """What each two results read."""
+    return [[*clip, None][i : i + 4] for clip in clips for i in range(0, len(clip) - 2, 2)]
+
+
+def _two_by_two(frames: Sequence[Frame]) -> Sequence[Frame]:
+    """The frames, one of nothing behind an odd last one."""
+    return [*frames, None] if len(frames) % 2 else frames
+
+
+def _in_pairs(frames: Sequence[Frame], weight: Tensor) -> bool:
+    """Whether to compute results two by two: not if adding up taps multiplies less, as where there
+    are few frames, or many of zeros."""
     given = len(frames) - 2
     taps = sum(frame is not None for i in range(given) for frame in frames[i : i + 3])
-    return READ[THREE] * ((given + 1) // 2) >= taps
+    return weight.shape[-1] == 1 or READ[THREE] * ((given + 1) // 2) < taps
 
 
 def _same_taps(frames: Sequence[Frame]) -> list[tuple[tuple[int, ...], list[int]]]:
@@ -137,9 +179,10 @@ def run(
     """
     reads, weights = _alike(reads), [weight.float() for weight in weights]
     frame, given = next(filter(_is_tensor, chain(*reads))), next(filter(_is_tensor, out))
+    given = given.movedim(-1, 0)
     _check(frame, given, weights, bias)
-    shape, lanes = _shape(kind, weights), -(-len(weights[0]) // LANES) * LANES
-    places, channels = math.prod(READ[each] for each in kind), frame.shape[0]
+    shape, lanes = _shape(kind, weights), _filled(len(weights[0]), LANES)
+    places, channels = _places(kind), frame.shape[0]
     u = weights[0].new_empty(len(weights) * places * channels * lanes)
     if frame.is_meta:
         return
@@ -148,21 +191,77 @@ def run(
     tiles = _tiles(kind, given, len(reads), threads, 4 * places * (channels + lanes))
     each = places * (tiles * (channels + lanes) + 32) + channels
     space = _space(threads * each)
-    frames = _Frames(
-        len(reads), *frame.shape[1:], *frame.stride()[1:], 1, *given.shape[:2],
-        *given.stride()[:2], tiles, threads, int(frame.dtype == torch.bfloat16),
-    )  # fmt: skip
     kernels.winograd(
         _pointers([*chain(*reads)]), _pointers(out), _pointer(u),
         _pointer(None if bias is None else (bias := bias.float().contiguous())), _pointer(space),
-        c_int64(each), by(shape), by(frames),
+        c_int64(each), by(shape), by(_frames(frame, given, len(reads), tiles, threads)),
+    )  # fmt: skip
+
+
+def weight_gradient(
+    kind: Kind, reads: Sequence[Sequence[Frame]], given: Sequence[Frame], weight: Tensor
+) -> Tensor:
+    """That of a weight (O, C, kt, kh, kw) from the gradients `given` (O, H, W) of what `run` makes:
+    in float32, by the transforms of `run` the other way."""
+    if not reads or not given[0].numel():  # type: ignore[union-attr]
+        return torch.zeros(weight.shape, dtype=torch.float32, device="cpu")
+    reads, (givens,) = _alike(reads), _alike([given])
+    frame, one = next(filter(_is_tensor, chain(*reads))), next(filter(_is_tensor, givens))
+    _check(frame, one, [weight], None)
+    shape, threads, places = _shape(kind, [weight]), torch.get_num_threads(), _places(kind)
+    out, channels = weight.shape[:2]
+    tall, wide = _filled(channels, 12), _filled(out, LANES)
+    # blocks of whole chains of 64 (`winograd.c`), so that sums are the same with any threads
+    tiles = max(64, threads * SPACE_BYTES // (4 * places * (tall + wide + 32)) // 64 * 64)
+    space = _space(places * (tiles * (tall + wide + 32) + 32) + tall + wide)
+    space[-tall - wide :] = 0
+    u = torch.zeros(places, tall * wide, dtype=torch.float32, device="cpu")
+    kernels, by = cast(ctypes.CDLL, library()), ctypes.byref
+    kernels.winograd_weight(
+        _pointers([*chain(*reads)]), _pointers(givens), _pointer(u), _pointer(space),
+        by(shape), by(_frames(frame, one, len(reads), tiles, threads)),
+    )  # fmt: skip
+    taps = (_taps_back(kind) @ u).view(-1, tall, wide)
+    return taps[:, :channels, :out].permute(2, 1, 0).reshape(weight.shape)
+
+
+_TAPS_BACK = (
+    [[1.0]],
+    [[1.0, 0.5, 0.5, 0.0], [0.0, 0.5, -0.5, 0.0], [0.0, 0.5, 0.5, 1.0]],
+    [[1.0, 1.0, 0.0], [0.0, 1.0, 0.0], [0.0, 1.0, 1.0]],
+)
+"""Of each kind along an axis, the gradients of taps from those of products."""
+
+
+@lru_cache
+def _taps_back(kind: Kind) -> Tensor:
+    """(taps, places) of all three axes."""
+    time, row, column = (
+        torch.tensor(_TAPS_BACK[each], dtype=torch.float32, device="cpu") for each in kind
+    )
+    return torch.kron(torch.kron(time, row), column)
+
+
+def _places(kind: Kind) -> int:
+    return math.prod(READ[each] for each in kind)
+
+
+def _filled(channels: int, up_to: int) -> int:
+    return -(-channels // up_to) * up_to
+
+
+def _frames(frame: Tensor, given: Tensor, groups: int, tiles: int, threads: int) -> _Frames:
+    """What is read (C, H, W), and given (O, H, W), its channels together."""
+    return _Frames(
+        groups, *frame.shape[1:], *frame.stride()[1:], 1, *given.shape[1:], *given.stride()[1:],
+        tiles, threads, int(frame.dtype == torch.bfloat16),
     )  # fmt: skip
 
 
 def _check(frame: Tensor, given: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> None:
     """The kernel takes addresses and believes what it is told: nothing may be told wrong."""
     out, channels = weights[0].shape[:2]
-    fits = (len(frame), given.shape[2], out if bias is None else len(bias)) == (channels, out, out)
+    fits = (len(frame), len(given), out if bias is None else len(bias)) == (channels, out, out)
     alike = all(weight.shape == weights[0].shape for weight in weights)
     devices = {x.device for x in (frame, given, *weights, *(() if bias is None else (bias,)))}
     if not (alike and fits) or len(devices) > 1:
@@ -179,8 +278,8 @@ def _space(numbers: int) -> Tensor:
     """What the kernel works in: kept by the thread that calls it, so that the heap has no gaps."""
     kept: Tensor | None = getattr(_kept, "space", None)
     if kept is None or kept.numel() < numbers:
-        _kept.space = kept = torch.empty(numbers)
-    return kept
+        _kept.space = kept = torch.empty(numbers, dtype=torch.float32, device="cpu")
+    return kept[:numbers]
 
 
 def _is_tensor(x: Frame) -> TypeGuard[Tensor]:
@@ -209,7 +308,9 @@ def _tiles(kind: Kind, given: Tensor, groups: int, threads: int, each: int) -> i
 
     `each`: bytes that a tile takes.
     """
-    rows, columns = (-(-size // GIVEN[of]) for size, of in zip(given.shape, kind[1:], strict=False))
+    rows, columns = (
+        -(-size // GIVEN[of]) for size, of in zip(given.shape[1:], kind[1:], strict=True)
+    )
     share = -(-groups * rows * columns // (2 * threads))
     return max(12, min(SPACE_BYTES // each, share) // 12 * 12)  # of rows of products, 6 or 12
 
