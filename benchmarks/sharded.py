@@ -22,7 +22,8 @@ import torch.distributed as dist
 from memory import anonymous_memory
 
 from temporal_vae import TemporalVAE, WanVAEConfig
-from temporal_vae.walks.sharded import Group, walk, walk_rows
+from temporal_vae.walks.processes import Group
+from temporal_vae.walks.sharded import walk, walk_rows
 
 ROWS: dict[str, tuple[int, ...]] = {"page": (1, 4, 16, 32, 56), "wan": (1, 16, 6, 32, 52)}
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,8 @@ from conftest import awake, redraw
 from torch import Tensor
 
 from temporal_vae import TemporalVAE, WanVAEConfig, sharded
-from temporal_vae.walks.sharded import Group, walk
+from temporal_vae.walks.processes import Group
+from temporal_vae.walks.sharded import walk
 from temporal_vae.walks.stages import shapes_in
 from temporal_vae.walks.tracing import LiveBytes
 
@@ -111,6 +114,44 @@ def refusals(vae: TemporalVAE) -> dict[str, str]:
     }
 
 
+def recovered(kind: str) -> dict[str, Any]:
+    """What each process hears of an error in the middle of a walk on one of them, how soon, and
+    whether all can walk again."""
+    vae = MODELS[kind]().requires_grad_(False)
+    latent = torch.randn(1, 4, 6, 6, 3, generator=torch.Generator().manual_seed(2)).double()
+    own, layer = sharded.part(vae, latent), list(vae.decoder.layers())[-2]
+    expected = sharded.gather(vae, sharded.decode(vae, own))
+    found: dict[str, Any] = {"said": [], "seconds": [], "error": []}
+    for error in (MemoryError("no more memory"), KeyboardInterrupt("Control-C")):
+        with broken(layer, error if dist.get_rank() == 1 else None):
+            start = time.monotonic()
+            try:
+                sharded.decode(vae, own)
+            except BaseException as raised:
+                found["said"].append(f"{type(raised).__name__}: {raised}")
+            found["seconds"].append(time.monotonic() - start)
+        again = sharded.gather(vae, sharded.decode(vae, own))
+        if again is not None and expected is not None:
+            found["error"].append(relative(again, expected))
+    return found
+
+
+@contextmanager
+def broken(layer: Any, error: BaseException | None) -> Iterator[None]:
+    """A layer that raises, if there is something to raise."""
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise error or AssertionError
+
+    if error is not None:
+        layer.compute = layer.stream = fails
+    try:
+        yield
+    finally:
+        if error is not None:
+            del layer.compute, layer.stream
+
+
 def sent() -> list[int]:
     """Bytes that a process sends for a clip, and what pixels for frames and back must take."""
     vae, size = awake(torch.float32), dist.get_world_size()
@@ -158,6 +199,7 @@ def work(results: dict[str, Any]) -> None:
     results["sent"] = sent()
     results["held"] = held()
     results["refusals"] = refusals(awake())
+    results["recovered"] = {kind: recovered(kind) for kind in ("default", "Wan 2.1")}
 
 
 def main() -> None:

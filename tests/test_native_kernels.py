@@ -499,6 +499,14 @@ def test_who_writes_operations_down_sees_them() -> None:
     assert rms(graph(other), decode(other).double()) < 1e-5
 
 
+def test_who_counts_a_way_back_sees_gradients_of_weights() -> None:
+    x, (weight, _) = frames(1, 32, 16, 16), kernel(32, 32, 3, 3)
+    y = three_taps.conv2d(x, weight.requires_grad_(), None)
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    assert counter.get_total_flops() == 2 * y.numel() * 32 * 9
+
+
 def test_tensors_without_memory_go_by() -> None:
     model = small().requires_grad_(False)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:

@@ -82,6 +82,20 @@ def test_what_one_process_cannot_do_is_said_in_all(results: Results) -> None:
     assert "below the least" in said[1]["budget"] and "another one" in said[0]["budget"]
 
 
+@pytest.mark.parametrize("kind", ["default", "Wan 2.1"])
+def test_an_error_in_the_middle_of_a_walk_is_heard_by_all_who_can_go_on(
+    kind: str, results: Results
+) -> None:
+    for rank, each in enumerate(found["recovered"][kind] for found in results):
+        assert max(each["seconds"]) < 20, "the timeout of the group is 60 seconds"
+        if rank == 1:
+            assert each["said"] == ["MemoryError: no more memory", "KeyboardInterrupt: Control-C"]
+            continue
+        assert [said.partition(":")[0] for said in each["said"]] == ["RuntimeError"] * 2
+        assert all("one of them has ended or had an error" in said for said in each["said"])
+    assert results[0]["recovered"][kind]["error"] == [0, 0]
+
+
 def test_a_killed_process_is_an_error_in_the_others_not_a_hang(tmp_path: Path) -> None:
     running = [start("sharded_killed.py", tmp_path, rank, 2) for rank in range(2)]
     deadline = time.monotonic() + 120

@@ -14,10 +14,9 @@ this decodes a clip that no process could hold alone:
     pixels = sharded.decode(vae, latent, memory="6GiB")
     video = sharded.gather(vae, pixels)              # on the CPU of process 0; None elsewhere
 
-All processes call the same functions in the same order. If one of them ends, the others raise
-`RuntimeError` as soon as the backend notices, at the latest after the group's timeout. If one lives
-on after an error in the middle of a walk, as of memory that runs out, the others wait for that
-timeout (30 minutes, unless `init_process_group` is given another): let such an error end it.
+All processes call the same functions in the same order. If one of them ends, or has an error in the
+middle of a walk, the others raise `RuntimeError` at once; those that live on can walk again. (On
+GPUs they are told when the backend notices, at the latest after the timeout of the group.)
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from temporal_vae.model import TemporalVAE
 from temporal_vae.walks import sharded
 from temporal_vae.walks.budget import Budget
 from temporal_vae.walks.peak import Operation
-from temporal_vae.walks.sharded import Group
+from temporal_vae.walks.processes import Group
 
 __all__ = ["decode", "encode", "gather", "part", "split_axis"]
 
@@ -75,7 +74,7 @@ def encode(
     Raises:
         ValueError: in every process, for parts that do not belong together, a model that is to be
             trained, and a budget that cannot be met.
-        RuntimeError: when another process has ended.
+        RuntimeError: when another process has ended, or had an error in its walk.
     """
     return vae._runner.posterior(_walk(vae, clip, "encode", memory, group).contiguous())
 
@@ -131,7 +130,8 @@ def _walk(vae: TemporalVAE, x: Tensor, operation: Operation, memory: Budget, han
     if plan.bounds is None:  # one process, and no bound
         return cast(Tensor, runner.line(operation)(x))
     walk = sharded.walk_rows if by_rows else sharded.walk
-    return walk(runner.line(operation), x, plan.bounds, group)
+    with group.apart(x) as together:
+        return walk(runner.line(operation), x, plan.bounds, together)
 
 
 def _stop_together(group: Group, x: Tensor, problem: ValueError | None) -> None:

@@ -9,21 +9,17 @@ time: chunk after chunk is sent, and what comes for it is put in its place. Norm
 than one process has join the sums of all. So each process walks its share bounded, and the result
 is that of the whole walk, to rounding.
 
-Everything is exchanged by `torch.distributed`, of whatever backend has an all-to-all of unequal
-parts: gloo and NCCL have one.
+What is exchanged goes through `processes`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import partial
 from itertools import accumulate, pairwise
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from temporal_vae.geometry import Span, rows_read, spans
@@ -35,71 +31,9 @@ from temporal_vae.network.primitives import Norm, own_norm
 from temporal_vae.walks import bounded
 from temporal_vae.walks.norm_sums import input_of, moments_of, with_known
 from temporal_vae.walks.piecewise import Part, Section, fill, sections
+from temporal_vae.walks.processes import Group
 from temporal_vae.walks.stages import Bounds, shape_after
 from temporal_vae.walks.workspace import Workspace, new_clip
-
-
-@dataclass
-class Group:
-    """The processes that walk together, and this one's place among them."""
-
-    handle: Any = None
-    """Of `torch.distributed`; None for all processes."""
-    sent: int = 0
-    """Bytes that this process has sent to others."""
-
-    @cached_property
-    def rank(self) -> int:
-        """The place of this process."""
-        return dist.get_rank(self.handle)
-
-    @cached_property
-    def size(self) -> int:
-        """How many processes there are."""
-        return dist.get_world_size(self.handle)
-
-    def exchange(self, parts: Sequence[Tensor], numbers: Sequence[int]) -> list[Tensor]:
-        """Send a part to each process; what came from each, flat, of so many numbers."""
-        flat = torch.cat([part.reshape(-1) for part in parts])
-        out = flat.new_empty(sum(numbers))
-        size = flat.element_size()
-        splits = [n * size for n in numbers], [part.numel() * size for part in parts]
-        sent, received = flat.view(torch.uint8), out.view(torch.uint8)  # which every backend knows
-        with self._told():
-            dist.all_to_all_single(received, sent, *splits, group=self.handle)
-        self.sent += sum(splits[1]) - splits[1][self.rank]
-        return list(out.split(list(numbers)))
-
-    def of_all(self, value: Tensor) -> list[Tensor]:
-        """A tensor of each process, all of one shape."""
-        found = [torch.empty_like(value) for _ in range(self.size)]
-        with self._told():
-            dist.all_gather(found, value.contiguous(), group=self.handle)
-        return found
-
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        """Say what it means when the others do not answer."""
-        try:
-            yield
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"process {self.rank} of {self.size} could not exchange with the others: one of "
-                "them has ended, or did not answer in time; what it printed last says why"
-            ) from error
-
-    def joined(self, moments: Moments | None, norm: nn.Module, like: Tensor) -> Moments:
-        """Moments of what all processes have from those of what each has, if it has anything."""
-        groups = int(norm.num_groups)  # type: ignore[arg-type]
-        mean = variance = torch.zeros(1, groups, dtype=torch.float64, device=like.device)
-        count = 0
-        if moments is not None:
-            count, mean, variance = moments.count, moments.mean, moments.variance
-        counts = torch.full_like(mean, count)  # a whole number, exact in float64
-        everyone = self.of_all(torch.stack([counts, mean, variance]))
-        found = [Moments(int(c[0, 0]), m, v) for c, m, v in everyone]
-        return Moments.join([each for each in found if each.count])
-
 
 NO_BOUND = 2**31
 
