@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import random
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -69,10 +70,14 @@ def contents(out: Path) -> dict[str, bytes]:
     return {str(p.relative_to(out)): p.read_bytes() for p in files if p.suffix != ".parquet"}
 
 
-def rows(out: Path) -> list[dict[str, Any]]:
+def parquet() -> Any:
     from pyarrow import parquet
 
-    table = parquet.read_table(out / "manifest.parquet")
+    return parquet
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    table = parquet().read_table(out / "manifest.parquet")
     assert table.column_names == list(COLUMNS)
     return list(table.drop_columns(["seconds"]).to_pylist())
 
@@ -479,6 +484,52 @@ def test_trying_again_keeps_the_clips_that_are_there(model: TemporalVAE, tmp_pat
     assert run(source, out, model, retry_failed=True) == {"ok": 1, "failed": 1}
     assert run(source, out, model) == {"ok": 1, "failed": 1}
     assert (out / f"a.mkv{SUFFIX}").stat().st_mtime_ns == stamp
+
+
+@pytest.mark.parametrize("layout", ["files", "webdataset"])
+def test_another_caption_encodes_nothing_again(
+    layout: Any, model: TemporalVAE, tmp_path: Path
+) -> None:
+    """But in shards, where it lies beside the latents."""
+    write(tmp_path / "a.mkv", smooth(4, 32, 32))
+    write(tmp_path / "b.mkv", noise(4, 32, 32))
+    listed, out = tmp_path / "list.csv", tmp_path / "out"
+
+    def captions(*words: str) -> list[tuple[str, str, float]]:
+        listed.write_text(f"path,caption\na.mkv,{words[0]}\nb.mkv,{words[1]}\n")
+        assert run(listed, out, model, layout=layout) == {"ok": 2}
+        table = parquet().read_table(out / "manifest.parquet").to_pylist()
+        return [(row["caption"], row["shard"], row["seconds"]) for row in table]
+
+    first, second = captions("one", "two"), captions("one", "two words")
+    assert [caption for caption, *_ in second] == ["one", "two words"]
+    assert second[0] == first[0]
+    if layout == "files":
+        assert second[1][1:] == first[1][1:]
+        assert [caption for caption, *_ in captions("", "two")] == [None, "two"]
+    else:
+        assert second[1][1] == "shard-000001.tar"
+        with tarfile.open(out / second[1][1]) as shard:
+            told = shard.extractfile(shard.getnames()[1])
+            assert told is not None and json.load(told)["caption"] == "two words"
+    write(tmp_path / "b.mkv", smooth(4, 32, 32))
+    third = captions("one", "two words")
+    assert third[1][2] != second[1][2], "another file is encoded"
+
+
+def test_a_file_that_is_cut_off_is_said(model: TemporalVAE, tmp_path: Path) -> None:
+    write(tmp_path / "whole.mp4", noise(24, 32, 32))
+    ffmpeg: list[str | Path] = ["ffmpeg", "-v", "error", "-i", tmp_path / "whole.mp4", "-c", "copy"]
+    subprocess.run([*ffmpeg, "-movflags", "faststart", tmp_path / "a.mp4"], check=True)
+    data = (tmp_path / "a.mp4").read_bytes()
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "a.mp4").write_bytes(data)
+    (source / "b.mp4").write_bytes(data[: len(data) * 6 // 10])
+    assert run(source, tmp_path / "out", model) == {"ok": 2}
+    whole, cut = rows(tmp_path / "out")
+    assert whole["notes"] is None
+    assert re.search(r"ends after 1\d frames, where its length promises about 24", cut["notes"])
 
 
 def test_odd_rows_of_a_manifest_fail_alone(model: TemporalVAE, tmp_path: Path) -> None:

@@ -135,9 +135,8 @@ class _Video:
                 exact = bucket.frames if bucket else None
                 clip = self._clip(reader, first, start, exact or length, sized)
                 clip.bucket = None if bucket is None else str(bucket)
-                clip.frames = frames.take(exact or length, exact)
+                clip.frames = _noted(frames.take(exact or length, exact), clip, reader)
                 yield clip
-                clip.notes += [n for n in reader.notes if n not in clip.notes]
 
     def _name(self, first: int) -> str:
         return self.entry.name + (f"{OURS}{first:06d}" if self.cutting.cut else "")
@@ -195,6 +194,12 @@ class _Video:
                 cuts += [code.frame_num for code in found]
                 number += 1
         return [*dict.fromkeys(cuts), number]
+
+
+def _noted(frames: Iterator[Frame], clip: Clip, reader: VideoReader) -> Iterator[Frame]:
+    """The same frames; then the clip has what is noted of the file as it is read."""
+    yield from frames
+    clip.notes += [note for note in reader.notes if note not in clip.notes]
 
 
 class _Numbered:

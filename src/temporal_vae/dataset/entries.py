@@ -46,12 +46,16 @@ class Entry:
     """Why it cannot be encoded, where that is known already."""
 
     def stamp(self) -> str:
+        """What its row in the data set is made of: its file, and its caption."""
+        return f"{self.file_stamp()} {self.caption}"
+
+    def file_stamp(self) -> str:
         """Size and time of its file: another one, and it is encoded again."""
         try:
             found = os.stat(self.source.path)
         except (OSError, ValueError):  # ValueError: a name with a zero in it
             return "missing"
-        return f"{found.st_size} {found.st_mtime_ns} {self.source.offset} {self.caption}"
+        return f"{found.st_size} {found.st_mtime_ns} {self.source.offset}"
 
 
 def entries_of(place: Path) -> Iterator[Entry]:

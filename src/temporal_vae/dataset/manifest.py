@@ -105,14 +105,14 @@ class State:
     def begin(self, entry: Entry) -> set[str] | None:
         """The names of its clips that are there; None where nothing is left to do.
 
-        A video whose file is another one by now begins anew.
+        A video whose file is another one by now begins anew; another caption goes into its rows.
         """
         stamp = entry.stamp()
         with self._whole():
             found = self._base.execute(
                 "select stamp, done, number from sources where name = ?", (entry.name,)
             ).fetchone()
-            if found is not None and found[0] == stamp:
+            if found is not None and (found[0] == stamp or self._captioned(entry, found[0])):
                 return self._there(entry, *found[1:])
             self._forget(entry.name)
             self._base.execute(
@@ -120,6 +120,23 @@ class State:
                 (entry.name, stamp, entry.number),
             )
         return set()
+
+    def _captioned(self, entry: Entry, before: str) -> bool:
+        """Give its rows another caption, where no more has changed, and none of its clips is in a
+        shard: there it lies beside the latents."""
+        if not before.startswith(f"{entry.file_stamp()} "):
+            return False
+        packed = "select 1 from clips where source = ? and shard is not null"
+        if self._base.execute(packed, (entry.name,)).fetchone():
+            return False
+        self._base.execute(
+            "update clips set row = json_set(row, '$.caption', ?) where source = ?",
+            (entry.caption, entry.name),
+        )
+        self._base.execute(
+            "update sources set stamp = ? where name = ?", (entry.stamp(), entry.name)
+        )
+        return True
 
     def _there(self, entry: Entry, done: int, number: int) -> set[str] | None:
         """Clips whose files are as they were written; what lacks its file is to be done again."""

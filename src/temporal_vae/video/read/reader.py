@@ -38,6 +38,10 @@ DECODED_AHEAD = 3
 """Decoded frames that wait to be converted."""
 
 
+SHORT = 20
+"""A file that lacks more than a part in so many of the frames that it promises is said to do so."""
+
+
 class VideoReader:
     """Decode a video frame by frame: `with VideoReader(path) as video: for frame in video`.
 
@@ -165,6 +169,12 @@ class VideoReader:
             start = float(self._selection.start)
             raise VideoError(f"{self.path}: no frame begins at {start:g} s or later")
         self.notes += self._source.notes(complete=limit is None or count < limit)
+        expected = self.info.expected_frames or 0
+        if expected - count > max(2, expected // SHORT):
+            self.notes.append(
+                f"it ends after {count} frames, where its length promises about {expected}: the "
+                "file may be cut off"
+            )
 
     def _selected(self) -> Iterator[Stamped]:
         """The frames that were asked for, with timestamps in units of `info.time_base`."""
