@@ -18,7 +18,7 @@ from itertools import product
 import torch
 
 from temporal_vae import TemporalVAE
-from temporal_vae.cli import allocator
+from temporal_vae.convert import allocator
 from temporal_vae.walks import streamed
 from temporal_vae.walks.stages import Bounds
 

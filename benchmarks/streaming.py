@@ -21,8 +21,7 @@ import torch
 from flat_memory import make_video, peak
 
 from temporal_vae import TemporalVAE
-from temporal_vae.cli import allocator
-from temporal_vae.convert import chunks
+from temporal_vae.convert import allocator, chunks
 from temporal_vae.convert.memory import PiecePlanner
 from temporal_vae.video import Frame, Uint8Frames
 from temporal_vae.walks.budget import parse_budget

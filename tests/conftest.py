@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 
 from temporal_vae import TemporalVAE, TemporalVAEConfig
-from temporal_vae.cli import allocator, main
-from temporal_vae.convert import memory
+from temporal_vae.cli import main
+from temporal_vae.convert import allocator, memory
 from temporal_vae.walks import plan
 
 # Plans are compared with the storages that are alive, not with what kernels, codecs and gaps in the

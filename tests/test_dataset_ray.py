@@ -18,6 +18,7 @@ from test_dataset import contents, rows, run
 from test_video import noise, write
 
 from temporal_vae import TemporalVAE
+from temporal_vae.convert import allocator
 from temporal_vae.dataset import ray as engine
 from temporal_vae.dataset.entries import Entry
 from temporal_vae.dataset.messages import packed, unpacked
@@ -101,6 +102,8 @@ def test_a_folder_that_cannot_be_written_ends_the_run(
 def test_calls_after_the_failure_of_a_process_end_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray may hand it more videos before the run ends: none may wait for ever."""
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    settled: list[Any] = []
+    monkeypatch.setattr(allocator, "settle", settled.append)
 
     class Broken:
         todo: SimpleQueue[Any] = SimpleQueue()
@@ -113,8 +116,9 @@ def test_calls_after_the_failure_of_a_process_end_too(monkeypatch: pytest.Monkey
 
     threads = torch.get_num_threads()
     try:
-        worker = engine.Worker(cast(Any, Broken), 2)
+        worker = engine.Worker(cast(Any, Broken), 2, "1GiB")
         assert torch.get_num_threads() == 3, "two processes share six cores"
+        assert settled == ["1GiB"]
     finally:
         torch.set_num_threads(threads)
     found: list[str] = []

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Literal
 
 import typer
 
-from temporal_vae.cli import allocator
 from temporal_vae.cli.groups import OptionGroup, option
 from temporal_vae.cli.options import (
     EncodeOptions,
@@ -19,6 +18,7 @@ from temporal_vae.cli.options import (
     dtype_name,
 )
 from temporal_vae.cli.report import Meter, out, say, say_error
+from temporal_vae.convert import allocator
 from temporal_vae.dataset.buckets import Bucket, parse_buckets
 
 if TYPE_CHECKING:

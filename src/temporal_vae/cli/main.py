@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from temporal_vae.cli import (
-    allocator,
     batch,
     comparing,
     dataset,
@@ -50,7 +49,8 @@ from temporal_vae.files.safetensors import SUFFIX
 from temporal_vae.video import VIDEO_SUFFIXES, VideoError, check_suffix, choose
 
 if TYPE_CHECKING:
-    from temporal_vae.convert.origin import Origin
+    from temporal_vae.convert import allocator
+from temporal_vae.convert.origin import Origin
 
 LATENTS = frozenset([SUFFIX])
 

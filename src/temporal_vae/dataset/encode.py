@@ -242,7 +242,7 @@ def _events(
         return make().run(jobs)
     cluster = Cluster(
         address=options.address, processes=options.encoders, ahead=2 * options.workers,
-        gpu=encoder.model.device.type == "cuda",
+        gpu=encoder.model.device.type == "cuda", memory=encoder.how.memory,
     )  # fmt: skip
     return cluster.run(jobs, make)
 

@@ -17,9 +17,11 @@ from itertools import islice
 from queue import SimpleQueue
 from typing import Any
 
+from temporal_vae.convert import allocator
 from temporal_vae.dataset.entries import Entry
 from temporal_vae.dataset.local import Events, Job, Pipeline, Row
 from temporal_vae.dataset.messages import packed, unpacked
+from temporal_vae.walks.budget import Budget
 
 WINDOW = 8192
 """Videos that Ray is given at a time, so that no list of all of them is in memory."""
@@ -31,10 +33,11 @@ Batch = dict[str, Any]
 class Worker:
     """A process of the cluster. Ray calls it in several threads, with a video each."""
 
-    def __init__(self, make: Callable[[], Pipeline], share: int):
+    def __init__(self, make: Callable[[], Pipeline], share: int, memory: Budget):
         """`share`: how many such processes are on a machine, which all want its cores."""
         import torch
 
+        allocator.settle(memory)
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // share))  # Ray sets one for each
         self._pipeline = make()
         self._came: dict[int, SimpleQueue[Row | OSError | None]] = {}
@@ -81,6 +84,8 @@ class Cluster:
     gpu: bool
     ahead: int
     """Videos that each of them has under way."""
+    memory: Budget = None
+    """What encoding may take."""
 
     def run(self, jobs: Iterable[Job], make: Callable[[], Pipeline]) -> Events:
         """Events of all jobs, in the order in which they come; see `Pipeline.run`."""
@@ -118,7 +123,7 @@ class Cluster:
         share = math.ceil(self.processes / max(1, machines))
         items = [{"job": packed(job)} for job in window]
         done = data.from_items(items, override_num_blocks=len(items)).map_batches(
-            Worker, batch_size=1, fn_constructor_args=(make, share),
+            Worker, batch_size=1, fn_constructor_args=(make, share, self.memory),
             compute=data.ActorPoolStrategy(
                 size=self.processes, max_tasks_in_flight_per_actor=2 * self.ahead,
                 max_concurrent_calls_per_actor=self.ahead, enable_true_multi_threading=True,
