@@ -25,11 +25,14 @@ from test_video import noise, smooth, write
 from temporal_vae import LatentFile, TemporalVAE, read_latents
 from temporal_vae.convert.encode import Encoding, encode
 from temporal_vae.dataset import local
+from temporal_vae.dataset.clips import Clip, Cutting, clips_of
 from temporal_vae.dataset.encode import DatasetOptions, encode_dataset
-from temporal_vae.dataset.entries import entries_of, quoted
+from temporal_vae.dataset.entries import Entry, entries_of, quoted
 from temporal_vae.dataset.latents import LatentDataset
 from temporal_vae.dataset.manifest import COLUMNS, State
 from temporal_vae.files.safetensors import SUFFIX
+from temporal_vae.video import VideoReader
+from temporal_vae.video.sources import Source
 
 pyarrow = pytest.importorskip("pyarrow", reason="pyarrow, of the extra dataset, is not installed")
 COMMAND = [sys.executable, "-m", "temporal_vae"]
@@ -530,6 +533,28 @@ def test_a_file_that_is_cut_off_is_said(model: TemporalVAE, tmp_path: Path) -> N
     whole, cut = rows(tmp_path / "out")
     assert whole["notes"] is None
     assert re.search(r"ends after 1\d frames, where its length promises about 24", cut["notes"])
+
+
+@pytest.mark.parametrize("wait", [0.0, 0.03])
+@pytest.mark.parametrize("length", [10, 12])
+def test_the_last_clip_of_a_file_that_is_cut_off_has_the_note(
+    length: int, wait: float, tmp_path: Path
+) -> None:
+    """However far ahead frames are decoded, and also where the last clip is a full one."""
+    write(tmp_path / "a.mkv", noise(40, 32, 32))
+    data = (tmp_path / "a.mkv").read_bytes()
+    (tmp_path / "a.mkv").write_bytes(data[: len(data) * 6 // 10])
+    with VideoReader(tmp_path / "a.mkv") as reader:
+        whole = sum(1 for _ in reader)
+    assert any("may be cut off" in note for note in reader.notes)
+    cutting = Cutting(options={}, reading={}, cut=whole // 2 if length == 12 else length)
+    noted = []
+    for clip in clips_of(Entry(0, "v", Source(str(tmp_path / "a.mkv"))), cutting):
+        assert isinstance(clip, Clip)
+        for _ in clip.frames:
+            time.sleep(wait)
+        noted.append(any("may be cut off" in note for note in clip.notes))
+    assert len(noted) > 1 and noted == [False] * (len(noted) - 1) + [True]
 
 
 def test_odd_rows_of_a_manifest_fail_alone(model: TemporalVAE, tmp_path: Path) -> None:

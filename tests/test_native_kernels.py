@@ -288,6 +288,36 @@ def test_gradients_whatever_dtype_is_usual() -> None:
         torch.set_default_dtype(torch.float32)
 
 
+def test_gradients_after_a_look_without_them() -> None:
+    x, (weight, bias) = frames(1, 32, 12, 12), kernel(32, 32, 3, 3)
+    winograd._kept.space = None
+    with torch.inference_mode():
+        winograd.conv2d(x, weight, bias)
+    y = three_taps.conv2d(x, weight.requires_grad_(), bias)
+    (found,) = torch.autograd.grad(y.sum(), weight)
+    assert found.is_contiguous() and found.untyped_storage().nbytes() == weight.numel() * 4
+
+
+def test_gradients_in_modes_and_of_odd_tensors() -> None:
+    """Within autocast they are not rounded; what is negated when it is read is; on meta there are
+    none to compute; and what does not fit is refused."""
+    x, (weight, _) = frames(1, 32, 12, 12).requires_grad_(), kernel(32, 32, 3, 3)
+    y = three_taps.conv2d(x, weight.requires_grad_(), None)
+    given = torch.randn_like(y)
+    wanted = torch.autograd.grad(y, (x, weight), given, retain_graph=True)
+    negated = torch.autograd.grad(y, (x, weight), torch._neg_view(-given), retain_graph=True)
+    assert all(map(torch.equal, negated, wanted))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (within,) = torch.autograd.grad(y, weight, given)
+    assert torch.equal(within, wanted[1])
+    far = x.detach().to("meta"), weight.detach().to("meta").requires_grad_()
+    (found,) = torch.autograd.grad(three_taps.conv2d(*far, None).sum(), far[1])
+    assert found.is_meta and found.shape == weight.shape
+    for other in (given[:, :, 1:], given.bfloat16(), torch.cat([given, given])):
+        with pytest.raises(ValueError, match="are not of what comes of frames"):
+            winograd.conv2d_weight(other, x.detach(), weight.detach())
+
+
 def test_gradients_of_nothing() -> None:
     (weight, _), x = kernel(32, 16, 3, 3), frames(1, 16, 8, 8)[:0]
     assert not winograd.conv2d_weight(frames(1, 32, 8, 8)[:0], x, weight).any()

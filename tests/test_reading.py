@@ -6,6 +6,7 @@ import gc
 import itertools
 import math
 import os
+import subprocess
 import threading
 import time
 import weakref
@@ -1094,3 +1095,26 @@ def test_closing_frees_who_waits_for_a_stuck_maker() -> None:
     stuck.set()
     thread.join()
     assert inner.close()
+
+
+@pytest.mark.parametrize("name", ["a.webm", "a.mkv", "a.mp4"])
+@pytest.mark.parametrize(
+    ("select", "options"),
+    [
+        ("lt(n,60)+not(mod(n,20))", {}),
+        ("lt(n,10)+gt(n,100)", {"start": 0.5, "fps": 5}),
+        ("not(mod(n,3))+lt(n,40)", {"start": 1.5}),
+    ],
+)
+def test_a_variable_rate_is_not_taken_for_a_file_that_is_cut_off(
+    name: str, select: str, options: Any, tmp_path: Path
+) -> None:
+    source = "testsrc=size=64x48:rate=30:duration=4"
+    codec = "libvpx" if name.endswith("webm") else "mpeg4"
+    subprocess.run(
+        ["ffmpeg", "-v", "error", "-f", "lavfi", "-i", source, "-vf", f"select='{select}'",
+         "-vsync", "vfr", "-c:v", codec, tmp_path / name], check=True,
+    )  # fmt: skip
+    with VideoReader(tmp_path / name, **options) as video:
+        assert sum(1 for _ in video)
+    assert not [note for note in video.notes if "cut off" in note]

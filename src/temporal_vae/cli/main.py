@@ -45,12 +45,12 @@ from temporal_vae.cli.report import (
     say_warning,
     show_rows,
 )
+from temporal_vae.convert import allocator
 from temporal_vae.files.safetensors import SUFFIX
 from temporal_vae.video import VIDEO_SUFFIXES, VideoError, check_suffix, choose
 
 if TYPE_CHECKING:
-    from temporal_vae.convert import allocator
-from temporal_vae.convert.origin import Origin
+    from temporal_vae.convert.origin import Origin
 
 LATENTS = frozenset([SUFFIX])
 

@@ -135,7 +135,7 @@ class _Video:
                 exact = bucket.frames if bucket else None
                 clip = self._clip(reader, first, start, exact or length, sized)
                 clip.bucket = None if bucket is None else str(bucket)
-                clip.frames = _noted(frames.take(exact or length, exact), clip, reader)
+                clip.frames = _noted(frames, exact or length, exact, clip, reader)
                 yield clip
 
     def _name(self, first: int) -> str:
@@ -196,10 +196,13 @@ class _Video:
         return [*dict.fromkeys(cuts), number]
 
 
-def _noted(frames: Iterator[Frame], clip: Clip, reader: VideoReader) -> Iterator[Frame]:
-    """The same frames; then the clip has what is noted of the file as it is read."""
-    yield from frames
-    clip.notes += [note for note in reader.notes if note not in clip.notes]
+def _noted(
+    frames: _Numbered, length: int | None, exact: int | None, clip: Clip, reader: VideoReader
+) -> Iterator[Frame]:
+    """The frames of a clip; behind the last ones of the file it has what that was noted of."""
+    yield from frames.take(length, exact)
+    if frames.at_end():
+        clip.notes += [note for note in reader.notes if note not in clip.notes]
 
 
 class _Numbered:
@@ -225,6 +228,11 @@ class _Numbered:
             yield frame
         if exact is not None and taken < exact:
             raise VideoError(f"it ends after {taken} of {exact} frames that its length promises")
+
+    def at_end(self) -> bool:
+        """Whether there are no more frames; then the reader's notes are complete."""
+        self._held = self._held or next(self._frames, None)
+        return self._held is None
 
     def _pop(self) -> Frame | None:
         frame, self._held = self._held or next(self._frames, None), None

@@ -122,8 +122,10 @@ class State:
         return set()
 
     def _captioned(self, entry: Entry, before: str) -> bool:
-        """Give its rows another caption, where no more has changed, and none of its clips is in a
-        shard: there it lies beside the latents."""
+        """Whether only the caption is another one, and its rows could be given that.
+
+        They cannot if a clip is in a shard, where the caption lies beside the latents.
+        """
         if not before.startswith(f"{entry.file_stamp()} "):
             return False
         packed = "select 1 from clips where source = ? and shard is not null"

@@ -78,7 +78,8 @@ class Group:
             group.of_all(torch.zeros(1))  # all have come to the end
         except BaseException:
             del _CONNECTED[parent]
-            group.handle = None  # or the error, whose frames have the group, would keep it open
+            # connections close when nobody refers to them, and the error's traceback has `group`
+            group.handle = None
             raise
 
     @contextmanager

@@ -145,6 +145,7 @@ def _remember_conv2d(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _conv2d_back(ctx: Any, given: Tensor) -> tuple[Tensor | None, ...]:
     (x, weight), doubled, wanted = ctx.saved_tensors, ctx.doubled, ctx.needs_input_grad
     back = of_weight = None
+    given = given.resolve_neg()  # the kernels read what lies in memory
     if wanted[0]:
         back = conv2d(given, weight.flip(2, 3).transpose(0, 1), None)
         back = F.avg_pool2d(back, 2, divisor_override=1) if doubled else back
@@ -163,6 +164,7 @@ def _remember_over_time(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> No
 
 def _over_time_back(ctx: Any, given: Tensor) -> tuple[Any, ...]:
     *parts, weight = ctx.saved_tensors
+    given = given.resolve_neg()
     zeros, behind, wanted = ctx.zeros, ctx.behind, ctx.needs_input_grad
     back: Any = [None] * len(parts)
     if wanted[0] if isinstance(wanted[0], bool) else any(wanted[0]):
@@ -177,7 +179,7 @@ def _over_time_back(ctx: Any, given: Tensor) -> tuple[Any, ...]:
 def _over_time_weight(
     given: Tensor, parts: Sequence[Tensor], zeros: int, behind: int, weight: Tensor
 ) -> Tensor:
-    """The gradient of the weight; by torch's 2-D kernels tap by tap."""
+    """The gradient of the weight: by our kernel, or tap by tap by torch's 2-D kernels."""
     if _here(given, weight, *parts):
         return winograd.over_time_weight(given, parts, zeros, behind, weight).to(weight.dtype)
     x = joined(*parts) if len(parts) > 1 else parts[0]
@@ -196,9 +198,11 @@ def _over_time_weight(
 
 
 def _here(*tensors: Tensor) -> bool:
-    """Whether a gradient is computed by our kernel, which nothing can differentiate further."""
+    """Whether our kernel computes a gradient: of tensors in memory, which nobody differentiates
+    further."""
     return (
-        values_only(*tensors)
+        tensors[0].device.type == "cpu"
+        and values_only(*tensors)
         and has_memory(*tensors)
         and not (recorded() or any(map(_mapped, tensors)))
     )

@@ -262,9 +262,10 @@ INLINE void blocks(const char *const *x, char *const *y, const float *u, const f
     }
 }
 
-// Adds to u[place][input channel][output channel], the channels filled up to 12 and 32. All threads
-// transform a block of tiles, then each takes places of the product: sums do not depend on how many
-// threads there are.
+// Adds to u[place][input channel][output channel], input channels filled up to a multiple of 12,
+// output channels to one of 32: what is added there is of no use, and nobody looks at it. All
+// threads transform a block of tiles, then each takes places of the product: sums do not depend on
+// how many threads there are.
 INLINE void weight_blocks(const char *const *x, char *const *y, float *u, float *space,
                           const Shape *s, const Frames *f, int t, int r, int c, int type) {
     long across = (f->out_width + GIVEN[c] - 1) / GIVEN[c];
@@ -332,7 +333,7 @@ void winograd(const char *const *x, char *const *y, const float *u, const float 
     }
 }
 
-// `space` ends with zeros, as many as there are channels on the side that has more.
+// `space` ends with zeros, at least as many as there are channels on the side that has more.
 void winograd_weight(const char *const *x, char *const *y, float *u, float *space, const Shape *s,
                      const Frames *f) {
 #pragma omp parallel num_threads(f->threads)

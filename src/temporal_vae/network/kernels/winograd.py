@@ -208,6 +208,13 @@ def weight_gradient(
     reads, (givens,) = _alike(reads), _alike([given])
     frame, one = next(filter(_is_tensor, chain(*reads))), next(filter(_is_tensor, givens))
     _check(frame, one, [weight], None)
+    sizes = [frame.shape[i] * (2 if kind[i] == DOUBLED else 1) for i in (1, 2)]
+    groups = len(givens) / GIVEN[kind[0]]
+    if (frame.dtype, sizes, len(reads)) != (one.dtype, [*one.shape[1:]], groups):
+        raise ValueError(
+            f"gradients {_size(one)} of {one.dtype}, for {groups:g} groups, are not of what comes "
+            f"of frames {_size(frame)} of {frame.dtype} in {len(reads)} groups"
+        )
     shape, threads, places = _shape(kind, [weight]), torch.get_num_threads(), _places(kind)
     out, channels = weight.shape[:2]
     tall, wide = _filled(channels, 12), _filled(out, LANES)
@@ -221,8 +228,8 @@ def weight_gradient(
         _pointers([*chain(*reads)]), _pointers(givens), _pointer(u), _pointer(space),
         by(shape), by(_frames(frame, one, len(reads), tiles, threads)),
     )  # fmt: skip
-    taps = (_taps_back(kind) @ u).view(-1, tall, wide)
-    return taps[:, :channels, :out].permute(2, 1, 0).reshape(weight.shape)
+    taps = (_taps_back(kind) @ u.double()).view(-1, tall, wide)  # no mode rounds float64
+    return taps[:, :channels, :out].permute(2, 1, 0).float().contiguous().view(weight.shape)
 
 
 _TAPS_BACK = (
@@ -237,7 +244,7 @@ _TAPS_BACK = (
 def _taps_back(kind: Kind) -> Tensor:
     """(taps, places) of all three axes."""
     time, row, column = (
-        torch.tensor(_TAPS_BACK[each], dtype=torch.float32, device="cpu") for each in kind
+        torch.tensor(_TAPS_BACK[each], dtype=torch.float64, device="cpu") for each in kind
     )
     return torch.kron(torch.kron(time, row), column)
 
@@ -278,7 +285,8 @@ def _space(numbers: int) -> Tensor:
     """What the kernel works in: kept by the thread that calls it, so that the heap has no gaps."""
     kept: Tensor | None = getattr(_kept, "space", None)
     if kept is None or kept.numel() < numbers:
-        _kept.space = kept = torch.empty(numbers, dtype=torch.float32, device="cpu")
+        with torch.inference_mode(False):  # or nobody could write to it outside of that mode
+            _kept.space = kept = torch.empty(numbers, dtype=torch.float32, device="cpu")
     return kept[:numbers]
 
 
