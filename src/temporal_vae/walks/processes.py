@@ -16,10 +16,16 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import ProcessGroupGloo as Gloo
 from torch.distributed.distributed_c10d import PrefixStore
 
 from temporal_vae.network.kernels.norm import Moments
+
+_Gloo: Any = getattr(dist, "ProcessGroupGloo", None)
+"""None where torch was built without it."""
+_connections: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+"""Of groups of processes, connections for walks alone."""
+_made = 0
+"""How many of these there have been, of any group."""
 
 
 @dataclass
@@ -68,8 +74,8 @@ class Group:
         error: the others, who wait for it, are told at once, and can go on to another walk.
         """
         parent = _of(self.handle)
-        has_store = hasattr(parent, "get_group_store")  # not in torch 2.6
-        if not (has_store and isinstance(parent._get_backend(x.device), Gloo)):
+        has_store = hasattr(parent, "get_group_store")  # as it has in newer releases of torch
+        if not (_Gloo and has_store and isinstance(parent._get_backend(x.device), _Gloo)):
             yield self
             return
         group = Group(_connected(self, parent))
@@ -77,7 +83,7 @@ class Group:
             yield group
             group.of_all(torch.zeros(1))  # all have come to the end
         except BaseException:
-            del _CONNECTED[parent]
+            del _connections[parent]
             # connections close when nobody refers to them, and the error's traceback has `group`
             group.handle = None
             raise
@@ -107,10 +113,6 @@ class Group:
         return Moments.join([each for each in found if each.count])
 
 
-_CONNECTED: WeakKeyDictionary[Any, Gloo] = WeakKeyDictionary()
-"""Of groups of processes, connections for walks alone."""
-
-
 def _of(handle: Any) -> Any:
     """What processes speak through."""
     if handle is None and not dist.is_initialized():
@@ -123,18 +125,15 @@ def _of(handle: Any) -> Any:
     return dist.group.WORLD if handle is None else handle
 
 
-def _connected(group: Group, parent: Any) -> Gloo:
+def _connected(group: Group, parent: Any) -> Any:
     """Connections of all processes: made once, and again by all after an error in one of them."""
     global _made
-    here = torch.tensor([_made, int(parent in _CONNECTED)])
+    here = torch.tensor([_made, int(parent in _connections)])
     made, there = torch.stack(group.of_all(here)).unbind(1)
     if not there.all():
         _made = int(made.max()) + 1  # under a name that none of them has had
         store = PrefixStore(f"temporal_vae/{_made}", parent.get_group_store())
         seconds = parent._get_backend(torch.device("cpu")).options._timeout
         with group._told():
-            _CONNECTED[parent] = Gloo(store, group.rank, group.size, timeout=seconds)
-    return _CONNECTED[parent]
-
-
-_made = 0
+            _connections[parent] = _Gloo(store, group.rank, group.size, timeout=seconds)
+    return _connections[parent]

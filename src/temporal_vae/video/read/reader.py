@@ -180,7 +180,7 @@ class VideoReader:
         info = self._file_info
         if last is None or info.end is None:
             return last is not None
-        shown = max(float(last[0].duration * info.time_base), 3 / float(self.info.fps))
+        shown = max(float((last[0].duration or 0) * info.time_base), 3 / float(self.info.fps))
         end = float((last[0].pts or 0) * info.time_base + self._source.shift) + shown
         return info.end - end > (info.end - info.start) / SHORT
 
