@@ -18,7 +18,7 @@ from test_dataset import contents, rows, run
 from test_video import noise, write
 
 from temporal_vae import TemporalVAE
-from temporal_vae.convert import allocator
+from temporal_vae.convert import allocator, memory
 from temporal_vae.dataset import ray as engine
 from temporal_vae.dataset.entries import Entry
 from temporal_vae.dataset.messages import packed, unpacked
@@ -40,6 +40,16 @@ def address() -> Iterator[str]:
     yield cluster.address
     ray.shutdown()
     cluster.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def as_in_other_processes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What Ray's processes have: videos walked as they are outside of tests, and all cores."""
+    monkeypatch.setattr(memory, "WHOLE_PIXELS", memory.PIECE_PIXELS)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

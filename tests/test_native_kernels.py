@@ -323,29 +323,16 @@ def test_gradients_of_nothing() -> None:
     assert not winograd.conv2d_weight(frames(1, 32, 8, 8)[:0], x, weight).any()
 
 
-def test_gradients_of_weights_are_differentiated_further() -> None:
-    x, (weight, bias) = frames(1, 32, 12, 12), kernel(32, 32, 3, 3)
-
-    def further(function: Function, *given: Tensor) -> Tensor:
-        x, weight, bias = (each.requires_grad_() for each in given)
-        y = function(x, weight, bias).square().sum()
-        (first,) = torch.autograd.grad(y, weight, create_graph=True)
-        (second,) = torch.autograd.grad(first.square().sum(), x)
-        return second
-
-    exact = in_float64(lambda *given: further(conv2d, *given), x, weight, bias)
-    assert rms(further(three_taps.conv2d, x.clone(), weight.clone(), bias.clone()), exact) < 1e-5
-
-
-def test_second_derivatives() -> None:
-    """As a penalty on gradients takes them."""
+@pytest.mark.parametrize("first", [0, 1], ids=["of frames", "of weights"])
+def test_second_derivatives(first: int) -> None:
+    """As a penalty on gradients takes them: of frames by the weight, and of it by the frames."""
     x, (weight, bias) = frames(1, 32, 12, 12), kernel(32, 32, 3, 3)
 
     def penalty(function: Function, *given: Tensor) -> Tensor:
-        x, weight, bias = (each.requires_grad_() for each in given)
-        y = function(x, weight, bias).square().sum()
-        (first,) = torch.autograd.grad(y, x, create_graph=True)
-        (second,) = torch.autograd.grad(first.square().sum(), weight)
+        leaves = [each.requires_grad_() for each in given]
+        y = function(*leaves).square().sum()
+        (gradient,) = torch.autograd.grad(y, leaves[first], create_graph=True)
+        (second,) = torch.autograd.grad(gradient.square().sum(), leaves[1 - first])
         return second
 
     exact = in_float64(lambda *given: penalty(conv2d, *given), x, weight, bias)
@@ -557,6 +544,39 @@ def test_a_group_norm_with_silu(offset: float, silu: bool) -> None:
     y = norm.group_norm(x, 12, weight, bias, 1e-6, silu)
     torchs = norm.group_norm_reference(x.contiguous(), 12, weight, bias, 1e-6)
     assert rms(y, exact) <= 3 * rms(F.silu(torchs) if silu else torchs, exact) + 1e-8
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_norms_do_not_depend_on_the_number_of_threads(
+    ours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor do moments without a compiler."""
+    if not ours:
+        monkeypatch.setattr(fused, "library", lambda: None)
+    x = frames(2, 48, 37, 41) * 2 + 3
+    exact = norm.Moments.of(x.double(), 12)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            found.append(norm.Moments.of(x, 12))
+    finally:
+        torch.set_num_threads(before)
+    for each in found:
+        assert torch.equal(each.mean, found[0].mean)
+        assert torch.equal(each.variance, found[0].variance)
+    assert rms(found[0].mean, exact.mean) < 1e-7 and rms(found[0].variance, exact.variance) < 1e-7
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 256])
+@pytest.mark.parametrize("columns", [16, 48, 80, 2048])
+def test_moments_of_columns(rows: int, columns: int) -> None:
+    x = torch.randn(rows, columns) * torch.rand(columns) + 10 * torch.randn(columns)
+    assert fused.has_moments(x)
+    mean, variance = fused.moments(x)
+    exact_variance, exact = torch.var_mean(x.double(), 0, correction=0)
+    assert rms(mean, exact) < 3e-7 and (variance - exact_variance).abs().max() < 1e-5
+    assert not fused.has_moments(x[:, ::2]) and not fused.has_moments(x[:, 1:])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

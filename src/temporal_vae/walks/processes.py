@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -102,7 +102,7 @@ class Group:
 
     def joined(self, moments: Moments | None, norm: nn.Module, like: Tensor) -> Moments:
         """Moments of what all processes have from those of what each has, if it has anything."""
-        groups = int(norm.num_groups)  # type: ignore[arg-type]
+        groups = cast(nn.GroupNorm, norm).num_groups
         mean = variance = torch.zeros(1, groups, dtype=torch.float64, device=like.device)
         count = 0
         if moments is not None:

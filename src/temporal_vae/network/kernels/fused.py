@@ -31,6 +31,30 @@ def serves(x: Tensor, *weights: Tensor) -> bool:
     )
 
 
+def has_moments(x: Tensor) -> bool:
+    """Whether the kernel takes rows x (n, columns)."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and x.shape[1] % CHANNELS == 0
+        and has_memory(x)
+        and values_only(x)
+        and not recorded()
+        and x.is_contiguous()
+        and library() is not None
+    )
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each column of rows (n, columns)."""
+    mean, variance = torch.empty_like(x[0]), torch.empty_like(x[0])
+    cast(ctypes.CDLL, library()).norm_moments(
+        c_void_p(x.data_ptr()), *map(c_int64, x.shape), c_void_p(mean.data_ptr()),
+        c_void_p(variance.data_ptr()), c_int32(torch.get_num_threads()),
+    )  # fmt: skip
+    return mean, variance
+
+
 def shifted(x: Tensor, y: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, silu: bool) -> None:
     """y = (x - mean) * scale + shift, each (C,) in float32."""
     kernels, each = cast(ctypes.CDLL, library()), [of.contiguous() for of in (mean, scale, shift)]

@@ -2,6 +2,7 @@
 // channels lie together.
 
 #include <math.h>
+#include <stddef.h>
 
 #include "vectors.h"
 
@@ -54,6 +55,38 @@ INLINE void by_length(const char *x, char *y, long channels, const float *gain, 
     }
 }
 
+enum { STRIP = 4 };   // vectors of columns that are added up side by side
+enum { CHAIN = 16 };  // numbers added in a row: long sums round more
+
+// Adds rows of x, `apart` from one another, to sums; or the squares of their distances to `mean`.
+INLINE void add_rows(const float *x, long rows, long apart, const vec *mean, vec *sum, int vectors) {
+    for (long row = 0; row < rows; row += CHAIN) {
+        vec part[STRIP];
+        for (int i = 0; i < vectors; i++) part[i] = (vec){0};
+        for (long r = row; r < rows && r < row + CHAIN; r++)
+            for (int i = 0; i < vectors; i++) {
+                vec v = load(x + r * apart + i * VECTOR);
+                if (mean) v = (v - mean[i]) * (v - mean[i]);
+                part[i] += v;
+            }
+        for (int i = 0; i < vectors; i++) sum[i] += part[i];
+    }
+}
+
+// Mean and variance of some columns of rows, in two passes.
+INLINE void strip_moments(const float *x, long rows, long apart, float *mean, float *variance,
+                          int vectors) {
+    vec m[STRIP], s[STRIP];
+    for (int i = 0; i < vectors; i++) m[i] = s[i] = (vec){0};
+    add_rows(x, rows, apart, NULL, m, vectors);
+    for (int i = 0; i < vectors; i++) m[i] /= (float)rows;
+    add_rows(x, rows, apart, m, s, vectors);
+    for (int i = 0; i < vectors; i++) {
+        store(mean + i * VECTOR, m[i]);
+        store(variance + i * VECTOR, s[i] / (float)rows);
+    }
+}
+
 #define BYTES(type) ((type) == FLOAT32 ? 4 : 2)
 #define EACH(use, with_silu, type)                                                                 \
     do {                                                                                           \
@@ -84,4 +117,16 @@ void norm_by_length(const char *x, char *y, int64_t pixels, int64_t channels, co
             EACH(USE, with_silu, type);
 #undef USE
         }
+}
+
+// Of each of the columns of x, which are a multiple of VECTOR.
+void norm_moments(const float *x, int64_t rows, int64_t columns, float *mean, float *variance,
+                  int32_t threads) {
+    enum { WIDE = STRIP * VECTOR };
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long c = 0; c < columns; c += WIDE)
+        if (columns - c >= WIDE)
+            strip_moments(x + c, rows, columns, mean + c, variance + c, STRIP);
+        else
+            strip_moments(x + c, rows, columns, mean + c, variance + c, (columns - c) / VECTOR);
 }

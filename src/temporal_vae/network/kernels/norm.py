@@ -3,8 +3,9 @@
 torch's own CPU kernel for channels-last float32 sums x and x^2 in float32, pixel after pixel, and
 takes the variance as E[x^2] - E[x]^2: ten times the rounding error of its kernel for contiguous
 input, and fifty times where the mean is far from zero. Here the moments of short runs of pixels are
-taken in two passes and joined in float64 (Chan, Golub and LeVeque 1983). What joins runs joins the
-pieces of a walk too: a norm can span more than is in memory.
+taken in two passes, by the same sums whatever the number of threads, and joined in float64 (Chan,
+Golub and LeVeque 1983). What joins runs joins the pieces of a walk too: a norm can span more than
+is in memory.
 """
 
 from __future__ import annotations
@@ -109,8 +110,8 @@ class Moments:
         found, begin = [], 0
         for runs, length in _slabs(pixels.shape[1], max(1, COLUMNS // channels)):
             slab = pixels[:, begin : begin + runs * length]
-            columns = slab.reshape(samples, length, 1, runs * channels).permute(0, 3, 1, 2)
-            moments = [_of_columns(one.to(wide)) for one in columns.split(1)]
+            columns = slab.reshape(samples, length, runs * channels)
+            moments = [_of_columns(one.to(wide)) for one in columns]
             shape = (samples, runs, groups, channels // groups)
             mean, variance = (
                 _double(torch.stack(each)).view(shape) for each in zip(*moments, strict=True)
@@ -170,12 +171,18 @@ def normalise(
 
 
 def _of_columns(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each channel of x (1, C, H, 1), in two passes."""
-    if x.device.type in ("cpu", "cuda"):
-        mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
-    else:  # which have no such operator
-        variance, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
-    return mean, variance
+    """Mean and variance of each column of x (rows, columns), in two passes."""
+    if x.device.type == "cuda":
+        mean, variance = torch.batch_norm_update_stats(x.T[None, :, :, None], None, None, 0.0)
+        return mean, variance
+    if fused.has_moments(x):
+        return fused.moments(x)
+    if x.device.type != "cpu":
+        variance, mean = torch.var_mean(x.float(), 0, correction=0)
+        return mean, variance
+    # torch's kernel for batch norms on the CPU rounds by the number of threads; these sums do not
+    mean = x.mean(0)
+    return mean, (x - mean).square_().mean(0)
 
 
 def _differentiable(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:

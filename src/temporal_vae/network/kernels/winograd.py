@@ -203,7 +203,8 @@ def weight_gradient(
 ) -> Tensor:
     """That of a weight (O, C, kt, kh, kw) from the gradients `given` (O, H, W) of what `run` makes:
     in float32, by the transforms of `run` the other way."""
-    if not reads or not given[0].numel():  # type: ignore[union-attr]
+    first = next(filter(_is_tensor, given), None)
+    if not reads or first is None or not first.numel():
         return torch.zeros(weight.shape, dtype=torch.float32, device="cpu")
     reads, (givens,) = _alike(reads), _alike([given])
     frame, one = next(filter(_is_tensor, chain(*reads))), next(filter(_is_tensor, givens))

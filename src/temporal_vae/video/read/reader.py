@@ -36,8 +36,6 @@ CONVERTED_AHEAD = 4
 """Converted frames that wait for the caller."""
 DECODED_AHEAD = 3
 """Decoded frames that wait to be converted."""
-SHORT = 20
-"""A file may lack a twentieth of its frames, or of its length, before a note says so."""
 
 
 class VideoReader:
@@ -167,22 +165,6 @@ class VideoReader:
             start = float(self._selection.start)
             raise VideoError(f"{self.path}: no frame begins at {start:g} s or later")
         self.notes += self._source.notes(complete=limit is None or count < limit)
-        expected = self.info.expected_frames or 0
-        if expected - count > max(2, expected // SHORT) and self._ends_early(last):
-            self.notes.append(
-                f"it ends after {count} frames, where its length promises about {expected}: the "
-                "file may be cut off"
-            )
-
-    def _ends_early(self, last: tuple[VideoFrame, Frame] | None) -> bool:
-        """Whether the last frame ends long before the file does, by the length it states: at a
-        variable rate there may be fewer frames than that length has at the nominal one."""
-        info = self._file_info
-        if last is None or info.end is None:
-            return last is not None
-        shown = max(float((last[0].duration or 0) * info.time_base), 3 / float(self.info.fps))
-        end = float((last[0].pts or 0) * info.time_base + self._source.shift) + shown
-        return info.end - end > (info.end - info.start) / SHORT
 
     def _selected(self) -> Iterator[Stamped]:
         """The frames that were asked for, with timestamps in units of `info.time_base`."""
