@@ -25,9 +25,12 @@ if TYPE_CHECKING:
 err = Console(stderr=True, highlight=False)
 out = Console(highlight=False)
 
+START_SHARE, START_SECONDS = 0.01, 30.0
+"""Behind such a share of the work, or so many seconds, plans are made, kernels are compiled and
+memory is laid out."""
 TIMED_SECONDS, LONG_SECONDS = 5.0, 60.0
-"""So many seconds after the first progress it is known what all will take; it is told if it is more
-than so many."""
+"""So many seconds after that it is known what all will take; it is told if it is more than so many.
+"""
 
 Result = tuple["Summary", Rows]
 """What was done, and what there is to say of the file that was written."""
@@ -197,7 +200,9 @@ class Meter:
         self._say_rarely(f"{title}: {words}")
 
     def _tell_if_long(self, seconds: float, done: float, total: int, how: str) -> None:
-        """Say once how long it takes in all, if that is long, by what was done since the first."""
+        """Say once how long it takes in all, if that is long, by what was done since the start."""
+        if self._first is None and done < START_SHARE * total and seconds < START_SECONDS:
+            return
         self._first = began, first = self._first or (seconds, done)
         if seconds - began <= TIMED_SECONDS or done <= first:
             return

@@ -102,7 +102,7 @@ class Group:
 
     def joined(self, moments: Moments | None, norm: nn.Module, like: Tensor) -> Moments:
         """Moments of what all processes have from those of what each has, if it has anything."""
-        groups = cast(nn.GroupNorm, norm).num_groups
+        groups = cast(int, norm.num_groups)
         mean = variance = torch.zeros(1, groups, dtype=torch.float64, device=like.device)
         count = 0
         if moments is not None:
