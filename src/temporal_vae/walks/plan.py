@@ -262,11 +262,28 @@ def _on_shapes_alone() -> Iterator[None]:
         yield
 
 
+def fastest(line: Line, request: PlanRequest) -> Bounds | None:
+    """The pieces that a clip is walked in where memory is no matter; None for the whole walk.
+
+    Groups of whole frames stay in the cache of a CPU between the layers they go through: 0.67 to
+    0.97 of the whole walk's time, more with more channels, where there are several groups. Norms
+    over the clip would compute temporal convolutions twice (1.04 to 1.13), and pieces in time would
+    transform the weights of convolutions again for each (1.03 to 3.5).
+    """
+    layers = list(line.layers())
+    over_clip = any(layer.cut == "pixels" and any(layer.norms()) for layer in layers)
+    if request.device.type != "cpu" or request.stream or over_clip or stages.in_pieces(layers):
+        return None
+    return _Sizes(line, request).one_of_many_groups()
+
+
 def _candidates(line: Line, request: PlanRequest, limited: bool) -> Iterator[Bounds | None]:
     """Ways to walk, fastest first; those of one place for the activation before the next place."""
     on_cpu = request.device.type == "cpu"
     writes_over = on_cpu and request.stream and not request.keep_state and limited
     if None in request.offload and not writes_over and request.ranks == 1:
+        if (bounds := fastest(line, request)) is not None:
+            yield bounds
         yield None  # which cannot write over a state, and takes large blocks anew at every step
     layers = list(line.layers())
     if stages.in_pieces(layers):
@@ -312,6 +329,11 @@ class _Sizes:
         if request.device.type == "cpu":
             size = STEP_GROUP_BYTES if request.stream else GROUP_BYTES
             self._most = max(1, min(self.frames, size // (self.largest * itemsize)))
+
+    def one_of_many_groups(self) -> Bounds | None:
+        """The largest group, if the clip has more frames."""
+        groups = self.in_groups(partial(Bounds, channels=self.channels))
+        return next(groups) if self._most < self.frames else None
 
     def in_groups(self, cut: Callable[..., Bounds]) -> Iterator[Bounds]:
         """Groups of whole frames, the larger first."""

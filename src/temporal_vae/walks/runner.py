@@ -24,14 +24,15 @@ from temporal_vae.geometry import indivisible, latent_frames
 from temporal_vae.latents import LatentDistribution
 from temporal_vae.latents.latent_channels import mask
 from temporal_vae.network.autoencoder import unwrapped
-from temporal_vae.network.kernels.plain import transformed
+from temporal_vae.network.kernels.plain import has_memory, recorded, transformed, values_only
 from temporal_vae.network.layer import Shape
 from temporal_vae.network.lines import AnyDecoder, AnyEncoder
-from temporal_vae.network.primitives import hooked
+from temporal_vae.network.primitives import hooked, watched
 from temporal_vae.walks import bounded, gradients, piecewise, stages, streamed
 from temporal_vae.walks.budget import Budget, check_budget
 from temporal_vae.walks.peak import Offload, Operation, PlanRequest
-from temporal_vae.walks.plan import Plan, planner
+from temporal_vae.walks.plan import Plan, fastest, planner
+from temporal_vae.walks.stages import Bounds
 from temporal_vae.walks.streamed import Held, State
 
 T = TypeVar("T")
@@ -325,29 +326,47 @@ class Runner:
     def _walk_once(
         self, operation: Operation, clip: Tensor, plan: Plan | None, out: Tensor | None
     ) -> Tensor:
-        if plan is not None and plan.bounds is not None:
-            if plan.gradients and self.wants_gradients(operation, clip):
-                return gradients.walk(self.line(operation), clip, plan.bounds)
-            walked = bounded.walk if plan.bounds.pieces is None else piecewise.walk
-            return walked(self.line(operation), clip, plan.bounds, out)
+        bounds = self._bounds(operation, clip, plan)
+        if bounds is not None:
+            if plan is not None and plan.gradients and self.wants_gradients(operation, clip):
+                return gradients.walk(self.line(operation), clip, bounds)
+            walked = bounded.walk if bounds.pieces is None else piecewise.walk
+            return walked(self.line(operation), clip, bounds, out)
         walk = self._compiled(operation)
         samples = clip.split(1) if self.settings.slicing else (clip,)
         y = torch.cat([walk(x) for x in samples]) if len(samples) > 1 else walk(clip)
         return y if out is None else out.copy_(y)
 
+    def _bounds(self, operation: Operation, clip: Tensor, plan: Plan | None) -> Bounds | None:
+        """The pieces of a plan; without one those of the fastest walk, where none of the layers is
+        to be differentiated, compiled, recorded or watched; None for the whole walk."""
+        if plan is not None:
+            return plan.bounds
+        line, shape = self.line(operation), tuple(clip.shape)
+        values = values_only(clip, *line.parameters()) and has_memory(clip) and not recorded()
+        compiled = self.settings.compile_options is not None or torch.is_autocast_enabled("cpu")
+        if not values or compiled or self._outer(operation) is not line:
+            return None
+        if line.strange_norm() is not None or any(map(watched, line.modules())):
+            return None
+        network, device = self.config.layout, clip.device
+        return fastest(
+            line, PlanRequest(network, operation, shape, clip.dtype, False, (None,), device)
+        )
+
     def pieces(self, clip: Tensor, plan: Plan | None) -> Iterator[Tensor]:
         """The frames of one clip of latents, (1, C, n, H, W), as they are made."""
         plan = self.plan_for("decode", clip, plan)
-        if plan is None or plan.bounds is None:
+        if self._bounds("decode", clip, plan) is None:
             return iter([self.decode(clip, plan).contiguous()])
         line, clip = self.line("decode"), self.mask(clip.clone())
 
         def walk(plan: Plan | None) -> Iterator[Tensor]:
-            if plan is None or plan.bounds is None:
+            bounds = self._bounds("decode", clip, plan)
+            if bounds is None:
                 return iter([line(clip)])
-            if plan.bounds.pieces is not None:
-                return piecewise.frames(line, clip, plan.bounds)
-            return bounded.pieces(line, clip, plan.bounds)
+            walked = bounded.pieces if bounds.pieces is None else piecewise.frames
+            return walked(line, clip, bounds)
 
         return self._retried_pieces(plan, walk)
 
