@@ -9,18 +9,18 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from threading import Barrier, Thread
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from conftest import awake, difference, pixels, thinned
 from test_bounded import SVD_LIKE
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import set_eval_frame
 
 from temporal_vae import TemporalVAE, TemporalVAEConfig, WanVAEConfig
 from temporal_vae.network.kernels.winograd import SPACE_BYTES
-from temporal_vae.walks import piecewise
+from temporal_vae.walks import bounded, piecewise
 from temporal_vae.walks import plan as planning
 from temporal_vae.walks.budget import BudgetError, parse_budget
 from temporal_vae.walks.peak import PlanRequest
@@ -116,6 +116,68 @@ def test_a_budget_never_changes_the_result(layout: str) -> None:
 
 
 @torch.no_grad()
+@torch.no_grad()
+@pytest.mark.parametrize("options", [*LAYOUTS, {"causal_mode": True, "num_temporal_layers": 0}])
+def test_without_a_plan_frames_are_walked_in_groups_where_that_is_faster(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "GROUP_BYTES", 0)  # of one frame
+    model = awake(**options)
+    walked = spied(bounded, "walk", monkeypatch)
+    z, video = latent(model, 5, 6, 4), pixels(5, 12, 8)
+    faster = "clip_frames" not in options  # SVD's decoder, whose norms see all frames
+    assert difference(model.decode(z), model.decoder(z)) < 1e-10
+    moments = model.encoder(video)
+    assert difference(model.encode(video, sample_mode=False), moments.chunk(2, 1)[0]) < 1e-10
+    assert len(walked) == (2 if faster else 1)
+    assert model.plan(z.shape).walk == ("bounded" if faster else "whole")
+    pieces = list(model.iter_decode(z))
+    assert len(pieces) == (5 if faster else 1)
+    assert difference(torch.cat(pieces, 2), model.decoder(z)) < 1e-10
+    walked.clear()
+    model.decode(z[:, :, :1])
+    assert not walked, "one frame is one group"
+    cuda = torch.device("cuda")
+    request = PlanRequest(None, "decode", tuple(z.shape), z.dtype, False, (None,), cuda)
+    assert planning.fastest(model.decoder, request) is None
+
+
+def test_whoever_looks_in_sees_the_whole_walk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients, hooks on any part, `torch.func`, modes that record, autocast, what is compiled."""
+    monkeypatch.setattr(planning, "GROUP_BYTES", 0)
+    model = awake(torch.float32)
+    walked = spied(bounded, "walk", monkeypatch)
+    z, frames = latent(model, 5, 6, 4), list[int]()
+    model.decode(z)  # whose weights ask for gradients
+    with torch.no_grad():
+        for context in (LiveBytes(), torch.autocast("cpu", torch.bfloat16)):
+            with context:
+                model.decode(z)
+        torch.func.vmap(lambda latent: model.decode(latent[None]))(torch.cat([z, z]))
+        with model.decoder.conv_out.register_forward_hook(
+            lambda *call: frames.append(len(call[2]))
+        ):
+            model.decode(z)
+        line, model.decoder = model.decoder, cast(Any, nn.DataParallel(model.decoder))
+        model.decode(z)
+        model.decoder = line
+        model.compile(backend="eager")
+        model.decode(z)
+    assert frames == [5] and not walked
+
+
+def spied(module: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Calls of a function."""
+    function, calls = getattr(module, name), list[Any]()
+
+    def spy(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return function(*arguments)
+
+    monkeypatch.setattr(module, name, spy)
+    return calls
+
+
 def test_the_setters_of_the_reference_page() -> None:
     model = awake(base_channels=16)
     video, image = pixels(3, batch=2), pixels(1)[:, :, 0]
@@ -201,7 +263,7 @@ def test_a_plan_is_made_for_a_dtype_and_any_size_at_once() -> None:
     model = MODELS[str({})]
     huge = (1, 4, 5000, 190, 250)
     half, full = (model.plan(huge, dtype=d).peak_bytes for d in (torch.bfloat16, torch.float32))
-    assert full == pytest.approx(2 * half, rel=0.01) and full > 10**11
+    assert full == pytest.approx(2 * half, rel=0.01) and full > 7 * 10**10
 
 
 @torch.no_grad()

@@ -272,7 +272,7 @@ def fastest(line: Line, request: PlanRequest) -> Bounds | None:
     """
     layers = list(line.layers())
     over_clip = any(layer.cut == "pixels" and any(layer.norms()) for layer in layers)
-    if request.device.type != "cpu" or request.stream or over_clip or stages.in_pieces(layers):
+    if request.stream or over_clip or stages.in_pieces(layers):
         return None
     return _Sizes(line, request).one_of_many_groups()
 

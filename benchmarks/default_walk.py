@@ -1,0 +1,88 @@
+"""The walk that `decode` and `encode` take without a plan, beside the whole one, in turn.
+
+    python benchmarks/default_walk.py [--repeats 3] [--only decode/12x192x192]
+
+`tiny` and the widths of the reference page with random weights, float32, medians. Each row says how
+many frames go together, the share of the whole walk's time, and the largest difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from temporal_vae import TemporalVAE
+from temporal_vae.walks.plan import Plan
+
+ROWS = (
+    ("tiny", "decode", (1, 12, 192, 192)),
+    ("tiny", "decode", (4, 8, 192, 192)),
+    ("tiny", "decode", (1, 16, 256, 256)),
+    ("tiny", "decode", (1, 120, 128, 128)),
+    ("tiny", "decode", (1, 64, 64, 64)),
+    ("tiny", "encode", (1, 12, 192, 192)),
+    ("page", "decode", (1, 8, 128, 128)),
+    ("page", "decode", (1, 32, 64, 64)),
+    ("page", "encode", (1, 12, 96, 96)),
+)
+
+
+def sides(
+    vae: TemporalVAE, operation: str, x: Tensor
+) -> tuple[Plan, dict[str, Callable[[], Tensor]]]:
+    """The plan for any budget, and the operation without a plan and by the whole walk."""
+    if operation == "decode":
+        plan, line = vae.plan(x.shape, "decode"), vae.decoder
+        return plan, {"default": lambda: vae.decode(x), "whole": lambda: line(x)}
+    plan = vae.plan(x.shape, "encode")
+    return plan, {
+        "default": lambda: vae.encode(x, sample_mode=False),
+        "whole": lambda: vae.encoder(x).chunk(2, 1)[0],
+    }
+
+
+def medians(calls: dict[str, Callable[[], Tensor]], repeats: int) -> dict[str, float]:
+    """Seconds of each call, taken in turn, after one of each that is not counted."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for repeat in range(repeats + 1):
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            call()
+            if repeat:
+                taken[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(seconds) for name, seconds in taken.items()}
+
+
+@torch.no_grad()
+def main() -> None:
+    """Print a row for each clip."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", default="", help="rows whose name has this in it")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    models = {"tiny": TemporalVAE.from_pretrained("tiny"), "page": TemporalVAE(seed=0)}
+    for name, operation, (batch, frames, height, width) in ROWS:
+        row = f"{name} {operation}/{'x'.join(map(str, (batch, frames, height, width)))}"
+        if options.only not in row:
+            continue
+        vae = models[name].eval()
+        if operation == "decode":
+            x = torch.randn(batch, vae.latent_channels, frames, height // 8, width // 8)
+        else:
+            x = torch.randn(batch, 3, frames, height, width)
+        plan, calls = sides(vae, operation, x)
+        found = medians(calls, options.repeats)
+        apart = (calls["default"]() - calls["whole"]()).abs().max().item()
+        group = "whole" if plan.bounds is None else f"{plan.bounds.frames} frames"
+        share = found["default"] / found["whole"]
+        print(f"{row:32} {group:9} {found['whole']:7.2f} s  {share:.2f}  {apart:.1e}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
