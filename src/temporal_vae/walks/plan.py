@@ -265,8 +265,8 @@ def _on_shapes_alone() -> Iterator[None]:
 def fastest(line: Line, request: PlanRequest) -> Bounds | None:
     """The pieces that a clip is walked in where memory is no matter; None for the whole walk.
 
-    Groups of whole frames stay in the cache of a CPU between the layers they go through: 0.67 to
-    0.97 of the whole walk's time, more with more channels, where there are several groups. Norms
+    Groups of whole frames stay in the cache of a CPU between the layers they go through: 0.7 to 1.0
+    of the whole walk's time, more with more channels, where there are several groups. Norms
     over the clip would compute temporal convolutions twice (1.04 to 1.13), and pieces in time would
     transform the weights of convolutions again for each (1.03 to 3.5).
     """
