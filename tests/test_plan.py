@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import awake, difference, pixels, thinned
 from test_bounded import SVD_LIKE
+from test_citizens import Halved
 from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import set_eval_frame
 
@@ -161,6 +162,10 @@ def test_whoever_looks_in_sees_the_whole_walk(monkeypatch: pytest.MonkeyPatch) -
         line, model.decoder = model.decoder, cast(Any, nn.DataParallel(model.decoder))
         model.decode(z)
         model.decoder = line
+        block = line.mid_block
+        line.mid_block = cast(Any, Halved(block))
+        model.decode(z)
+        line.mid_block = block
         model.compile(backend="eager")
         model.decode(z)
     assert frames == [5] and not walked

@@ -342,17 +342,25 @@ class Runner:
         to be differentiated, compiled, recorded or watched; None for the whole walk."""
         if plan is not None:
             return plan.bounds
+        if clip.shape[2] == 1:
+            return None
         line, shape = self.line(operation), tuple(clip.shape)
         values = values_only(clip, *line.parameters()) and has_memory(clip) and not recorded()
         compiled = self.settings.compile_options is not None or torch.is_autocast_enabled("cpu")
         if not values or compiled or self._outer(operation) is not line:
             return None
-        if line.strange_norm() is not None or any(map(watched, line.modules())):
-            return None
         network, device = self.config.layout, clip.device
-        return fastest(
+        found = fastest(
             line, PlanRequest(network, operation, shape, clip.dtype, False, (None,), device)
         )
+        if (
+            found is None
+            or line.hooked()
+            or line.strange_norm()
+            or any(map(watched, line.modules()))
+        ):
+            return None
+        return found
 
     def pieces(self, clip: Tensor, plan: Plan | None) -> Iterator[Tensor]:
         """The frames of one clip of latents, (1, C, n, H, W), as they are made."""
