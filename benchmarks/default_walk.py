@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from temporal_vae import TemporalVAE
-from temporal_vae.walks.plan import Plan
+from temporal_vae.walks.peak import Operation, PlanRequest
+from temporal_vae.walks.plan import fastest
 
-ROWS = (
+ROWS: tuple[tuple[str, Operation, tuple[int, int, int, int]], ...] = (
     ("tiny", "decode", (1, 12, 192, 192)),
     ("tiny", "decode", (4, 8, 192, 192)),
     ("tiny", "decode", (1, 16, 256, 256)),
@@ -32,18 +33,22 @@ ROWS = (
 )
 
 
-def sides(
-    vae: TemporalVAE, operation: str, x: Tensor
-) -> tuple[Plan, dict[str, Callable[[], Tensor]]]:
-    """The plan for any budget, and the operation without a plan and by the whole walk."""
+def sides(vae: TemporalVAE, operation: Operation, x: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """The operation without a plan, and by the whole walk."""
     if operation == "decode":
-        plan, line = vae.plan(x.shape, "decode"), vae.decoder
-        return plan, {"default": lambda: vae.decode(x), "whole": lambda: line(x)}
-    plan = vae.plan(x.shape, "encode")
-    return plan, {
+        return {"default": lambda: vae.decode(x), "whole": lambda: vae.decoder(x)}
+    return {
         "default": lambda: vae.encode(x, sample_mode=False),
         "whole": lambda: vae.encoder(x).chunk(2, 1)[0],
     }
+
+
+def group(vae: TemporalVAE, operation: Operation, x: Tensor) -> str:
+    """How many frames go together without a plan."""
+    line = vae.decoder if operation == "decode" else vae.encoder
+    request = PlanRequest(None, operation, tuple(x.shape), x.dtype, False, (None,), x.device)
+    bounds = fastest(line, request)
+    return "whole" if bounds is None else f"{bounds.frames} frames"
 
 
 def medians(calls: dict[str, Callable[[], Tensor]], repeats: int) -> dict[str, float]:
@@ -76,12 +81,14 @@ def main() -> None:
             x = torch.randn(batch, vae.latent_channels, frames, height // 8, width // 8)
         else:
             x = torch.randn(batch, 3, frames, height, width)
-        plan, calls = sides(vae, operation, x)
+        calls = sides(vae, operation, x)
         found = medians(calls, options.repeats)
         apart = (calls["default"]() - calls["whole"]()).abs().max().item()
-        group = "whole" if plan.bounds is None else f"{plan.bounds.frames} frames"
         share = found["default"] / found["whole"]
-        print(f"{row:32} {group:9} {found['whole']:7.2f} s  {share:.2f}  {apart:.1e}", flush=True)
+        together = group(vae, operation, x)
+        print(
+            f"{row:32} {together:9} {found['whole']:7.2f} s  {share:.2f}  {apart:.1e}", flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -4,8 +4,7 @@
 
 `tiny`'s layout with random weights, float32, medians, in turn. A clip is 8 frames of 128x128 where
 nothing else is said. For memory the clip is 12 frames of 192x192, and budgets go from what the
-fastest walk takes, that of no plan, down to the least. The plot has a panel for each, its axes
-logarithmic.
+whole walk takes down to the least. The plot has a panel for each, its axes logarithmic.
 """
 
 from __future__ import annotations
@@ -49,11 +48,11 @@ def cases(vae: TemporalVAE) -> dict[str, list[Case]]:
     }  # fmt: skip
     large = latent(12, 192, 192)
     shape = tuple(large.shape)
-    fastest, least = (vae.plan(shape, "decode", budget=b) for b in (None, "least"))
-    plans = {fastest.peak_bytes: fastest, least.peak_bytes: least}
-    for share in (0.8, 0.7, 0.65, 0.6):
+    whole, least = (vae.plan(shape, "decode", budget=b) for b in (None, "least"))
+    plans = {whole.peak_bytes: whole, least.peak_bytes: least}
+    for share in (0.8, 0.65, 0.5, 0.4):
         plan = vae.plan(
-            shape, "decode", budget=max(least.peak_bytes, int(share * fastest.peak_bytes))
+            shape, "decode", budget=max(least.peak_bytes, int(share * whole.peak_bytes))
         )
         plans[plan.peak_bytes] = plan
     found["MiB at the most, by plan"] = [

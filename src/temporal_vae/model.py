@@ -621,9 +621,9 @@ class TemporalVAE(Switches):
     ) -> Tensor:
         """Pixels of an unscaled latent: (B, L, T, h, w) -> (B, C, T, f*h, f*w); images likewise.
 
-        Deterministic and not clamped. With a `plan` memory is bounded and the result the same;
-        without one the walk is the fastest, that of `plan(shape)`. With `out`, of the result's
-        shape and any dtype or device, the frames are written there, and `out` is returned.
+        Deterministic and not clamped. With a `plan` memory is bounded and the result the same. With
+        `out`, of the result's shape and any dtype or device, the frames are written there, in the
+        bounded walk each as it is made, and `out` is returned; see `iter_decode` as well.
         Raises `ValueError` for a wrong rank, number of channels, dtype or device.
         """
         clip = self._door.latents(latent, "latent", layout)
@@ -636,7 +636,7 @@ class TemporalVAE(Switches):
         """`decode` of one clip (1, L, T, h, w), its frames (1, C, n, f*h, f*w) as they are made.
 
         For what takes frame after frame, such as a video writer: the result is never whole in
-        memory. Where the walk is the whole one, with a plan or without, all frames come at once.
+        memory. Without a plan, or with one of the whole walk, all frames come at once.
         Raises `ValueError` as `decode`, and for more than one sample.
         """
         clip = self._door.latents(one_clip(latent), "latent")

@@ -26,14 +26,15 @@ from temporal_vae.latents.latent_channels import mask
 from temporal_vae.network.autoencoder import unwrapped
 from temporal_vae.network.kernels.plain import has_memory, recorded, transformed, values_only
 from temporal_vae.network.layer import Shape
-from temporal_vae.network.lines import AnyDecoder, AnyEncoder
-from temporal_vae.network.primitives import hooked, watched
+from temporal_vae.network.lines import AnyDecoder, AnyEncoder, as_configured
+from temporal_vae.network.primitives import hooked
 from temporal_vae.walks import bounded, gradients, piecewise, stages, streamed
 from temporal_vae.walks.budget import Budget, check_budget
 from temporal_vae.walks.peak import Offload, Operation, PlanRequest
 from temporal_vae.walks.plan import Plan, fastest, planner
 from temporal_vae.walks.stages import Bounds
 from temporal_vae.walks.streamed import Held, State
+from temporal_vae.walks.workspace import share_memory
 
 T = TypeVar("T")
 
@@ -307,6 +308,8 @@ class Runner:
         clip = self.mask(clip)
         if out is not None and self.wants_gradients("decode", clip):
             raise ValueError("what is written into `out` has no gradient: use torch.no_grad()")
+        if out is not None and share_memory(clip, out):
+            clip = clip.clone()  # which a walk still reads when it writes its first frames
         return self._walk("decode", clip, plan, out)
 
     def reconstruct(
@@ -338,43 +341,36 @@ class Runner:
         return y if out is None else out.copy_(y)
 
     def _bounds(self, operation: Operation, clip: Tensor, plan: Plan | None) -> Bounds | None:
-        """The pieces of a plan; without one those of the fastest walk, where none of the layers is
-        to be differentiated, compiled, recorded or watched; None for the whole walk."""
-        if plan is not None:
+        """The pieces of a plan, or else of the fastest walk; None for the whole walk, which whoever
+        looks into the network is to see: by gradients, hooks, parts of his own, a compiler."""
+        if plan is not None and plan.bounds is not None:
             return plan.bounds
-        if clip.shape[2] == 1:
+        if clip.device.type != "cpu" or clip.shape[2] == 1 or torch.is_grad_enabled():
             return None
-        line, shape = self.line(operation), tuple(clip.shape)
-        values = values_only(clip, *line.parameters()) and has_memory(clip) and not recorded()
         compiled = self.settings.compile_options is not None or torch.is_autocast_enabled("cpu")
-        if not values or compiled or self._outer(operation) is not line:
+        if compiled or recorded() or not (values_only(clip) and has_memory(clip)):
             return None
-        network, device = self.config.layout, clip.device
-        found = fastest(
-            line, PlanRequest(network, operation, shape, clip.dtype, False, (None,), device)
+        line, layout = self.line(operation), self.config.layout
+        if self._outer(operation) is not line or not as_configured(line, layout, operation):
+            return None
+        shape = tuple(clip.shape)
+        return fastest(
+            line, PlanRequest(layout, operation, shape, clip.dtype, False, (None,), clip.device)
         )
-        if (
-            found is None
-            or line.hooked()
-            or line.strange_norm()
-            or any(map(watched, line.modules()))
-        ):
-            return None
-        return found
 
     def pieces(self, clip: Tensor, plan: Plan | None) -> Iterator[Tensor]:
         """The frames of one clip of latents, (1, C, n, H, W), as they are made."""
         plan = self.plan_for("decode", clip, plan)
-        if self._bounds("decode", clip, plan) is None:
+        if plan is None or plan.bounds is None:
             return iter([self.decode(clip, plan).contiguous()])
         line, clip = self.line("decode"), self.mask(clip.clone())
 
         def walk(plan: Plan | None) -> Iterator[Tensor]:
-            bounds = self._bounds("decode", clip, plan)
-            if bounds is None:
+            if plan is None or plan.bounds is None:
                 return iter([line(clip)])
-            walked = bounded.pieces if bounds.pieces is None else piecewise.frames
-            return walked(line, clip, bounds)
+            if plan.bounds.pieces is not None:
+                return piecewise.frames(line, clip, plan.bounds)
+            return bounded.pieces(line, clip, plan.bounds)
 
         return self._retried_pieces(plan, walk)
 

@@ -62,7 +62,7 @@ class Arena:
 
     def holds(self, clip: Tensor) -> bool:
         """Whether the clip lies in here."""
-        return clip.untyped_storage().data_ptr() == self._memory.untyped_storage().data_ptr()
+        return share_memory(clip, self._memory)
 
     def hold(self, clip: Tensor) -> Tensor:
         """The clip if it lies in here, else a copy at the front: what may be overwritten."""
@@ -85,6 +85,11 @@ def _in_file(size: int, dtype: torch.dtype, folder: str | os.PathLike[str]) -> T
         os.close(descriptor)
         with contextlib.suppress(PermissionError):  # where files in use keep their name
             os.unlink(name)
+
+
+def share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors lie in one block of memory."""
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def new_clip(like: Tensor, shape: Shape, device: torch.device) -> Tensor:
