@@ -308,8 +308,6 @@ class Runner:
         clip = self.mask(clip)
         if out is not None and self.wants_gradients("decode", clip):
             raise ValueError("what is written into `out` has no gradient: use torch.no_grad()")
-        if out is not None and share_memory(clip, out):
-            clip = clip.clone()  # which a walk still reads when it writes its first frames
         return self._walk("decode", clip, plan, out)
 
     def reconstruct(
@@ -333,6 +331,8 @@ class Runner:
         if bounds is not None:
             if plan is not None and plan.gradients and self.wants_gradients(operation, clip):
                 return gradients.walk(self.line(operation), clip, bounds)
+            if out is not None and share_memory(clip, out):
+                clip = clip.clone()  # which is still read when the first frames are written
             walked = bounded.walk if bounds.pieces is None else piecewise.walk
             return walked(self.line(operation), clip, bounds, out)
         walk = self._compiled(operation)
