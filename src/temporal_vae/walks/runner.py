@@ -348,7 +348,7 @@ class Runner:
         if clip.device.type != "cpu" or clip.shape[2] == 1 or torch.is_grad_enabled():
             return None
         compiled = self.settings.compile_options is not None or torch.is_autocast_enabled("cpu")
-        if compiled or recorded() or not (values_only(clip) and has_memory(clip)):
+        if compiled or not values_only(clip) or recorded() or not has_memory(clip):
             return None
         line, layout = self.line(operation), self.config.layout
         if self._outer(operation) is not line or not as_configured(line, layout, operation):
