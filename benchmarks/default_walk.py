@@ -9,15 +9,15 @@ many frames go together, the share of the whole walk's time, and the largest dif
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
+from speed import medians
 from torch import Tensor
 
 from temporal_vae import TemporalVAE
-from temporal_vae.walks.peak import Operation, PlanRequest
+from temporal_vae.network.lines import Operation
+from temporal_vae.walks.peak import PlanRequest
 from temporal_vae.walks.plan import fastest
 
 ROWS: tuple[tuple[str, Operation, tuple[int, int, int, int]], ...] = (
@@ -49,18 +49,6 @@ def group(vae: TemporalVAE, operation: Operation, x: Tensor) -> str:
     request = PlanRequest(None, operation, tuple(x.shape), x.dtype, False, (None,), x.device)
     bounds = fastest(line, request)
     return "whole" if bounds is None else f"{bounds.frames} frames"
-
-
-def medians(calls: dict[str, Callable[[], Tensor]], repeats: int) -> dict[str, float]:
-    """Seconds of each call, taken in turn, after one of each that is not counted."""
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for repeat in range(repeats + 1):
-        for name, call in calls.items():
-            begin = time.perf_counter()
-            call()
-            if repeat:
-                taken[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(seconds) for name, seconds in taken.items()}
 
 
 @torch.no_grad()

@@ -36,6 +36,7 @@ from temporal_vae.convert import reconstruct as reconstructing
 from temporal_vae.evaluation.evaluate import reconstruct_frames
 from temporal_vae.evaluation.metrics import psnr
 from temporal_vae.network.kernels import work
+from temporal_vae.network.lines import Operation
 from temporal_vae.video import (
     Frame,
     Uint8Frames,
@@ -47,7 +48,6 @@ from temporal_vae.video import (
 )
 from temporal_vae.walks import budget
 from temporal_vae.walks.budget import BudgetError, Limit
-from temporal_vae.walks.peak import Operation
 from temporal_vae.walks.plan import Plan
 from temporal_vae.walks.stages import Bounds
 from temporal_vae.walks.tracing import LiveBytes

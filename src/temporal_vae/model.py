@@ -44,9 +44,9 @@ from temporal_vae.latents import latent_channels as channels_of
 from temporal_vae.losses import LossFunction, callable_loss
 from temporal_vae.metadata import ModelMetadata
 from temporal_vae.network.initialise import initialise
-from temporal_vae.network.lines import decoder_of, encoder_of
+from temporal_vae.network.lines import Operation, decoder_of, encoder_of
 from temporal_vae.walks.budget import Budget
-from temporal_vae.walks.peak import Offload, Operation
+from temporal_vae.walks.peak import Offload
 from temporal_vae.walks.plan import Plan
 from temporal_vae.walks.runner import Runner, Settings, Steps, Stream
 from temporal_vae.walks.streamed import State as StreamState

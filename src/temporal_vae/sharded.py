@@ -28,9 +28,9 @@ from torch import Tensor
 
 from temporal_vae.latents import LatentDistribution
 from temporal_vae.model import TemporalVAE
+from temporal_vae.network.lines import Operation
 from temporal_vae.walks import sharded
 from temporal_vae.walks.budget import Budget
-from temporal_vae.walks.peak import Operation
 from temporal_vae.walks.processes import Group
 
 __all__ = ["decode", "encode", "gather", "part", "split_axis"]

@@ -28,8 +28,8 @@ from temporal_vae.checkpoints import wan_names
 from temporal_vae.config import TemporalVAEConfig, WanVAEConfig, config_from_dict
 from temporal_vae.model import TemporalVAE
 from temporal_vae.network.kernels.plain import transformed
+from temporal_vae.network.lines import Operation
 from temporal_vae.walks.budget import affordable
-from temporal_vae.walks.peak import Operation
 from temporal_vae.walks.plan import Plan
 
 FORCE_UPCAST = False

@@ -13,11 +13,11 @@ import torch
 
 from temporal_vae.geometry import Padding, latents_for, video_frames
 from temporal_vae.model import TemporalVAE
+from temporal_vae.network.lines import Operation
 from temporal_vae.video import PIPE
 from temporal_vae.walks import budget, stages
 from temporal_vae.walks import plan as planning
 from temporal_vae.walks.budget import BudgetError, Limit, in_words
-from temporal_vae.walks.peak import Operation
 from temporal_vae.walks.plan import Plan
 
 PIECE_FRAMES = 8

@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from temporal_vae.geometry import rows_read, spans
 from temporal_vae.network.autoencoder import Line
 from temporal_vae.network.layer import Layer, Shape
+from temporal_vae.network.lines import Operation
 from temporal_vae.walks import piecewise, stages
 from temporal_vae.walks.stages import Bounds
 from temporal_vae.walks.tracing import Results, Tracer
 
-Operation = Literal["encode", "decode"]
 Offload = str | os.PathLike[str] | None
 Part = tuple[str, int]
 

@@ -22,11 +22,11 @@ from temporal_vae.config import TemporalVAEConfig, WanVAEConfig
 from temporal_vae.network.autoencoder import Line
 from temporal_vae.network.kernels.winograd import SPACE_BYTES
 from temporal_vae.network.layer import Layer, Shape
-from temporal_vae.network.lines import line_of
+from temporal_vae.network.lines import Operation, line_of
 from temporal_vae.walks import piecewise, stages
 from temporal_vae.walks.budget import Budget, BudgetError, parse_budget
 from temporal_vae.walks.gradient_peak import GradientPeak
-from temporal_vae.walks.peak import Offload, Operation, Part, Peak, PiecewisePeak, PlanRequest
+from temporal_vae.walks.peak import Offload, Part, Peak, PiecewisePeak, PlanRequest
 from temporal_vae.walks.stages import Bounds
 from temporal_vae.walks.tracing import Results, Tracer, tracer
 

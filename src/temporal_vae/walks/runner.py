@@ -26,11 +26,11 @@ from temporal_vae.latents.latent_channels import mask
 from temporal_vae.network.autoencoder import unwrapped
 from temporal_vae.network.kernels.plain import has_memory, recorded, transformed, values_only
 from temporal_vae.network.layer import Shape
-from temporal_vae.network.lines import AnyDecoder, AnyEncoder, as_configured
+from temporal_vae.network.lines import AnyDecoder, AnyEncoder, Operation, as_configured
 from temporal_vae.network.primitives import hooked
 from temporal_vae.walks import bounded, gradients, piecewise, stages, streamed
 from temporal_vae.walks.budget import Budget, check_budget
-from temporal_vae.walks.peak import Offload, Operation, PlanRequest
+from temporal_vae.walks.peak import Offload, PlanRequest
 from temporal_vae.walks.plan import Plan, fastest, planner
 from temporal_vae.walks.stages import Bounds
 from temporal_vae.walks.streamed import Held, State
