@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from temporal_vae import TemporalVAE, TemporalVAEConfig, WanVAEConfig
 from temporal_vae.network.kernels import dtypes, fused, native, norm, three_taps, winograd, work
-from temporal_vae.network.primitives import Conv2d
+from temporal_vae.network.primitives import Conv2d, PositionNorm
 from temporal_vae.network.spacetime import CausalConv, RMSNorm
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
@@ -591,6 +591,26 @@ def test_a_norm_of_each_position(scale: float, dtype: torch.dtype) -> None:
     assert fused.serves(x, layer.gamma)
     assert rms(layer(x), exact) < least and rms(layer.activated(x), F.silu(exact)) < least
     assert rms(layer._plain(x), exact) < least
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_a_layer_norm_of_each_position(offset: float, scale: float, dtype: torch.dtype) -> None:
+    layer = PositionNorm(48)
+    torch.nn.init.normal_(layer.weight)
+    torch.nn.init.normal_(layer.bias)
+    layer.to(dtype).requires_grad_(False)
+    x = ((frames(2, 48, 3, 5, 7) + offset) * scale).to(dtype)
+    weight, bias = layer.weight.double(), layer.bias.double()
+    exact = F.layer_norm(x.double().movedim(1, -1), (48,), weight, bias, layer.eps).movedim(-1, 1)
+    torchs = F.layer_norm(x.movedim(1, -1), (48,), layer.weight, layer.bias, layer.eps)
+    least = 2 * rms(torchs.movedim(-1, 1), exact) + 1e-7
+    assert fused.serves(x, layer.weight, layer.bias)
+    before = x.clone()
+    assert rms(layer(x), exact) < least and rms(layer.activated(x), F.silu(exact)) < 2 * least
+    assert torch.equal(x, before)
+    assert torch.equal(layer.activated(x, spent=True), layer.activated(before))
 
 
 def test_silu_far_out() -> None:

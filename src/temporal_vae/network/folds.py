@@ -35,6 +35,12 @@ def joined(*parts: Tensor, axis: int = 2) -> Tensor:
     return both.movedim(-1, 1)
 
 
+def black(x: Tensor, frames: int) -> Tensor:
+    """So many frames of zeros such as those of (B, C, T, H, W)."""
+    b, c, _, h, w = x.shape
+    return x.new_zeros(b, frames, h, w, c).movedim(-1, 1)
+
+
 def fold_frames(x: Tensor) -> Tensor:
     """(B, C, T, H, W) -> (B*T, C, H, W), a view."""
     if is_exporting():

@@ -29,6 +29,7 @@ from temporal_vae.network.primitives import (
     join,
     larger,
     own_norm,
+    unseen,
 )
 
 # Pairs of query and key at a time: some kernels hold a number for each.
@@ -123,7 +124,8 @@ class ResidualBlock(Framewise):
 
     def frames(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
         h = self.conv1(activate(norm, self.norm1, x))
-        h = activate(norm, self.norm2, h)  # a line of its own frees what it replaces
+        # a line of its own frees what it replaces
+        h = activate(norm, self.norm2, h, spent=unseen(self.conv1))
         y: Tensor = self.conv2(h)
         return join(y, x if self.conv_shortcut is None else self.conv_shortcut(x), self.conv2)
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from temporal_vae.config import NormScope, TemporalVAEConfig
-from temporal_vae.network.folds import fold_pixels, unfold_pixels
-from temporal_vae.network.kernels import doubled, three_taps, work
+from temporal_vae.network.folds import black, fold_pixels, joined, unfold_pixels
+from temporal_vae.network.kernels import blocks, doubled, fused, three_taps, work
 from temporal_vae.network.kernels.conv import conv2d
 from temporal_vae.network.kernels.doubled import doubled_conv2d
 from temporal_vae.network.kernels.norm import group_norm
@@ -56,10 +56,13 @@ def unseen(module: nn.Module) -> bool:
     return isinstance(module, (Leaf, nn.Sequential)) and not watched(module)
 
 
-def activate(norm: Norm, module: nn.Module, x: Tensor) -> Tensor:
-    """SiLU of a norm's result, with it or over it where nobody can see: saves a pass."""
+def activate(norm: Norm, module: nn.Module, x: Tensor, spent: bool = False) -> Tensor:
+    """SiLU of a norm's result, with it or over it where nobody can see: saves a pass.
+
+    `spent`: nobody reads x again, and the result may lie over it.
+    """
     if norm is own_norm and isinstance(module, ActivatedNorm) and unseen(module):
-        return module.activated(x)
+        return module.activated(x, spent)
     y = norm(module, x)
     return F.silu(y, inplace=values_only(y) and unseen(module))
 
@@ -102,8 +105,8 @@ class Leaf(nn.Module):
 class ActivatedNorm(Leaf):
     """A norm that may compute SiLU of its result in the same pass."""
 
-    def activated(self, x: Tensor) -> Tensor:
-        """SiLU of the norm; here in a pass of its own."""
+    def activated(self, x: Tensor, spent: bool = False) -> Tensor:
+        """SiLU of the norm, over x if that is `spent`; here in a pass of its own."""
         y = self(x)
         return F.silu(y, inplace=values_only(y))
 
@@ -122,8 +125,8 @@ class GroupNorm(ActivatedNorm, nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         return group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
-    def activated(self, x: Tensor) -> Tensor:
-        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, silu=True)
+    def activated(self, x: Tensor, spent: bool = False) -> Tensor:
+        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, True, spent)
 
 
 class Scaled(Leaf):
@@ -187,12 +190,18 @@ class TimeConv(Scaled, nn.Conv3d):
         conv.future = kernel - 1 - conv.past
         return conv
 
-    def forward(self, x: Tensor, zeros: int = 0) -> Tensor:
-        """(B, C, n, H, W), with so many frames of zeros before and after it."""
+    def forward(
+        self, x: Tensor, zeros: int = 0, behind: int = 0, tail: Tensor | None = None
+    ) -> Tensor:
+        """(B, C, n, H, W) after so many frames of zeros, or a tail, and before zeros `behind`."""
         u, bias = self.scales.enter(x, self), self.scales.shift(self.bias)
+        parts = [u] if tail is None else [self.scales.enter(tail, None).to(u.dtype), u]
         if self.kernel_size[0] == 3 and three_taps.serves(u, self.weight, bias):
-            y = three_taps.over_time([u], zeros, zeros, self.weight, bias)
+            y = three_taps.over_time(parts, zeros, behind, self.weight, bias)
         else:
+            if tail is not None or zeros != behind:  # as many on both sides need no copy
+                parts = [black(u, zeros), *parts, black(u, behind)]
+                u, zeros = joined(*parts), 0
             y = F.conv2d(fold_pixels(u), self.weight.squeeze(-1), bias, padding=(zeros, 0))
             y = unfold_pixels(y, x.shape[3:])
         work.count(y, self.weight.numel() // len(self.weight))
@@ -218,7 +227,7 @@ def own_norm(module: nn.Module, x: Tensor) -> Tensor:
     return y
 
 
-class PositionNorm(Leaf):
+class PositionNorm(ActivatedNorm):
     """Layer norm over the channels of one pixel of one frame; x (B, C, ...)."""
 
     def __init__(self, channels: int):
@@ -230,9 +239,20 @@ class PositionNorm(Leaf):
     set_scales = GroupNorm.set_scales
 
     def forward(self, x: Tensor) -> Tensor:
+        if fused.serves(x, self.weight, self.bias):
+            return self._fused(x, blocks.empty_like(x), silu=False)
         positions = x.movedim(1, -1)
         y = F.layer_norm(positions, self.weight.shape, self.weight, self.bias, self.eps)
         return y.movedim(-1, 1)
+
+    def activated(self, x: Tensor, spent: bool = False) -> Tensor:
+        if fused.serves(x, self.weight, self.bias):
+            return self._fused(x, x if spent else blocks.empty_like(x), silu=True)
+        return super().activated(x)
+
+    def _fused(self, x: Tensor, y: Tensor, silu: bool) -> Tensor:
+        fused.by_position(x, y, self.weight.float(), self.bias.float(), self.eps, silu)
+        return y
 
 
 def time_norm(scope: NormScope, channels: int, config: TemporalVAEConfig) -> nn.Module:

@@ -32,7 +32,7 @@ from temporal_vae.network.framewise import (
     NormSiLU,
     queries,
 )
-from temporal_vae.network.kernels import fused, three_taps, work
+from temporal_vae.network.kernels import blocks, fused, three_taps, work
 from temporal_vae.network.kernels.attention import attention
 from temporal_vae.network.kernels.conv import conv2d
 from temporal_vae.network.kernels.doubled import repeated
@@ -49,6 +49,7 @@ from temporal_vae.network.primitives import (
     join,
     larger,
     own_norm,
+    unseen,
     watched,
 )
 
@@ -77,13 +78,17 @@ class RMSNorm(ActivatedNorm):
         self.shortest = SHORTEST * before
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._fused(x, silu=False) if fused.serves(x, self.gamma) else self._plain(x)
+        if fused.serves(x, self.gamma):
+            return self._fused(x, blocks.empty_like(x), silu=False)
+        return self._plain(x)
 
-    def activated(self, x: Tensor) -> Tensor:
-        return self._fused(x, silu=True) if fused.serves(x, self.gamma) else super().activated(x)
+    def activated(self, x: Tensor, spent: bool = False) -> Tensor:
+        if fused.serves(x, self.gamma):
+            return self._fused(x, x if spent else blocks.empty_like(x), silu=True)
+        return super().activated(x)
 
-    def _fused(self, x: Tensor, silu: bool) -> Tensor:
-        y, gain = torch.empty_like(x), self.gamma.flatten().float() * math.sqrt(x.shape[1])
+    def _fused(self, x: Tensor, y: Tensor, silu: bool) -> Tensor:
+        gain = self.gamma.flatten().float() * math.sqrt(x.shape[1])
         fused.by_length(x, y, gain, self.shortest, silu)
         return y
 
@@ -162,7 +167,7 @@ class CausalConv(Scaled, nn.Conv3d):
             return self._over_time(u, bias, zeros)
         if frames <= together:
             return self._added(u, bias, 0, frames, zeros)
-        y = x.new_empty(b, frames, h, w, len(self.weight)).movedim(-1, 1)
+        y = blocks.new_empty(x, (b, frames, h, w, len(self.weight))).movedim(-1, 1)
         for start, stop in spans(frames, together):
             y[:, :, start:stop] = self._added(u, bias, start, stop, zeros)
         return y
@@ -334,7 +339,8 @@ class CausalResidualBlock(Spacetime):
 
     def compute(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
         h = _over(self.conv1, activate(norm, self.norm1, x))
-        h = activate(norm, self.norm2, h)  # a line of its own frees what it replaces
+        # a line of its own frees what it replaces
+        h = activate(norm, self.norm2, h, spent=unseen(self.conv1))
         return self._joined(_over(self.conv2, h), x)
 
     def tails(self) -> tuple[Tail, ...]:
@@ -344,7 +350,7 @@ class CausalResidualBlock(Spacetime):
         if not x.shape[2]:
             return x, tails
         h, kept1 = _on(self.conv1, activate(own_norm, self.norm1, x), tails[0], past)
-        h = activate(own_norm, self.norm2, h)
+        h = activate(own_norm, self.norm2, h, spent=unseen(self.conv1))
         y, kept2 = _on(self.conv2, h, tails[1], past)
         del h
         return self._joined(y, x), (kept1, kept2)
@@ -391,7 +397,7 @@ def _by_frames(of: Callable[[Tensor], Tensor], x: Tensor, scale: Fraction, out: 
     together = max(1, NUMBERS_AT_A_TIME // (b * out * h * w))
     if t <= together:
         return unfold_frames(of(fold_frames(x)), b)
-    y = x.new_empty(b, t, h, w, out).movedim(-1, 1)
+    y = blocks.new_empty(x, (b, t, h, w, out)).movedim(-1, 1)
     for start, stop in spans(t, together):
         y[:, :, start:stop] = unfold_frames(of(fold_frames(x[:, :, start:stop])), b)
     return y

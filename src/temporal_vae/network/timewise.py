@@ -10,11 +10,10 @@ import math
 from typing import ClassVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from temporal_vae.config import TemporalVAEConfig
-from temporal_vae.network.folds import fold_pixels, joined, unfold_pixels
+from temporal_vae.network.folds import black, fold_pixels, joined, unfold_pixels
 from temporal_vae.network.kernels.attention import attention
 from temporal_vae.network.kernels.plain import values_only
 from temporal_vae.network.layer import Layer, Past, Ports, State, Tail
@@ -24,6 +23,7 @@ from temporal_vae.network.primitives import (
     Norm,
     PositionNorm,
     TimeConv,
+    activate,
     bare,
     join,
     own_norm,
@@ -45,12 +45,6 @@ class Timewise(Layer):
     width: int
 
 
-def _zeros(x: Tensor, frames: int) -> Tensor:
-    """So many frames of zeros such as those of (B, C, T, H, W)."""
-    b, c, _, h, w = x.shape
-    return x.new_zeros(b, frames, h, w, c).movedim(-1, 1)
-
-
 def _tail(x: Tensor, frames: int, like: Tensor) -> Tensor:
     """The last frames of (B, C, T, ...), in memory of their own: a view would keep all of x."""
     kept = x[:, :, x.shape[2] - frames :]
@@ -60,40 +54,18 @@ def _tail(x: Tensor, frames: int, like: Tensor) -> Tensor:
     return kept.to(like.dtype)  # autocast may have widened it
 
 
-def _between(before: Tensor, x: Tensor, zeros: int, silu: bool) -> Tensor:
-    """What a convolution over time reads: x or silu(x) behind some frames, and before zeros.
-
-    (B, C, n, H, W), in memory of its own, where SiLU puts its result if nobody needs more: a copy
-    less.
-    """
-    if not values_only(x, before) or x.dtype != before.dtype:
-        x = F.silu(x) if silu else x
-        return joined(before.to(x.dtype), x, _zeros(x, zeros))
-    first, (b, c, n, h, w) = before.shape[2], x.shape
-    u = x.new_empty(b, first + n + zeros, h, w, c).movedim(-1, 1)
-    u[:, :, :first] = before
-    u[:, :, first + n :] = 0
-    new = u[:, :, first : first + n]
-    torch.ops.aten.silu.out(x, out=new) if silu else new.copy_(x)
-    return u
-
-
-def _whole(conv: nn.Module, x: Tensor, silu: bool, own: bool = False) -> Tensor:
-    """A convolution over time of a clip x or silu(x) (B, C, T, H, W), between zeros.
-
-    `own`: x may be written over.
-    """
+def _whole(conv: nn.Module, x: Tensor) -> Tensor:
+    """A convolution over time of a clip (B, C, T, H, W), between zeros."""
     time: TimeConv = cast(TimeConv, bare(conv))
-    if time is conv and time.past == time.future:  # as many zeros on both sides need no copy
-        h = F.silu(x, inplace=own and values_only(x)) if silu else x
-        same: Tensor = conv(h, time.past)
-        return same
-    y: Tensor = conv(_between(_zeros(x, time.past), x, time.future, silu))
+    if time is conv:
+        y: Tensor = conv(x, time.past, time.future)
+    else:
+        y = conv(joined(black(x, time.past), x, black(x, time.future)))
     return y
 
 
 def _step(
-    conv: nn.Module, before: Tensor, x: Tensor, past: Past, last: bool, silu: bool
+    conv: nn.Module, before: Tensor, x: Tensor, past: Past, last: bool
 ) -> tuple[Tensor, Tensor]:
     """The same for a piece behind what came `before` -> outputs, and what comes before the next.
 
@@ -101,13 +73,17 @@ def _step(
     """
     time: TimeConv = cast(TimeConv, bare(conv))
     window, zeros = time.past + time.future, time.future if last else 0
-    u = _between(before, x, zeros, silu)
-    kept = _tail(u[:, :, : u.shape[2] - zeros], window, before)  # in float16 u is scaled next
-    if u.shape[2] <= window:
+    short = torch.compiler.is_exporting() or x.shape[2] < window
+    # in float16 x is scaled next
+    kept = _tail(joined(before.to(x.dtype), x) if short else x, window, before)
+    if before.shape[2] + x.shape[2] + zeros <= window:
         return x[:, :, :0].clone(), kept  # a shortcut is added in place
+    if time is conv:
+        y: Tensor = conv(x, 0, zeros, before)
+    else:
+        y = conv(joined(before.to(x.dtype), x, black(x, zeros)))
     early = max(0, time.future - past.least) if time.future else 0  # nobody asks in vain: see Past
-    y: Tensor = conv(u)[:, :, early:]
-    return y, kept
+    return y[:, :, early:], kept
 
 
 class OverTime(Timewise):
@@ -123,13 +99,13 @@ class OverTime(Timewise):
         self.past, self.future = time.past, time.future
 
     def compute(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
-        return _whole(self.conv, x, silu=False)
+        return _whole(self.conv, x)
 
     def tails(self) -> tuple[Tail, ...]:
         return (Tail(self.width, self.past + self.future),)
 
     def step(self, x: Tensor, past: Past, tails: State, last: bool) -> tuple[Tensor, State]:
-        y, tail = _step(self.conv, tails[0], past.within(x), past, last, silu=False)
+        y, tail = _step(self.conv, tails[0], past.within(x), past, last)
         return y, (tail,)
 
 
@@ -162,9 +138,10 @@ class TemporalBlock(Timewise):
             self.past, self.future = 2 * self.conv1.past, 2 * self.conv1.future
 
     def compute(self, x: Tensor, norm: Norm = own_norm) -> Tensor:
-        h = _whole(self.conv1, norm(self.norm1, x), True, unseen(self.norm1))
-        h = norm(self.norm2, h)  # a line of its own frees what it replaces
-        return self._blend(_whole(self.conv2, h, True, unseen(self.norm2)), x)
+        h = _whole(self.conv1, activate(norm, self.norm1, x))
+        # a line of its own frees what it replaces
+        h = activate(norm, self.norm2, h, spent=unseen(self.conv1))
+        return self._blend(_whole(self.conv2, h), x)
 
     def norms(self) -> tuple[nn.Module, ...]:
         both = (self.norm1, self.norm2)
@@ -176,8 +153,9 @@ class TemporalBlock(Timewise):
     def step(self, x: Tensor, past: Past, tails: State, last: bool) -> tuple[Tensor, State]:
         if self._ahead:
             return self._late_step(x, past, tails, last)
-        h, kept1 = _step(self.conv1, tails[0], self.norm1(x), past, last, silu=True)
-        y, kept2 = _step(self.conv2, tails[1], self.norm2(h), past, last, silu=True)
+        h, kept1 = _step(self.conv1, tails[0], activate(own_norm, self.norm1, x), past, last)
+        h = activate(own_norm, self.norm2, h, spent=unseen(self.conv1))
+        y, kept2 = _step(self.conv2, tails[1], h, past, last)
         return self._blend(y, x), (kept1, kept2)
 
     def _late_step(self, x: Tensor, past: Past, tails: State, last: bool) -> tuple[Tensor, State]:
@@ -188,10 +166,11 @@ class TemporalBlock(Timewise):
         first, second = tails
         seen = torch.cat([first, x], 2)
         unborn = max(0, self._window - past.least)
-        u = past.within(self.norm1(seen[:, :, unborn:]), self._window)
-        h, _ = _step(self.conv1, _zeros(x, unborn), u, past, last, silu=True)
+        u = past.within(activate(own_norm, self.norm1, seen[:, :, unborn:]), self._window)
+        h, _ = _step(self.conv1, black(x, unborn), u, past, last)
+        h = activate(own_norm, self.norm2, h, spent=unseen(self.conv1))
         later = past.later(self._ahead)
-        y, kept = _step(self.conv2, second, later.within(self.norm2(h)), later, last, silu=True)
+        y, kept = _step(self.conv2, second, later.within(h), later, last)
         late = seen[:, :, unborn : unborn + y.shape[2]]
         return self._blend(y, late), (_tail(seen, self._window, first), kept)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
@@ -24,6 +24,7 @@ from temporal_vae.geometry import indivisible, latent_frames
 from temporal_vae.latents import LatentDistribution
 from temporal_vae.latents.latent_channels import mask
 from temporal_vae.network.autoencoder import unwrapped
+from temporal_vae.network.kernels.blocks import used_again
 from temporal_vae.network.kernels.plain import has_memory, recorded, transformed, values_only
 from temporal_vae.network.layer import Shape
 from temporal_vae.network.lines import AnyDecoder, AnyEncoder, Operation, as_configured
@@ -322,7 +323,8 @@ class Runner:
         self, operation: Operation, clip: Tensor, plan: Plan | None, out: Tensor | None = None
     ) -> Tensor:
         plan = self.plan_for(operation, clip, plan)
-        return self._retried(plan, lambda plan: self._walk_once(operation, clip, plan, out))
+        with used_again() if plan is None else nullcontext():
+            return self._retried(plan, lambda plan: self._walk_once(operation, clip, plan, out))
 
     def _walk_once(
         self, operation: Operation, clip: Tensor, plan: Plan | None, out: Tensor | None

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from temporal_vae.network.kernels import three_taps
+from temporal_vae.network.kernels.blocks import new_empty
 from temporal_vae.network.kernels.conv import conv2d
 from temporal_vae.network.kernels.plain import on_cpu, values_only
 
@@ -45,7 +46,7 @@ def doubled_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             for r in (0, 1)
         ]
         return torch.stack(rows, 2).reshape(n, 2 * h, 2 * w, -1).movedim(-1, 1)
-    y = x.new_empty(n, 2 * h, 2 * w, len(weight)).movedim(-1, 1)
+    y = new_empty(x, (n, 2 * h, 2 * w, len(weight))).movedim(-1, 1)
     for r in (0, 1):
         for c in (0, 1):
             y[:, :, r::2, c::2] = _part(x, kernels[r][c], bias, r, c)

@@ -1,6 +1,7 @@
 """A norm's last step and SiLU in one pass, by our kernels in C.
 
-x is (N, C, ...) with its channels together in memory, and so is what is computed, y.
+x is (N, C, ...) with its channels together in memory, and so is what is computed, y, which may lie
+over x.
 """
 
 from __future__ import annotations
@@ -68,6 +69,13 @@ def by_length(x: Tensor, y: Tensor, gain: Tensor, shortest: float, silu: bool) -
     kernels.norm_by_length(
         *_both(x, y), c_void_p(gain.data_ptr()), c_float(shortest), *_how(x, silu)
     )
+
+
+def by_position(x: Tensor, y: Tensor, gain: Tensor, shift: Tensor, eps: float, silu: bool) -> None:
+    """y = the layer norm of x over the channels; gain and shift (C,) in float32."""
+    kernels, each = cast(ctypes.CDLL, library()), [of.contiguous() for of in (gain, shift)]
+    where = (c_void_p(of.data_ptr()) for of in each)
+    kernels.norm_by_position(*_both(x, y), *where, c_float(eps), *_how(x, silu))
 
 
 def _both(x: Tensor, y: Tensor) -> tuple[c_void_p, c_void_p, c_int64, c_int64]:

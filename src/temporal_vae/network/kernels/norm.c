@@ -29,6 +29,12 @@ INLINE vec exponential(vec x) {
 
 INLINE vec silu(vec x) { return x / (1.f + exponential(-x)); }
 
+INLINE float total(vec x) {
+    float sum = 0;
+    for (int i = 0; i < VECTOR; i++) sum += x[i];
+    return sum;
+}
+
 // (x - mean) * scale + shift, of each channel.
 INLINE void shifted(const char *x, char *y, long channels, const float *mean, const float *scale,
                     const float *shift, int with_silu, int type) {
@@ -46,11 +52,26 @@ INLINE void by_length(const char *x, char *y, long channels, const float *gain, 
         vec v = read(x, k, type);
         squares += v * v;
     }
-    float sum = 0;
-    for (int i = 0; i < VECTOR; i++) sum += squares[i];
-    float length = sqrtf(sum), times = 1 / (length < shortest ? shortest : length);
+    float length = sqrtf(total(squares)), times = 1 / (length < shortest ? shortest : length);
     for (long k = 0; k < channels; k += VECTOR) {
         vec v = read(x, k, type) * times * load(gain + k);
+        write(y, k, with_silu ? silu(v) : v, type);
+    }
+}
+
+// x less its mean over the channels, by its standard deviation, times `gain`, plus `shift`.
+INLINE void by_position(const char *x, char *y, long channels, const float *gain,
+                        const float *shift, float eps, int with_silu, int type) {
+    vec sums = {0}, squares = {0};
+    for (long k = 0; k < channels; k += VECTOR) sums += read(x, k, type);
+    float mean = total(sums) / (float)channels;
+    for (long k = 0; k < channels; k += VECTOR) {
+        vec v = read(x, k, type) - mean;
+        squares += v * v;
+    }
+    float times = 1 / sqrtf(total(squares) / (float)channels + eps);
+    for (long k = 0; k < channels; k += VECTOR) {
+        vec v = (read(x, k, type) - mean) * times * load(gain + k) + load(shift + k);
         write(y, k, with_silu ? silu(v) : v, type);
     }
 }
@@ -114,6 +135,19 @@ void norm_by_length(const char *x, char *y, int64_t pixels, int64_t channels, co
     for (long begin = 0; begin < pixels; begin += PIXELS)
         for (long p = begin; p < pixels && p < begin + PIXELS; p++) {
 #define USE(s, t) by_length(x + p * apart, y + p * apart, channels, gain, shortest, s, t)
+            EACH(USE, with_silu, type);
+#undef USE
+        }
+}
+
+void norm_by_position(const char *x, char *y, int64_t pixels, int64_t channels, const float *gain,
+                      const float *shift, float eps, int32_t with_silu, int32_t type,
+                      int32_t threads) {
+    long apart = channels * BYTES(type);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long begin = 0; begin < pixels; begin += PIXELS)
+        for (long p = begin; p < pixels && p < begin + PIXELS; p++) {
+#define USE(s, t) by_position(x + p * apart, y + p * apart, channels, gain, shift, eps, s, t)
             EACH(USE, with_silu, type);
 #undef USE
         }

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from temporal_vae.network.folds import fold_pixels, unfold_pixels
-from temporal_vae.network.kernels import fused
+from temporal_vae.network.kernels import blocks, fused
 from temporal_vae.network.kernels.plain import transformed, values_only
 
 RUN_PIXELS = 256
@@ -42,19 +42,26 @@ def group_norm_reference(
 
 
 def group_norm(
-    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool = False
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    silu: bool = False,
+    spent: bool = False,
 ) -> Tensor:
     """Normalise groups of channels over each sample's pixels; with SiLU of that, if `silu`.
 
     x (N, C, H, W), or a clip (B, C, T, H, W) whose frames go together; any floating dtype. The
-    result is a new tensor in the memory order of x. Our kernel serves channels-last float32 on the
+    result is a new tensor in the memory order of x, or where x is `spent`, which nobody reads
+    again, it may lie over x. Our kernel serves channels-last float32 on the
     CPU where no gradient is wanted, torch all else.
     """
     if x.ndim == 5:
-        y = group_norm(fold_pixels(x), groups, weight, bias, eps, silu)
+        y = group_norm(fold_pixels(x), groups, weight, bias, eps, silu, spent)
         return unfold_pixels(y, x.shape[3:])
     if _has_kernel(x, weight):
-        return normalise(x, Moments.of(x, groups), weight, bias, eps, silu)
+        return normalise(x, Moments.of(x, groups), weight, bias, eps, silu, spent)
     y = _by_torch(x, groups, weight, bias, eps)
     return F.silu(y, inplace=values_only(y)) if silu else y
 
@@ -132,15 +139,21 @@ class Moments:
 
 
 def normalise(
-    x: Tensor, moments: Moments, weight: Tensor, bias: Tensor, eps: float, silu: bool = False
+    x: Tensor,
+    moments: Moments,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    silu: bool = False,
+    spent: bool = False,
 ) -> Tensor:
     """A part of what has these moments by them, scaled and shifted per channel; then SiLU, if so.
 
-    x is (N, C, H, W) or (B, C, T, H, W). 16-bit input is computed in float32. Gradients go through
-    the moments too.
+    x is (N, C, H, W) or (B, C, T, H, W); the result may lie over it if it is `spent`. 16-bit
+    input is computed in float32. Gradients go through the moments too.
     """
     if x.ndim == 5:
-        y = normalise(fold_pixels(x), moments, weight, bias, eps, silu)
+        y = normalise(fold_pixels(x), moments, weight, bias, eps, silu, spent)
         return unfold_pixels(y, x.shape[3:])
     wide = torch.promote_types(x.dtype, torch.float32)
     weight, bias = weight.to(wide), bias.to(wide)
@@ -156,7 +169,8 @@ def normalise(
         y = torch.addcmul(bias, x - mean, scale * weight).to(x.dtype)
         return F.silu(y) if silu else y
     if fused.serves(x):
-        y, scale = torch.empty_like(x), (variance.double() + eps).rsqrt().to(wide) * weight
+        y = x if spent else blocks.empty_like(x)
+        scale = (variance.double() + eps).rsqrt().to(wide) * weight
         for n in range(samples):
             fused.shifted(x[n : n + 1], y[n : n + 1], mean[n], scale[n], bias, silu)
         return y

@@ -22,6 +22,7 @@ from typing import TypeGuard, cast
 import torch
 from torch import Tensor
 
+from temporal_vae.network.kernels.blocks import new_empty
 from temporal_vae.network.kernels.native import CHANNELS, library
 
 ONE, THREE, DOUBLED = range(3)
@@ -60,7 +61,7 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, doubled: bool = False
     """
     n, _, h, w = x.shape
     times, kind = (2, DOUBLED) if doubled else (1, THREE)
-    y = x.new_empty(n, times * h, times * w, len(weight))
+    y = new_empty(x, (n, times * h, times * w, len(weight)))
     if not y.numel():
         return y.movedim(-1, 1)
     run((ONE, kind, kind), [[frame] for frame in x], [weight.unsqueeze(2)], bias, list(y))
@@ -76,7 +77,7 @@ def over_time(
     many frames of zeros before and behind them; a result is (B, O, n, H, W).
     """
     clips, like = _clips(parts, zeros, behind), parts[-1]
-    y = like.new_empty(len(clips), len(clips[0]) - 2, *like.shape[3:], len(weight))
+    y = new_empty(like, (len(clips), len(clips[0]) - 2, *like.shape[3:], len(weight)))
     if not y.numel():
         return y.movedim(-1, 1)
     space = _space_kind(weight)
