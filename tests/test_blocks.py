@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import random
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from temporal_vae import TemporalVAE, WanVAEConfig
+from temporal_vae.network.framewise import ResidualBlock
 from temporal_vae.network.kernels import blocks, native, three_taps
 from temporal_vae.network.kernels.blocks import Blocks, new_empty, used_again
 
@@ -121,6 +123,62 @@ def test_what_is_held_of_a_walk_stays_as_it_was(layout: str) -> None:
         handle.remove()
         assert all(torch.equal(x, then) for x, then in held), type(part).__name__
     assert torch.equal(expected, once)
+
+
+class Tap(nn.Module):
+    """Keeps what goes through it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: list[tuple[Tensor, Tensor]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.held.append((x, x.clone()))
+        return x
+
+
+@pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
+@pytest.mark.parametrize("hooked", [True, False])
+@torch.no_grad()
+def test_what_is_held_inside_of_a_sequence_stays_as_it_was(hooked: bool) -> None:
+    model = model_of("page")
+    z = latent_of(model)
+    expected, taps = model.decode(z), []
+    blocks_of: list[Any] = [m for m in model.decoder.modules() if isinstance(m, ResidualBlock)]
+    for block in blocks_of:
+        taps.append(Tap())
+        if hooked:
+            block.conv1.register_forward_hook(lambda module, given, y, tap=taps[-1]: tap(y))
+            block.conv1 = nn.Sequential(block.conv1)
+        else:
+            block.conv1 = nn.Sequential(block.conv1, taps[-1])
+    torch.testing.assert_close(model.decode(z), expected, rtol=1e-4, atol=1e-5)
+    assert taps and all(tap.held and torch.equal(*tap.held[0]) for tap in taps)
+
+
+@torch.no_grad()
+def test_tensors_may_end_in_any_thread() -> None:
+    kept, ended = Blocks(), queue.Queue[Tensor | None](maxsize=50)
+
+    def end() -> None:
+        while ended.get() is not None:
+            pass
+
+    threads = [threading.Thread(target=end) for _ in range(2)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for n in range(20_000):
+            ended.put(kept.empty(LIKE, (4 + n % 7, 8)))
+        for _ in threads:
+            ended.put(None)
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert kept._in_use == 0 and sum(map(len, kept._free)) <= kept._most
 
 
 @pytest.mark.skipif(native.library() is None, reason="there is no C compiler")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from temporal_vae import TemporalVAE
 from temporal_vae.network import timewise
-from temporal_vae.network.primitives import PositionNorm
+from temporal_vae.network.primitives import PositionNorm, TimeConv
 from temporal_vae.network.timewise import TemporalAttention
 from temporal_vae.walks import streamed
 from temporal_vae.walks.tracing import LiveBytes
@@ -56,6 +56,30 @@ def join(parts: list[Tensor | None]) -> Tensor:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("causal", [True, False])
+@torch.no_grad()
+def test_hooks_may_replace_what_a_convolution_over_time_gets(causal: bool) -> None:
+    model = awake(torch.float32, causal_mode=causal)
+    z = torch.randn(1, model.latent_channels, 5, 4, 6)
+    whole = model.decode(z)
+    for module in model.decoder.modules():
+        if isinstance(module, TimeConv):
+            module.register_forward_pre_hook(lambda module, given: given[0] * 1.0)
+    torch.testing.assert_close(model.decode(z), whole, rtol=1e-4, atol=1e-5)
+    stream = model.decode_stream()
+    made = [stream.push(z[:, :, n : n + 1]) for n in range(5)] + [stream.finish()]
+    pieces = torch.cat([piece for piece in made if piece is not None], 2)
+    torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_norms_of_positions_do_without_a_bias() -> None:
+    norm = PositionNorm(16).requires_grad_(False)
+    x = torch.randn(1, 2, 3, 4, 16).movedim(-1, 1)
+    expected = norm(x)
+    norm.bias = None  # type: ignore[assignment]
+    torch.testing.assert_close(norm(x), expected)
+
+
 def assert_pieces_equal_whole(
     model: TemporalVAE, sizes: list[int], batch: int = 1, tolerance: float = 1e-10
 ) -> None:

@@ -53,7 +53,11 @@ def unseen(module: nn.Module) -> bool:
 
     A part may be wrapped or replaced (adapters, quantised layers), and hooks may keep a tensor.
     """
-    return isinstance(module, (Leaf, nn.Sequential)) and not watched(module)
+    if watched(module):
+        return False
+    if isinstance(module, nn.Sequential):
+        return len(module) > 0 and all(map(unseen, module))
+    return isinstance(module, Leaf)
 
 
 def activate(norm: Norm, module: nn.Module, x: Tensor, spent: bool = False) -> Tensor:
@@ -106,7 +110,7 @@ class ActivatedNorm(Leaf):
     """A norm that may compute SiLU of its result in the same pass."""
 
     def activated(self, x: Tensor, spent: bool = False) -> Tensor:
-        """SiLU of the norm, over x if that is `spent`; here in a pass of its own."""
+        """SiLU of the norm, which may lie over x if that is `spent`; here in a pass of its own."""
         y = self(x)
         return F.silu(y, inplace=values_only(y))
 
@@ -175,8 +179,8 @@ class FirstConv(Conv2d):
 
 
 class TimeConv(Scaled, nn.Conv3d):
-    """A (k, 1, 1) convolution of n + k - 1 frames to n: who calls it puts the frames before and
-    after the clip, zeros or remembered ones, there."""
+    """A (k, 1, 1) convolution of n + k - 1 frames to n: who calls it gives the frames before and
+    after the clip, zeros or remembered ones, with it or by name."""
 
     bias: Tensor
     past = future = 0
@@ -193,13 +197,16 @@ class TimeConv(Scaled, nn.Conv3d):
     def forward(
         self, x: Tensor, zeros: int = 0, behind: int = 0, tail: Tensor | None = None
     ) -> Tensor:
-        """(B, C, n, H, W) after so many frames of zeros, or a tail, and before zeros `behind`."""
+        """(B, C, n, H, W) after so many frames of zeros and a tail, and before zeros `behind`.
+
+        Give these by name: hooks that are called before may replace x alone.
+        """
         u, bias = self.scales.enter(x, self), self.scales.shift(self.bias)
         parts = [u] if tail is None else [self.scales.enter(tail, None).to(u.dtype), u]
         if self.kernel_size[0] == 3 and three_taps.serves(u, self.weight, bias):
             y = three_taps.over_time(parts, zeros, behind, self.weight, bias)
         else:
-            if tail is not None or zeros != behind:  # as many on both sides need no copy
+            if tail is not None or zeros != behind:  # a copy; torch pads both sides alike without
                 parts = [black(u, zeros), *parts, black(u, behind)]
                 u, zeros = joined(*parts), 0
             y = F.conv2d(fold_pixels(u), self.weight.squeeze(-1), bias, padding=(zeros, 0))
@@ -227,7 +234,30 @@ def own_norm(module: nn.Module, x: Tensor) -> Tensor:
     return y
 
 
-class PositionNorm(ActivatedNorm):
+class ChannelNorm(ActivatedNorm):
+    """A norm over the channels of one position, by our kernel where it serves."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._fused(x, blocks.empty_like(x), False) if self._serves(x) else self._plain(x)
+
+    def activated(self, x: Tensor, spent: bool = False) -> Tensor:
+        if not self._serves(x):
+            return super().activated(x)
+        return self._fused(x, x if spent else blocks.empty_like(x), True)
+
+    def _serves(self, x: Tensor) -> bool:
+        raise NotImplementedError
+
+    def _fused(self, x: Tensor, y: Tensor, silu: bool) -> Tensor:
+        """The kernel's result, put into y."""
+        raise NotImplementedError
+
+    def _plain(self, x: Tensor) -> Tensor:
+        """The same by torch, without SiLU."""
+        raise NotImplementedError
+
+
+class PositionNorm(ChannelNorm):
     """Layer norm over the channels of one pixel of one frame; x (B, C, ...)."""
 
     def __init__(self, channels: int):
@@ -238,17 +268,13 @@ class PositionNorm(ActivatedNorm):
 
     set_scales = GroupNorm.set_scales
 
-    def forward(self, x: Tensor) -> Tensor:
-        if fused.serves(x, self.weight, self.bias):
-            return self._fused(x, blocks.empty_like(x), silu=False)
+    def _serves(self, x: Tensor) -> bool:
+        return self.bias is not None and fused.serves(x, self.weight, self.bias)
+
+    def _plain(self, x: Tensor) -> Tensor:
         positions = x.movedim(1, -1)
         y = F.layer_norm(positions, self.weight.shape, self.weight, self.bias, self.eps)
         return y.movedim(-1, 1)
-
-    def activated(self, x: Tensor, spent: bool = False) -> Tensor:
-        if fused.serves(x, self.weight, self.bias):
-            return self._fused(x, x if spent else blocks.empty_like(x), silu=True)
-        return super().activated(x)
 
     def _fused(self, x: Tensor, y: Tensor, silu: bool) -> Tensor:
         fused.by_position(x, y, self.weight.float(), self.bias.float(), self.eps, silu)

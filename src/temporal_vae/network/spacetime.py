@@ -39,7 +39,7 @@ from temporal_vae.network.kernels.doubled import repeated
 from temporal_vae.network.kernels.plain import values_only
 from temporal_vae.network.layer import Layer, Past, Ports, Shape, State, Tail, frames_back
 from temporal_vae.network.primitives import (
-    ActivatedNorm,
+    ChannelNorm,
     Conv2d,
     Leaf,
     Norm,
@@ -64,7 +64,7 @@ PAST = 2
 # Parts ---------------------------------------------------------------------------------------
 
 
-class RMSNorm(ActivatedNorm):
+class RMSNorm(ChannelNorm):
     """The channels of one pixel of one frame by their root mean square; x (B, C, ...)."""
 
     def __init__(self, channels: int, axes: int = 3):
@@ -77,15 +77,8 @@ class RMSNorm(ActivatedNorm):
         """Give for an input multiplied by `before` what it gave for the input itself."""
         self.shortest = SHORTEST * before
 
-    def forward(self, x: Tensor) -> Tensor:
-        if fused.serves(x, self.gamma):
-            return self._fused(x, blocks.empty_like(x), silu=False)
-        return self._plain(x)
-
-    def activated(self, x: Tensor, spent: bool = False) -> Tensor:
-        if fused.serves(x, self.gamma):
-            return self._fused(x, x if spent else blocks.empty_like(x), silu=True)
-        return super().activated(x)
+    def _serves(self, x: Tensor) -> bool:
+        return fused.serves(x, self.gamma)
 
     def _fused(self, x: Tensor, y: Tensor, silu: bool) -> Tensor:
         gain = self.gamma.flatten().float() * math.sqrt(x.shape[1])
@@ -206,7 +199,7 @@ def _over(conv: nn.Module, x: Tensor) -> Tensor:
     """A convolution of a clip from its first frame on."""
     own = cast(CausalConv, bare(conv))
     if _knows_tails(conv):
-        y: Tensor = conv(x, own.past)
+        y: Tensor = conv(x, zeros=own.past)
         return y
     b, c, _, h, w = x.shape
     y = conv(_joined(x.new_zeros(b, own.past, h, w, c).movedim(-1, 1), x))
@@ -227,7 +220,7 @@ def _on(conv: nn.Module, x: Tensor, tail: Tensor, past: Past) -> tuple[Tensor, T
     kept = _last(tail, x)  # before the convolution: in float16 x is scaled there
     if past.begins:
         return _over(conv, x), kept
-    y: Tensor = conv(x, 0, tail) if _knows_tails(conv) else conv(_joined(tail, x))
+    y: Tensor = conv(x, tail=tail) if _knows_tails(conv) else conv(_joined(tail, x))
     return y, kept
 
 

@@ -58,7 +58,7 @@ def _whole(conv: nn.Module, x: Tensor) -> Tensor:
     """A convolution over time of a clip (B, C, T, H, W), between zeros."""
     time: TimeConv = cast(TimeConv, bare(conv))
     if time is conv:
-        y: Tensor = conv(x, time.past, time.future)
+        y: Tensor = conv(x, zeros=time.past, behind=time.future)
     else:
         y = conv(joined(black(x, time.past), x, black(x, time.future)))
     return y
@@ -73,15 +73,16 @@ def _step(
     """
     time: TimeConv = cast(TimeConv, bare(conv))
     window, zeros = time.past + time.future, time.future if last else 0
-    short = torch.compiler.is_exporting() or x.shape[2] < window
-    # in float16 x is scaled next
-    kept = _tail(joined(before.to(x.dtype), x) if short else x, window, before)
+    # the next piece's tail reaches into this one's, or in a graph of any length may do so
+    joint = torch.compiler.is_exporting() or x.shape[2] < window
+    u = joined(before.to(x.dtype), x) if joint else x
+    kept = _tail(u, window, before)  # before the convolution, which scales u in float16
     if before.shape[2] + x.shape[2] + zeros <= window:
         return x[:, :, :0].clone(), kept  # a shortcut is added in place
     if time is conv:
-        y: Tensor = conv(x, 0, zeros, before)
+        y: Tensor = conv(u, behind=zeros, tail=None if joint else before)
     else:
-        y = conv(joined(before.to(x.dtype), x, black(x, zeros)))
+        y = conv(joined(*(() if joint else (before.to(x.dtype),)), u, black(x, zeros)))
     early = max(0, time.future - past.least) if time.future else 0  # nobody asks in vain: see Past
     return y[:, :, early:], kept
 

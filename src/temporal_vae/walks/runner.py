@@ -323,6 +323,7 @@ class Runner:
         self, operation: Operation, clip: Tensor, plan: Plan | None, out: Tensor | None = None
     ) -> Tensor:
         plan = self.plan_for(operation, clip, plan)
+        # a plan's peak counts what is in use, and not what is free between
         with used_again() if plan is None else nullcontext():
             return self._retried(plan, lambda plan: self._walk_once(operation, clip, plan, out))
 

@@ -2,12 +2,14 @@
 
 Left to the system's allocator, much of it is given back and comes anew, page by page, at a cost of
 up to a fifth of the time of a small model. What a walk keeps here is gone when it ends, and never
-more than its results took at their worst moment.
+more than its results took at their worst moment. A tensor that somebody holds, as hooks may, keeps
+its block for itself; like all memory that numpy made, it cannot be resized in place.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,38 +30,40 @@ class Blocks:
 
     def __init__(self) -> None:
         self._free: list[Block] = []
-        self._in_use = self._most = self._free_bytes = 0
+        self._in_use = self._most = 0
         self.open = True
+        self._lock = threading.RLock()  # tensors end in any thread, and while one is made
 
     def empty(self, like: Tensor, shape: Sequence[int]) -> Tensor:
         """A tensor of a shape and of the dtype of another, its numbers whatever they are."""
         size = math.prod(shape) * like.element_size()
-        block = self._taken(size)
+        with self._lock:
+            block = self._taken(size)
         view = block[:]
         weakref.finalize(view, self._back, block).atexit = False
         return torch.from_numpy(view).view(like.dtype).view(*shape)
 
     def close(self) -> None:
         """Keep nothing any more."""
-        self.open = False
-        self._free.clear()
+        with self._lock:
+            self.open = False
+            self._free.clear()
 
     def _taken(self, size: int) -> Block:
         self._in_use += size
         self._most = max(self._most, self._in_use)
         for i in reversed(range(len(self._free))):  # the last may be in the cache still
             if len(self._free[i]) == size:
-                self._free_bytes -= size
                 return self._free.pop(i)
-        while self._in_use + self._free_bytes > self._most:
-            self._free_bytes -= len(self._free.pop(0))
+        while self._free and self._in_use + sum(map(len, self._free)) > self._most:
+            self._free.pop(0)
         return torch.empty(size, dtype=torch.uint8, device="cpu").numpy()
 
     def _back(self, block: Block) -> None:
-        self._in_use -= len(block)
-        if self.open:
-            self._free.append(block)
-            self._free_bytes += len(block)
+        with self._lock:
+            self._in_use -= len(block)
+            if self.open:
+                self._free.append(block)
 
 
 _blocks: ContextVar[Blocks | None] = ContextVar("blocks", default=None)

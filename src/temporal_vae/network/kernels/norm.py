@@ -54,8 +54,8 @@ def group_norm(
 
     x (N, C, H, W), or a clip (B, C, T, H, W) whose frames go together; any floating dtype. The
     result is a new tensor in the memory order of x, or where x is `spent`, which nobody reads
-    again, it may lie over x. Our kernel serves channels-last float32 on the
-    CPU where no gradient is wanted, torch all else.
+    again, it may lie over x. Our kernel serves channels-last float32 on the CPU where no gradient
+    is wanted, torch all else.
     """
     if x.ndim == 5:
         y = group_norm(fold_pixels(x), groups, weight, bias, eps, silu, spent)
