@@ -233,15 +233,15 @@ vae = TemporalVAE(base_channels=32, channel_multipliers=(1, 1), blocks_per_level
 z, found = torch.randn(1, 4, 1, 128, 128), []
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 with torch.no_grad():
-    for times in range(6):
-        if times == 3:
+    for times in range(4):
+        if times == 2:
             blocks._blocks = type("Nobody", (), {
                 "get": lambda self: None, "set": lambda self, x: None, "reset": lambda self, x: None
             })()
         begin = faults()
         vae.decode(z)
         found.append(faults() - begin)
-print(min(found[3:]) / max(1, min(found[:3])))
+print(min(found[2:]) / max(1, min(found[:2])))
 """
 
 
