@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import queue
 import random
 import subprocess
 import sys
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -156,28 +156,33 @@ def test_what_is_held_inside_of_a_sequence_stays_as_it_was(hooked: bool) -> None
     assert taps and all(tap.held and torch.equal(*tap.held[0]) for tap in taps)
 
 
+class Hesitant(Blocks):
+    """Lets other threads go on between reading a count and writing it."""
+
+    @property
+    def _in_use(self) -> int:
+        found: int = self.__dict__["in_use"]
+        time.sleep(1e-4)
+        return found
+
+    @_in_use.setter
+    def _in_use(self, size: int) -> None:
+        self.__dict__["in_use"] = size
+
+
 @torch.no_grad()
 def test_tensors_may_end_in_any_thread() -> None:
-    kept, ended = Blocks(), queue.Queue[Tensor | None](maxsize=50)
+    kept = Hesitant()
 
-    def end() -> None:
-        while ended.get() is not None:
-            pass
+    def use(n: int) -> None:
+        for step in range(100):
+            kept.empty(LIKE, (4 + (n + step) % 3, 8))
 
-    threads = [threading.Thread(target=end) for _ in range(2)]
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        for thread in threads:
-            thread.start()
-        for n in range(20_000):
-            ended.put(kept.empty(LIKE, (4 + n % 7, 8)))
-        for _ in threads:
-            ended.put(None)
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(interval)
+    threads = [threading.Thread(target=use, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert kept._in_use == 0 and sum(map(len, kept._free)) <= kept._most
 
 

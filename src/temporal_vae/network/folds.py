@@ -35,7 +35,7 @@ def joined(*parts: Tensor, axis: int = 2) -> Tensor:
     return both.movedim(-1, 1)
 
 
-def black(x: Tensor, frames: int) -> Tensor:
+def zero_frames(x: Tensor, frames: int) -> Tensor:
     """So many frames of zeros such as those of (B, C, T, H, W)."""
     b, c, _, h, w = x.shape
     return x.new_zeros(b, frames, h, w, c).movedim(-1, 1)

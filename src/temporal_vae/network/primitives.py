@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from temporal_vae.config import NormScope, TemporalVAEConfig
-from temporal_vae.network.folds import black, fold_pixels, joined, unfold_pixels
+from temporal_vae.network.folds import fold_pixels, joined, unfold_pixels, zero_frames
 from temporal_vae.network.kernels import blocks, doubled, fused, three_taps, work
 from temporal_vae.network.kernels.conv import conv2d
 from temporal_vae.network.kernels.doubled import doubled_conv2d
@@ -207,7 +207,7 @@ class TimeConv(Scaled, nn.Conv3d):
             y = three_taps.over_time(parts, zeros, behind, self.weight, bias)
         else:
             if tail is not None or zeros != behind:  # a copy; torch pads both sides alike without
-                parts = [black(u, zeros), *parts, black(u, behind)]
+                parts = [zero_frames(u, zeros), *parts, zero_frames(u, behind)]
                 u, zeros = joined(*parts), 0
             y = F.conv2d(fold_pixels(u), self.weight.squeeze(-1), bias, padding=(zeros, 0))
             y = unfold_pixels(y, x.shape[3:])

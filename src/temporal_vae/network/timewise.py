@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from temporal_vae.config import TemporalVAEConfig
-from temporal_vae.network.folds import black, fold_pixels, joined, unfold_pixels
+from temporal_vae.network.folds import fold_pixels, joined, unfold_pixels, zero_frames
 from temporal_vae.network.kernels.attention import attention
 from temporal_vae.network.kernels.plain import values_only
 from temporal_vae.network.layer import Layer, Past, Ports, State, Tail
@@ -60,7 +60,7 @@ def _whole(conv: nn.Module, x: Tensor) -> Tensor:
     if time is conv:
         y: Tensor = conv(x, zeros=time.past, behind=time.future)
     else:
-        y = conv(joined(black(x, time.past), x, black(x, time.future)))
+        y = conv(joined(zero_frames(x, time.past), x, zero_frames(x, time.future)))
     return y
 
 
@@ -73,8 +73,9 @@ def _step(
     """
     time: TimeConv = cast(TimeConv, bare(conv))
     window, zeros = time.past + time.future, time.future if last else 0
-    # the next piece's tail reaches into this one's, or in a graph of any length may do so
-    joint = torch.compiler.is_exporting() or x.shape[2] < window
+    # where the next tail reaches into this one, or may in a graph of any length; and an adapter
+    # around the convolution takes frames as they are
+    joint = torch.compiler.is_exporting() or x.shape[2] < window or time is not conv
     u = joined(before.to(x.dtype), x) if joint else x
     kept = _tail(u, window, before)  # before the convolution, which scales u in float16
     if before.shape[2] + x.shape[2] + zeros <= window:
@@ -82,7 +83,7 @@ def _step(
     if time is conv:
         y: Tensor = conv(u, behind=zeros, tail=None if joint else before)
     else:
-        y = conv(joined(*(() if joint else (before.to(x.dtype),)), u, black(x, zeros)))
+        y = conv(joined(u, zero_frames(u, zeros)))
     early = max(0, time.future - past.least) if time.future else 0  # nobody asks in vain: see Past
     return y[:, :, early:], kept
 
@@ -168,7 +169,7 @@ class TemporalBlock(Timewise):
         seen = torch.cat([first, x], 2)
         unborn = max(0, self._window - past.least)
         u = past.within(activate(own_norm, self.norm1, seen[:, :, unborn:]), self._window)
-        h, _ = _step(self.conv1, black(x, unborn), u, past, last)
+        h, _ = _step(self.conv1, zero_frames(x, unborn), u, past, last)
         h = activate(own_norm, self.norm2, h, spent=unseen(self.conv1))
         later = past.later(self._ahead)
         y, kept = _step(self.conv2, second, later.within(h), later, last)

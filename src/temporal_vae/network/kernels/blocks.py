@@ -31,7 +31,7 @@ class Blocks:
     def __init__(self) -> None:
         self._free: list[Block] = []
         self._in_use = self._most = 0
-        self.open = True
+        self._open = True
         self._lock = threading.RLock()  # tensors end in any thread, and while one is made
 
     def empty(self, like: Tensor, shape: Sequence[int]) -> Tensor:
@@ -46,7 +46,7 @@ class Blocks:
     def close(self) -> None:
         """Keep nothing any more."""
         with self._lock:
-            self.open = False
+            self._open = False
             self._free.clear()
 
     def _taken(self, size: int) -> Block:
@@ -62,7 +62,7 @@ class Blocks:
     def _back(self, block: Block) -> None:
         with self._lock:
             self._in_use -= len(block)
-            if self.open:
+            if self._open:
                 self._free.append(block)
 
 

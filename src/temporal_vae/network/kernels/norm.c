@@ -115,42 +115,35 @@ INLINE void strip_moments(const float *x, long rows, long apart, float *mean, fl
         else { if (with_silu) { use(1, BFLOAT16); } else { use(0, BFLOAT16); } }                   \
     } while (0)
 
+#define FOR_PIXELS(use)                                                                            \
+    do {                                                                                           \
+        long apart = channels * BYTES(type);                                                       \
+        _Pragma("omp parallel for num_threads(threads) schedule(static)")                          \
+        for (long begin = 0; begin < pixels; begin += PIXELS)                                      \
+            for (long p = begin; p < pixels && p < begin + PIXELS; p++) EACH(use, with_silu, type); \
+    } while (0)
+
 void norm_shifted(const char *x, char *y, int64_t pixels, int64_t channels, const float *mean,
                   const float *scale, const float *shift, int32_t with_silu, int32_t type,
                   int32_t threads) {
-    long apart = channels * BYTES(type);
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (long begin = 0; begin < pixels; begin += PIXELS)
-        for (long p = begin; p < pixels && p < begin + PIXELS; p++) {
 #define USE(s, t) shifted(x + p * apart, y + p * apart, channels, mean, scale, shift, s, t)
-            EACH(USE, with_silu, type);
+    FOR_PIXELS(USE);
 #undef USE
-        }
 }
 
 void norm_by_length(const char *x, char *y, int64_t pixels, int64_t channels, const float *gain,
                     float shortest, int32_t with_silu, int32_t type, int32_t threads) {
-    long apart = channels * BYTES(type);
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (long begin = 0; begin < pixels; begin += PIXELS)
-        for (long p = begin; p < pixels && p < begin + PIXELS; p++) {
 #define USE(s, t) by_length(x + p * apart, y + p * apart, channels, gain, shortest, s, t)
-            EACH(USE, with_silu, type);
+    FOR_PIXELS(USE);
 #undef USE
-        }
 }
 
 void norm_by_position(const char *x, char *y, int64_t pixels, int64_t channels, const float *gain,
                       const float *shift, float eps, int32_t with_silu, int32_t type,
                       int32_t threads) {
-    long apart = channels * BYTES(type);
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (long begin = 0; begin < pixels; begin += PIXELS)
-        for (long p = begin; p < pixels && p < begin + PIXELS; p++) {
 #define USE(s, t) by_position(x + p * apart, y + p * apart, channels, gain, shift, eps, s, t)
-            EACH(USE, with_silu, type);
+    FOR_PIXELS(USE);
 #undef USE
-        }
 }
 
 // Of each of the columns of x, which are a multiple of VECTOR.
